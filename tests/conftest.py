@@ -35,7 +35,7 @@ _LOCKS = ExitStack()
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _locks_are_given_back() -> Iterator[None]:
+def _release_locks() -> Iterator[None]:
     """Release the folder locks of `new_saver` at the end of the session."""
     with _LOCKS:
         yield
@@ -58,7 +58,7 @@ def _float32_on_gpus() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def stub_gpu() -> Iterator[Executor]:
-    """Pool of one process in which PyTorch sees a simulated GPU of 80 GiB that computes nothing."""
+    """Single-process pool in which PyTorch sees a simulated 80 GiB GPU that computes nothing."""
     import launches
 
     try:
@@ -89,7 +89,7 @@ class OnTick(Hook):
 
 
 def all_recorded(trainer: Trainer) -> bool:
-    """Return whether every phase was captured as a CUDA graph; a phase without a graph would train silently."""
+    """Return whether every phase was captured as a CUDA graph; an uncaptured phase trains without an error."""
     return trainer.graphs is not None and trainer.graphs.recorded.keys() == {phase.name for phase in trainer.phases}
 
 
@@ -111,19 +111,19 @@ def make_shapes(path: Path, side: int, count: int) -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dataset of 256 scenes of 16x16 pixels, the size of the configuration of SMALL."""
+    """Dataset of 256 scenes of 16x16 pixels, the resolution of SMALL."""
     return make_shapes(tmp_path_factory.mktemp("data") / "shapes.zip", 16, 256)
 
 
 @pytest.fixture(scope="session")
 def shapes32_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dataset of 256 scenes of 32x32 pixels, the size of several presets."""
+    """Dataset of 256 scenes of 32x32 pixels, the resolution of several presets."""
     return make_shapes(tmp_path_factory.mktemp("data") / "shapes.zip", 32, 256)
 
 
 @pytest.fixture(scope="session")
 def together(shapes_zip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the output of `in_two_processes` of each of MODULES, which all test processes share."""
+    """Folder with the output of each module's `in_two_processes`, shared by all test processes."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
@@ -147,7 +147,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none here"))
 
 
-# Files that start programs or compile. If they ran last, one test process would wait for the other.
+# Files that start programs or compile. At the end of a run, they would leave the other test processes idle.
 LONG = (
     "test_torture",
     "test_launches",
@@ -193,7 +193,7 @@ def small_config(data: Path, **changes: object) -> TrainConfig:
 
 
 def new_saver(folder: Path, config: TrainConfig) -> Saver:
-    """Make the saver of a run in this folder."""
+    """Create the saver of a run in this folder."""
     lock = _LOCKS.enter_context(FolderLock())
     lock.acquire(folder)
     (folder / OPTIONS_FILE).touch()

@@ -1,4 +1,4 @@
-"""docs/adding_a_model.md: the family of the page trains, resumes and generates without further code."""
+"""docs/adding_a_model.md: the family defined on the page trains, resumes and generates without further code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.snapshots.snapshot import load_network
 
 @pytest.fixture
 def film(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Module of the page; its family is in the table."""
+    """Module defined on the page, with its family in the table."""
     return add_documented_family(monkeypatch)
 
 

@@ -63,7 +63,7 @@ def reference(config: StyleformerConfig, model: Model, ws: Array) -> list[tuple[
 
 
 def up_matrix(grid: tuple[int, int]) -> Array:
-    """Return the upsampling to twice the grid as a matrix (4N, N)."""
+    """Return 2x upsampling of the grid as a matrix (4N, N)."""
     N = math.prod(grid)
     return ref_upsample_tokens(np.eye(N).reshape(N, *grid, 1)).reshape(N, 4 * N).T
 
@@ -84,7 +84,7 @@ def test_attention_maps_equal_the_explicit_softmax(name: str) -> None:
     assert [block.name for block in records] == ["2x3_0", "4x6_0", "4x6_1", "8x12_0"]
 
     size = config.img_size
-    chosen = torch.tensor([[0, 0], [11, 7], [4, 3], [5, 6], [10, 0]])  # more queries than channels of a head
+    chosen = torch.tensor([[0, 0], [11, 7], [4, 3], [5, 6], [10, 0]])  # more queries than channels per head
     found = attention_maps(records, 1, chosen, size)
     assert set(found.projected) == ({"4x6_0", "4x6_1", "8x12_0"} if name == "linformer" else set())
     for block, (grid, weights, E) in zip(records, expected, strict=True):
@@ -132,11 +132,11 @@ TRANSGAN_VARIANTS = {
 
 
 def attention_matrix(block: attention.BlockRecord, config: TransGANConfig) -> Array:
-    """Return A (H, N, N) of the first image; a column is the output if one token has the value 1."""
+    """Return A (H, N, N) of the first image; each column is the output for a one-hot value."""
     q, k = (x[:1].double().numpy() for x in (block.q, block.k))
     kind = "full" if max(block.grid) <= config.full_upto else config.attention
     state, D, columns = state_of(block.module), q.shape[2] // config.num_heads, []
-    for first in range(0, q.shape[1], D):  # each channel of a head carries one token
+    for first in range(0, q.shape[1], D):  # one token per channel of a head
         v = np.zeros((1, q.shape[1], config.num_heads, D))
         v[0, first : first + D] = np.eye(D)[:, None]
         out = ref_attention_kind(q, k, v.reshape(q.shape), state, config, block.grid, kind)
@@ -144,8 +144,8 @@ def attention_matrix(block: attention.BlockRecord, config: TransGANConfig) -> Ar
     return np.concatenate(columns, axis=2)
 
 
-def resampled_back(relevance: Array, config: TransGANConfig, stage: int) -> Array:
-    """Carry the relevance of a stage's tokens back to the tokens of the stage below."""
+def propagate_back(relevance: Array, config: TransGANConfig, stage: int) -> Array:
+    """Propagate the relevance of a stage's tokens back to the tokens of the previous stage."""
     below = config.grids[stage - 1]
     N = math.prod(below)
     impulses = np.eye(N).reshape(N, *below, 1)
@@ -179,7 +179,7 @@ def test_maps_and_rollout_of_transgan_equal_explicit_matrices(name: str) -> None
         total = (normalized(total @ A.mean(axis=0)) + total) / 2
         np.testing.assert_allclose(found.rolled[block.name].reshape(total.shape), total, atol=1e-4)
         if index == 0 or records[index - 1].grid != block.grid:
-            total = resampled_back(total, config, config.grids.index(block.grid))
+            total = propagate_back(total, config, config.grids.index(block.grid))
     assert not found.projected
 
 
@@ -203,20 +203,20 @@ def test_records_hold_only_their_images_and_are_freed(
 
     made: list[weakref.ref[attention.BlockRecord]] = []
 
-    def noted(model: Model, ws: torch.Tensor) -> tuple[list[attention.BlockRecord], torch.Tensor]:
+    def tracked_record(model: Model, ws: torch.Tensor) -> tuple[list[attention.BlockRecord], torch.Tensor]:
         assert not any(block() for block in made)
         records, img = record(model, ws)
         made.extend(map(weakref.ref, records))
         return records, img
 
-    monkeypatch.setattr(attention, "record", noted)
+    monkeypatch.setattr(attention, "record", tracked_record)
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
     run_ok("attention", f"--network={network}", "--query=0,0", "--seeds=0-1", "--batch=1", f"--outdir={tmp_path}")
-    assert len(made) == 3 * 4  # the first image is recorded once more, before anything is written
+    assert len(made) == 3 * 4  # the first image is also recorded before anything is written
 
 
 def test_the_most_attended_pixel_is_found() -> None:
-    """All queries of every block attend to one token, whose pixel must be found."""
+    """All queries of every block attend to one token; the pixel of this token must be found."""
     model = make_model()
     records, _ = record(model, model.styles_of((0,)))
     made = []

@@ -82,7 +82,7 @@ def test_the_number_of_draws_does_not_depend_on_p() -> None:
     assert torch.equal(states[0], states[2])
 
 
-def test_the_host_reads_no_value() -> None:
+def test_no_value_is_read_by_the_host() -> None:
     config = AugmentConfig(pipe="bgcfnc")
     pipe = AugmentPipe(config, (3, 24, 32)).to("meta")  # reading a value of a meta tensor raises an error
     assert pipe(torch.empty(2, 3, 24, 32, device="meta")).shape == (2, 3, 24, 32)
@@ -115,7 +115,7 @@ def test_a_pipe_is_named_after_its_groups() -> None:
 def test_a_transform_in_a_new_group_changes_no_other_pipe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`bgc` draws and computes the same after another row was added to the table, at any place."""
+    """A new row at any position of the table changes neither the draws nor the output of `bgc`."""
 
     def invert(u: torch.Tensor, n: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return torch.diag(torch.tensor([-1.0, -1, -1, 1])).to(u).expand(u.shape[1], 4, 4)
@@ -308,7 +308,7 @@ def test_color_multiplies_on_the_left() -> None:
 
 
 def filter_up(x: np.ndarray, pad: int) -> np.ndarray:
-    """u[n] = 2 sum_j f[j] z[n + 5 - j] along the last axis, x mirrored by `pad` pixels on both sides before."""
+    """u[n] = 2 sum_j f[j] z[n + 5 - j] along the last axis, after mirroring x by `pad` pixels on both sides."""
     x = np.pad(x, [(0, 0), (pad, pad)], mode="reflect")
     f = np.array(SYM6) / np.sum(SYM6)
     z = np.zeros([x.shape[0], 2 * x.shape[1] + 24])
@@ -325,7 +325,7 @@ def filter_down(x: np.ndarray) -> np.ndarray:
 
 
 def warp_by_hand(image: np.ndarray, A: np.ndarray) -> np.ndarray:
-    """Warp image [H, W] by A in float64, with so much mirrored padding that no sample falls outside."""
+    """Warp image [H, W] by A in float64, with enough mirrored padding to cover every sample."""
     H, W = image.shape
     pad = 3 * (H + W)
     u = filter_up(filter_up(image, pad).T, pad).T
@@ -392,7 +392,7 @@ def test_integer_shift_is_exact() -> None:
     [("xflip", lambda x: x.flip(-1)), ("rotate90", lambda x: x.rot90(1, (-2, -1)))],
     ids=["xflip", "rotate90"],
 )
-def test_blits_turn_the_right_way(transform: str, expected: Callable[[Tensor], Tensor]) -> None:
+def test_flips_and_turns_have_the_correct_direction(transform: str, expected: Callable[[Tensor], Tensor]) -> None:
     """The filter is asymmetric, so the result is not exact. A maps output to input: Rot(pi/2) turns the image left."""
     torch.manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.randn(1, 1, 5, 5), size=[40, 40], mode="bicubic")
@@ -502,11 +502,11 @@ def test_filter_amplifies_bands_by_powers_of_two() -> None:
         assert scipy.stats.kstest(ratio.numpy(), "norm").pvalue > 0.01
 
 
-def test_filter_gates_bands_apart() -> None:
+def test_filter_gates_bands_independently() -> None:
     stage = FilterStage("filter", (1, 22, 22))
     torch.manual_seed(0)
     gains = stage.draw(torch.zeros(20000, 1, 1, 1, dtype=torch.float64), torch.tensor(0.3))
-    # Bands that did not fire share one gain; with one band or none fired, at least three are equal.
+    # Bands that did not fire share one gain; if at most one band fired, at least three gains are equal.
     equal = (gains[:, :, None] / gains[:, None, :] - 1).abs() < 1e-9
     at_most_one = (equal.sum(dim=(1, 2)) >= 10).double().mean().item()
     expected = 0.7**4 + 4 * 0.3 * 0.7**3
@@ -571,7 +571,7 @@ def test_gates_fire_with_their_probability(p: float) -> None:
             assert abs(frequency - chance) <= 5 * sqrt(chance * (1 - chance) / B), transform.name
 
 
-def test_one_of_both_rotations_fires_with_p() -> None:
+def test_either_rotation_fires_with_probability_p() -> None:
     B, p = 20000, 0.6
     torch.manual_seed(0)
     rotations = [t for t in GEOMETRY if t.name in ("rotate_pre", "rotate_post")]
@@ -681,7 +681,7 @@ def test_the_controller_resumes_exactly() -> None:
 
     straight, first, second = (ada(ada_kimg=3, target=0.45) for _ in range(3))
     run(straight, range(1, 40))
-    run(first, range(1, 19))  # stop within an interval
+    run(first, range(1, 19))  # stop in the middle of an interval
     saved = {name: tensor.clone() for name, tensor in first.state_dict().items()}
     second.load_state_dict(saved)
     run(second, range(19, 40))

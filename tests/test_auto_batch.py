@@ -46,7 +46,7 @@ def test_micro_batches_respect_minibatch_std_groups(
     values = {"batch_size": batch, "run__num_gpus": gpus, "loss__pl_weight": pl_weight, "loss__pl_interval": 4}
     config = small_config(shapes_zip, **values, discriminator__mbstd_group_size=group, run__batch_gpu="auto")
     assert micro_batches(config) == sizes
-    assert config.run.batch_gpu == sizes[0]  # before the search, and always on a CPU
+    assert config.run.batch_gpu == sizes[0]  # the value before the search, and the final value on a CPU
 
 
 def test_an_indivisible_batch_is_refused(shapes_zip: Path) -> None:
@@ -54,13 +54,13 @@ def test_an_indivisible_batch_is_refused(shapes_zip: Path) -> None:
         small_config(shapes_zip, batch_size=17, run__num_gpus=3, run__batch_gpu="auto")
 
 
-def lack_memory(monkeypatch: pytest.MonkeyPatch, phase_name: str, most: int) -> list[tuple[str, int]]:
-    """Make phases fail with more than `most` images; return the list that records the sizes."""
+def limit_images(monkeypatch: pytest.MonkeyPatch, phase_name: str, max_images: int) -> list[tuple[str, int]]:
+    """Make a phase run out of memory above `max_images` images; return a list of the computed phases and sizes."""
     computed: list[tuple[str, int]] = []
     accumulate = Trainer._accumulate
 
     def limited(self: Trainer, phase: Any, img: torch.Tensor, c: torch.Tensor) -> Any:
-        if phase.name == phase_name and len(img) > most:
+        if phase.name == phase_name and len(img) > max_images:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         computed.append((phase.name, len(img)))
         return accumulate(self, phase, img, c)
@@ -72,7 +72,7 @@ def lack_memory(monkeypatch: pytest.MonkeyPatch, phase_name: str, most: int) -> 
 @pytest.mark.parametrize("phase", ["G_main", "G_reg", "D_main", "D_reg"])
 def test_the_trial_step_runs_every_phase(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
     config = small_config(shapes_zip, batch_size=8, loss__pl_weight=2.0, loss__pl_interval=4, run__batch_gpu="auto")
-    computed = lack_memory(monkeypatch, phase, most=4)
+    computed = limit_images(monkeypatch, phase, max_images=4)
     chosen = auto_batch.choose_batch_gpu(config, ImageDataset(config.data), CPU)
     assert chosen == override(config, {"run.batch_gpu": 4})
     assert [name for name, size in computed if size == 4] == ["G_main", "G_reg", "D_main", "D_reg"] * 2
@@ -82,7 +82,7 @@ def test_the_trial_step_runs_every_phase(shapes_zip: Path, monkeypatch: pytest.M
 
 
 def test_a_trial_step_leaves_no_trace(shapes_zip: Path) -> None:
-    """Neither the weights of the trial trainer nor the training that follows are changed."""
+    """A trial step changes neither its trainer's weights nor the subsequent training."""
 
     def trained() -> dict[str, Any]:
         trainer = Trainer(config, dataset, CPU)
@@ -107,7 +107,7 @@ def test_a_batch_that_never_fits_and_other_errors_are_reported(
 ) -> None:
     config = small_config(shapes_zip, run__batch_gpu="auto")
     dataset = ImageDataset(config.data)
-    lack_memory(monkeypatch, "D_reg", most=0)
+    limit_images(monkeypatch, "D_reg", max_images=0)
     with pytest.raises(UserError, match=r"out of memory even with 4 images at a time \(tried 16, 8, 4\)"):
         auto_batch.choose_batch_gpu(config, dataset, CPU)
     with pytest.raises(UserError, match="choose --graphs=0, --grad-checkpoint"):
@@ -139,7 +139,7 @@ def test_the_smallest_size_over_all_processes_is_chosen(together: Path) -> None:
 SHORT = [*SMALL, "--batch-gpu=auto", "--tick=0.016", "--snap=1", "--metrics=none", "--device=cpu"]
 
 
-def test_a_run_records_the_chosen_size_and_keeps_it(
+def test_the_chosen_size_is_saved_and_reused_on_resume(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*options: str) -> tuple[str, int]:
@@ -149,19 +149,19 @@ def test_a_run_records_the_chosen_size_and_keeps_it(
         options_file = max(tmp_path.iterdir()) / "training_options.json"
         return result.stdout, json.loads(options_file.read_text())["run"]["batch_gpu"]
 
-    assert run("--kimg=0.016")[1] == 16  # on a CPU
+    assert run("--kimg=0.016")[1] == 16  # no search on a CPU
     monkeypatch.setattr(resume, "is_on_gpu", lambda config: True)
-    computed = lack_memory(monkeypatch, "D_main", most=8)
+    computed = limit_images(monkeypatch, "D_main", max_images=8)
     printed, chosen = run("--kimg=0.016", "--seed=1")
     assert ("--batch-gpu=auto: 8 images at a time (16 did not fit)" in printed, chosen) == (True, 8)
     computed.clear()
     printed, chosen = run("--kimg=0.032", "--seed=1", "--resume=latest")
     assert ("auto" in printed, chosen) == (False, 8)
-    assert ("Resuming" in printed, [size for _, size in computed]) == (True, [8] * 4)  # G_main, D_main, in two pieces
+    assert ("Resuming" in printed, [size for _, size in computed]) == (True, [8] * 4)  # G_main and D_main, twice each
 
 
 @pytest.mark.gpu
-def test_a_gpu_with_little_memory_gets_small_micro_batches(shapes_zip: Path) -> None:
+def test_micro_batches_are_small_on_a_gpu_with_little_memory(shapes_zip: Path) -> None:
     device = torch.device("cuda", 0)
     config = small_config(shapes_zip, batch_size=256, run__batch_gpu="auto")
     dataset = ImageDataset(config.data)
@@ -194,8 +194,8 @@ def test_out_of_memory_errors_are_recognised(error: Exception, expected: bool) -
     assert is_out_of_memory(error) == expected
 
 
-def raised_while_handling(first: Exception, cause: Exception | None = None) -> Exception:
-    """Return the error that leaves a CUDA graph capture in which another error was raised."""
+def capture_error_after(first: Exception, cause: Exception | None = None) -> Exception:
+    """Return the error of a CUDA graph capture that another error aborted."""
     recording = contextlib.ExitStack()
 
     def end() -> None:
@@ -210,11 +210,11 @@ def raised_while_handling(first: Exception, cause: Exception | None = None) -> E
     return caught.value
 
 
-def test_out_of_memory_is_recognised_behind_a_capture_error() -> None:
+def test_out_of_memory_is_recognised_under_a_capture_error() -> None:
     lack = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    assert is_out_of_memory(raised_while_handling(lack))
-    assert not is_out_of_memory(raised_while_handling(lack, cause=ValueError("another reason")))
-    assert not is_out_of_memory(raised_while_handling(ValueError("a shape")))
+    assert is_out_of_memory(capture_error_after(lack))
+    assert not is_out_of_memory(capture_error_after(lack, cause=ValueError("another reason")))
+    assert not is_out_of_memory(capture_error_after(ValueError("a shape")))
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ SMALL = ["--device=cpu", "--repeats=1", "--head-dim=4"]
 
 @pytest.mark.slow
 def test_attention_measures_memory_and_time() -> None:
-    """The explicit implementation holds several matrices, the blockwise one as many blocks of half the size."""
+    """The explicit implementation holds several matrices, the blockwise one the same number of half-size blocks."""
     options = [*SMALL, "--tokens=1024", "--batch=4", "--forms=plain,blockwise", "--derivatives=2"]
     plain, blockwise = results(self_attention.main, *options)
     assert (plain["form"], blockwise["form"]) == ("plain", "blockwise")
@@ -95,7 +95,7 @@ def test_windows_need_less_memory_than_the_whole_grid() -> None:
 
 
 def test_grid_attention_measures_the_modules_of_the_networks() -> None:
-    """The forms are modules of the networks; a small case of the same kind runs before each measurement."""
+    """The benchmark measures modules of the networks; each measurement starts with a small case."""
     sizes: dict[str, Any] = {"batch": 2, "heads": 2, "head_dim": 4, "window": 4, "landmarks": 16, "dtype": "float32"}
     for form in grid_attention.FORMS:
         case = grid_attention.GridCase(form=form, derivatives=2, resolution=8, **sizes)

@@ -63,7 +63,7 @@ def test_train_step_runs_warmup_and_measured_steps_of_each_phase(monkeypatch: py
 
     monkeypatch.setattr(train_step.Trainer, "run_phase", spy)
     (row,) = results(train_step.main, *TINY_STEP, "--batch=8", "--steps=2", "--warmup=1", "--modes=bf16+no-winograd")
-    names = [name for name, batch, _ in calls if batch == 8]  # calls of another batch size count operations
+    names = [name for name, batch, _ in calls if batch == 8]  # calls with other batch sizes count operations
     assert {name: names.count(name) for name in names} == {"G_main": 3, "D_main": 3, "D_reg": 3}
     assert not any(used for _, _, used in calls)
     assert winograd.is_profitable(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))  # restored
@@ -71,10 +71,10 @@ def test_train_step_runs_warmup_and_measured_steps_of_each_phase(monkeypatch: py
 
 
 def test_train_step_counts_operations() -> None:
-    """The cost is that of D, with a tiny generator: 3 forward passes in G_main, 6 in D_main, 9 in every 16th D_reg.
+    """With a tiny generator, D dominates: 3 forward passes in G_main, 6 in D_main, 9 in every 16th D_reg.
 
-    A backward pass to weights and inputs costs two forward passes. The sum is slightly smaller, because G_main
-    computes no weight gradients of D, and D_main no gradient for the input of the first layer.
+    A backward pass for weights and inputs costs as much as two forward passes. The sum is slightly smaller, because
+    G_main computes no weight gradients of D, and D_main no gradient for the input of the first layer.
     """
     (row,) = results(train_step.main, *TINY_STEP, "--steps=1", "--warmup=0")
     config = train_step.override(PRESETS["tiny"], {"generator.widths": (16, 16, 16), "generator.layers": (1, 1, 1)})

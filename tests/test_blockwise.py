@@ -32,14 +32,14 @@ def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def penalty(out: Tensor, of: Inputs) -> Tensor:
+def penalty(out: Tensor, args: Inputs) -> Tensor:
     """Return the squared gradient of a projection of the output, as in path length regularisation."""
     y = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).to(out.dtype).view_as(out)
-    gradients = torch.autograd.grad((out * y).sum(), of, create_graph=True)
+    gradients = torch.autograd.grad((out * y).sum(), args, create_graph=True)
     return torch.stack([g.double().square().sum() for g in gradients]).sum()
 
 
-# Several blocks, of which the last is short; the numbers of keys and queries differ.
+# Several blocks with a short last block; the numbers of keys and queries differ.
 SHAPES = [((2, 2, 7, 5, 3), 3), ((1, 2, 4, 9, 2), 2), ((1, 1, 5, 5, 4), 1), ((2, 1, 3, 4, 2), None)]
 
 
@@ -70,7 +70,7 @@ def test_a_bias_has_first_and_second_derivatives(shape: tuple[int, int, int, int
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_bias_may_have_another_dtype(dtype: torch.dtype) -> None:
-    """A bias is a float32 parameter even if activations have 16 bits; only the rounding of inputs remains."""
+    """A bias stays a float32 parameter with 16-bit activations; only the rounding of inputs remains."""
     arguments = inputs(2, 2, 40, 24, 8, dtype)
     exact: Inputs = tuple(x.detach().double().requires_grad_() for x in arguments)  # type: ignore[assignment]
     bias = torch.randn(2, 40, 24, requires_grad=True)
@@ -109,12 +109,12 @@ def test_views_and_inputs_without_gradient_are_accepted() -> None:
     q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(2, 3, 10, 6, 4))
     k.requires_grad_()
 
-    def found_slope(attention: Any) -> Tensor:
+    def second_derivative(attention: Any) -> Tensor:
         (dk,) = torch.autograd.grad(attention(q, k, v).square().sum(), k, create_graph=True)
         return torch.autograd.grad(dk.square().sum(), k)[0]
 
-    found = found_slope(partial(blockwise_attention, block=4))
-    torch.testing.assert_close(found, found_slope(explicit), rtol=1e-10, atol=1e-10)
+    found = second_derivative(partial(blockwise_attention, block=4))
+    torch.testing.assert_close(found, second_derivative(explicit), rtol=1e-10, atol=1e-10)
     assert found.abs().max() > 1e-3
 
 
@@ -155,7 +155,7 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize(("attention", "rows"), [(explicit, 96), (partial(blockwise_attention, block=16), 16)])
 def test_the_largest_tensor_is_one_block(attention: Any, rows: int) -> None:
-    """Explicit attention, as the MATH backend computes it, makes the whole matrix."""
+    """Explicit attention, as in the MATH backend, materializes the whole matrix."""
     B, H, N, M, D = 2, 2, 96, 80, 4
     arguments = inputs(B, H, N, M, D, torch.float32)
     with Sizes() as sizes, sdpa_kernel(SDPBackend.MATH):
@@ -182,14 +182,14 @@ def test_a_third_derivative_raises_an_error() -> None:
         slopes[0].sum().backward()
 
 
-def test_a_block_without_rows_is_refused() -> None:
+def test_a_block_size_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="block=0: the number of rows"):
         blockwise_attention(*inputs(1, 1, 4, 4, 2), 0)
 
 
 @pytest.mark.gpu
 def test_blockwise_attention_can_be_replayed_in_a_cuda_graph() -> None:
-    """A replay computes the results of inputs that changed after the capture."""
+    """A replay uses the values that its inputs have after the capture."""
     arguments: Inputs = tuple(x.detach().cuda().requires_grad_() for x in inputs(2, 2, 50, 37, 8, torch.float32))  # type: ignore[assignment]
 
     def slopes() -> tuple[Tensor, ...]:

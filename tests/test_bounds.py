@@ -1,6 +1,6 @@
 """Files that claim more than they hold: the cost of reading a file stays in proportion to its size.
 
-Shared containers, overlapping strides, compressed members, widths without tensors, numbers beyond any float, pipes.
+Shared containers, overlapping strides, compressed members, widths without tensors, numbers beyond float64, pipes.
 Each file is refused with one message that names it. `make test` draws 280 examples, `make test-slow` 13,000.
 """
 
@@ -58,7 +58,7 @@ from training.snapshots import snapshot
 from training.snapshots.exchange import load_folder, save_folder
 
 MAX_GROWTH = 400  # MiB; without limits, most of these files take gigabytes or never finish
-HUGE = 10**400  # more than a float holds
+HUGE = 10**400  # exceeds the range of a float
 
 
 def reset_peak_memory() -> int | None:
@@ -73,7 +73,7 @@ def reset_peak_memory() -> int | None:
 
 
 def return_free_memory() -> None:
-    """Return free memory that a tuned glibc retains to the system, because its reuse would not raise the peak."""
+    """Release free memory that a tuned glibc retains, because reusing this memory would not raise the peak."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
@@ -86,7 +86,7 @@ def peak_memory() -> int:
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """Fail if the body of the `with` statement takes hundreds of megabytes, even after a higher earlier peak."""
+    """Fail if the body of the `with` statement allocates hundreds of megabytes, even after a higher earlier peak."""
     before = reset_peak_memory()
     yield
     assert before is None or peak_memory() - before < MAX_GROWTH
@@ -122,7 +122,7 @@ def payload() -> dict[str, Any]:
 
 
 def save(path: Path, content: dict[str, Any], **head: Any) -> None:
-    """Write a snapshot by torch.save. The checksum stays that of SNAPSHOT, since some contents take forever to hash."""
+    """Write a snapshot by torch.save with the checksum of SNAPSHOT, because some contents take forever to hash."""
     document = torch.load(SNAPSHOT, weights_only=True)
     torch.save({**document, "payload": content, **head}, path)
 
@@ -151,7 +151,7 @@ def write_tuple_key(path: Path) -> None:
 
 
 def write_false_storage_size(path: Path) -> None:
-    """Write tensors whose stated storage size is 2^28 numbers."""
+    """Write tensors that claim a storage of 2^28 numbers."""
     save(path, {"x": torch.zeros(512)})
     claim = b"J\x00\x00\x00\x10tq"
     rewrite(path, lambda name, data: data.replace(b"M\x00\x02tq", claim) if name.endswith("data.pkl") else data)
@@ -286,13 +286,13 @@ def test_tensors_with_overlapping_strides_are_refused(tmp_path: Path, examples: 
         size, stride = tuple(n for n, _ in shape), tuple(step for _, step in shape)
         places = [offset + sum(i * step for i, step in zip(index, stride, strict=True)) for index in np.ndindex(size)]
         if max(places, default=0) >= 12:
-            return  # torch refuses to make such a view
+            return  # torch refuses to create such a view
         torch.save({"x": torch.from_numpy(numbers).as_strided(size, stride, offset)}, tmp_path / "x.pt")
         if error_message(lambda: read_torch_file(tmp_path / "x.pt")) is None:
             assert len(set(places)) == len(places)
             found = read_torch_file(tmp_path / "x.pt")["x"]
             assert (found.shape, found.flatten().tolist()) == (size, [float(place) for place in places])
-        elif len(set(places)) == len(places):  # refused without an overlap: strides interleave
+        elif len(set(places)) == len(places):  # refused although no elements overlap: the strides interleave
             steps = sorted(zip(stride, size, strict=True))
             reach = np.cumsum([0, *((n - 1) * step for step, n in steps)])
             assert any(step <= reach[i] for i, (step, n) in enumerate(steps) if n > 1)
@@ -395,7 +395,7 @@ def test_outlines_equal_networks_on_the_meta_device() -> None:
 
 
 def test_networks_with_large_buffers_are_refused(tmp_path: Path) -> None:
-    """The resampling matrices of TransGAN grow with the square of a side and are not stored in the file."""
+    """The resampling matrices of TransGAN grow with the square of the grid side and are not stored in the file."""
     content = payload()
     stages = {"base": [1, 2**15], "widths": [4, 4], "layers": [1, 1], "num_heads": 1, "z_dim": 4, "w_dim": 4}
     options = {"attention": "nystrom", "landmarks": 1, "position": "absolute", "c_dim": 0}
@@ -581,7 +581,7 @@ TYPES |= {"U16": 16, "U64": 64, "BOOL": 8, "F16": 16, "BF16": 16, "F64": 64, "X"
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_unsupported_safetensors_types_are_refused(dtype: str, good_folder: Path, tmp_path: Path) -> None:
-    """Types that torch lacks, types that no network here uses, and names that are no types."""
+    """Types missing in torch, types that no network here uses, and invalid type names."""
     path = copy_folder(good_folder, tmp_path)
     data = safetensors_file(dtype, TYPES[dtype])
     (path / "G_ema.safetensors").write_bytes(data)
@@ -642,7 +642,7 @@ def test_arrays_claiming_more_than_they_hold_are_refused(name: str, tmp_path: Pa
 
 @draws(60, 3000)
 def test_arrays_of_any_shape_equal_numpy_or_are_refused(tmp_path: Path, examples: int) -> None:
-    """Shapes are drawn near to and far from the size of the content."""
+    """Drawn shapes are both close to and far from the size of the content."""
     sizes = st.lists(st.integers(0, 6) | st.integers(-2, 10**13), max_size=4)
     kinds = st.sampled_from(["<f4", ">f8", "<i2", "|b1", "|O", "<U3", "|V0", "<c8", "<f2"])
     path = tmp_path / "w.npz"
@@ -695,7 +695,7 @@ NAMES += [
 
 
 def write_foreign(path: Path, tensors: dict[str, Any], entries: Any = None, **arguments: Any) -> Path:
-    """Write a foreign Styleformer with further tensors, arguments and entries; arguments can be pickled only once."""
+    """Write a foreign Styleformer with extra tensors, arguments and entries; arguments can be pickled only once."""
     own, theirs = styleformer()
     return write(path, {"G_ema": module("Generator", {**own, **tensors}, **{**theirs, **arguments}), **(entries or {})})
 
@@ -796,7 +796,7 @@ CONFIGS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_invalid_dinov2_configurations_are_refused(name: str, tmp_path: Path) -> None:
-    """The refusal comes before the network is built."""
+    """Invalid configurations are refused before the network is built."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
     assert_refused(lambda: read_detectors((str(tmp_path),)).identity("dinov2"), str(tmp_path))
 
@@ -838,13 +838,13 @@ def arrow(columns: dict[str, Any], compression: str | None = None) -> bytes:
 
 
 def arrow_with_false_row_count(count: int) -> bytes:
-    """Make an Arrow file whose only column has no bytes, with a false number of rows."""
+    """Make an Arrow file with a false number of rows and a single column without bytes."""
     pa = pytest.importorskip("pyarrow", reason="pyarrow is an optional package")
     return arrow({"image": pa.nulls(12345)}).replace(struct.pack("<q", 12345), struct.pack("<q", count))
 
 
 def nested_columns(levels: int) -> bytes:
-    """Make a Parquet file without rows whose only column is nested in the given number of groups."""
+    """Make a Parquet file without rows and with a single column nested in the given number of groups."""
     group, leaf = b"\x35\0\x18\1a\x15\2\0", b"\x15\x0c\x25\2\x18\1a\0"
     count = bytes([levels + 2 & 127 | 128, levels + 2 >> 7 & 127 | 128, levels + 2 >> 14])
     return with_footer(b"\x15\2\x19\xfc" + count + b"\x48\1r\x15\2\0" + group * levels + leaf + b"\x16\0\x19\x0c\0")
@@ -938,13 +938,13 @@ def test_corrupt_tables_and_shards_get_one_error_message(tmp_path: Path, example
     }
 
     @for_all(examples, st.sampled_from(sorted(files)), CORRUPTION)
-    def check(name: str, damage: Any) -> None:
-        (tmp_path / name).write_bytes(corrupted(files[name], damage))
+    def check(name: str, corruption: Any) -> None:
+        (tmp_path / name).write_bytes(corrupted(files[name], corruption))
         error_message(lambda: open_images(tmp_path / name))
 
 
 class MakesFolder:
-    """Object whose unpickling creates a folder."""
+    """Object that creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -972,7 +972,7 @@ def test_a_pickle_in_a_table_schema_is_not_executed(suffix: str, tmp_path: Path)
 
 
 def test_pipes_as_network_files_do_not_block(tmp_path: Path, good_folder: Path) -> None:
-    """Pipes and devices replace every file that commands on snapshots read."""
+    """Every command that reads snapshots refuses pipes and devices."""
     for name in ("x.pkl", "x.pt", "x.npz", "x.safetensors", "x"):
         os.mkfifo(tmp_path / name)
     (tmp_path / "zero.pkl").symlink_to("/dev/zero")
@@ -1026,7 +1026,7 @@ def set_value(field: str, value: str) -> Callable[[Path], None]:
     return change
 
 
-DAMAGED_FILES: dict[str, Callable[[Path], Any]] = {
+CORRUPT_FILES: dict[str, Callable[[Path], Any]] = {
     "missing": lambda path: path.unlink(),
     "a pipe": replace_by_pipe,
     "a folder": replace_by_folder,
@@ -1035,7 +1035,7 @@ DAMAGED_FILES: dict[str, Callable[[Path], Any]] = {
     "deep": lambda path: path.write_text("[" * 100_000),
     "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe{}"),
 }
-DAMAGED_VALUES = {
+INVALID_VALUES = {
     f"{field}={name}": set_value(field, value)
     for field in ("run.total_kimg", "origin.kimg", "augment.ada_kimg", "run.num_gpus", "run.batch_gpu", "ema.kimg")
     for name, value in (
@@ -1045,20 +1045,20 @@ DAMAGED_VALUES = {
         ("1e999", "1e999"),
     )
 }
-DAMAGED_VALUES["deep value"] = set_value("run.total_kimg", "[" * 950 + "]" * 950)
-DAMAGED_RUNS = DAMAGED_FILES | DAMAGED_VALUES
+INVALID_VALUES["deep value"] = set_value("run.total_kimg", "[" * 950 + "]" * 950)
+DAMAGED_RUNS = CORRUPT_FILES | INVALID_VALUES
 
 
 def test_invalid_numbers_in_options_of_a_run_are_refused(tmp_path: Path) -> None:
     path = tmp_path / OPTIONS_FILE
     options = json.dumps(to_json(read_config(payload()["config"])))
-    for damage in DAMAGED_VALUES.values():
+    for corruption in INVALID_VALUES.values():
         path.write_text(options)
-        damage(path)
+        corruption(path)
         assert_refused(lambda: resume.saved_config(tmp_path), str(path))
 
 
-@pytest.mark.parametrize("name", [*DAMAGED_FILES, "run.total_kimg=NaN"])
+@pytest.mark.parametrize("name", [*CORRUPT_FILES, "run.total_kimg=NaN"])
 def test_resume_latest_skips_a_run_with_corrupt_options(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

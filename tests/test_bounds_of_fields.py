@@ -24,7 +24,7 @@ CONFIGS: tuple[Any, ...] = (TrainConfig, *PARTS, *GENERATORS.values(), *DISCRIMI
 FIELDS = [(config, field) for config in CONFIGS for field in dataclasses.fields(config)]
 BOUNDED = [(config, field) for config, field in FIELDS if str(bounds_of(config)[field.name])]
 ENDS = ("at_least", "above", "at_most", "below")
-# Other fields that a value at the edge of its bounds requires.
+# Other fields that must be set before a field can be at the edge of its bounds.
 ALSO: dict[tuple[str, str], dict[str, Any]] = {
     ("AugmentConfig", "p"): {"mode": "fixed"},
     ("AugmentConfig", "policy"): {"mode": "diffaug"},
@@ -32,7 +32,7 @@ ALSO: dict[tuple[str, str], dict[str, Any]] = {
     ("LossConfig", "drift_weight"): {"objective": "wgangp-eps", "r1_interval": None},
     ("LossConfig", "objective"): {"r1_interval": None},
 }
-# Fields whose smallest values are refused by a check between fields.
+# Fields with minimum values that a check across fields refuses.
 SHAPES = {
     "base",
     "resolutions",
@@ -52,7 +52,7 @@ def identify(value: Any) -> str:
 
 
 def refusal(config: Any, values: dict[str, Any]) -> ConfigError | None:
-    """Return the error with which a configuration is refused, or None."""
+    """Return the error that a configuration raises, or None."""
     preset = {"preset": "auto"} if config is TrainConfig else {}
     try:
         config(**preset, **values)
@@ -138,7 +138,7 @@ def test_bounds_derive_from_the_type_of_the_field() -> None:
     bounds = bounds_of(TrainConfig)
     assert (bounds["precision"].choices, bounds["precision"].optional) == (("fp32", "bf16", "fp16"), True)
     assert (bounds["seed"].choices, bounds["seed"].optional) == (None, False)
-    assert bounds_of(RunConfig)["batch_gpu"].choices is None  # a number, or the word auto
+    assert bounds_of(RunConfig)["batch_gpu"].choices is None  # a number or the word auto
     assert bounds_of(GENERATORS["stylegan2"])["base"].length == 2
     assert bounds_of(GENERATORS["styleformer"])["widths"].length is None
 

@@ -68,7 +68,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def calc(snapshot: Path) -> CalcMetrics:
-    """Function that runs the script in this process on the CPU, by default on `snapshot`."""
+    """Runner of the script in this process on the CPU, by default on `snapshot`."""
 
     def run(*arguments: str, network: Path = snapshot) -> Result:
         return CliRunner().invoke(calc_metrics.main, [f"--network={network}", "--device=cpu", *arguments])
@@ -444,7 +444,7 @@ def test_two_processes_equal_one_for_every_metric(calc: CalcMetrics, snapshot: P
     records = [json.loads(line) for line in together.stdout.splitlines()]
     assert [record["metric"] for record in records] == [record["metric"] for record in alone]
     for one, two in zip(alone, records, strict=True):
-        # Single gray levels may be rounded differently.
+        # Individual gray levels may be rounded differently.
         assert two["results"] == pytest.approx(one["results"], rel=1e-3), one["metric"]
         assert (two["num_real"], two["num_fake"]) == (one["num_real"], one["num_fake"])
 

@@ -1,4 +1,4 @@
-"""dataset_tool.py check: the problems that it reports for known images, and the sheet that it draws."""
+"""dataset_tool.py check: reported problems of known images, and the sheet of examples."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def noise(*shape: int) -> np.ndarray:
     return NOISE.randint(0, 256, shape, np.uint8)
 
 
-def write_set(folder: Path, images: dict[str, np.ndarray], **content: object) -> Path:
+def write_dataset(folder: Path, images: dict[str, np.ndarray], **content: object) -> Path:
     for name, pixels in images.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(encode_png(pixels))
@@ -57,7 +57,7 @@ def check(*arguments: object) -> Result:
 def test_problems_are_grouped_and_ten_of_each_are_shown(tmp_path: Path) -> None:
     images = {f"{k:03d}.png": noise(8, 8, 3) for k in range(60)}
     images |= {f"size{k:02d}.png": noise(8, 9, 3) for k in range(12)} | {"gray.png": noise(8, 8, 1)}
-    path = write_set(tmp_path / "set", images)
+    path = write_dataset(tmp_path / "set", images)
     for k in range(11):
         (path / f"broken{k:02d}.png").write_bytes(b"no image")
     result = check(path)
@@ -77,7 +77,7 @@ def test_problems_are_grouped_and_ten_of_each_are_shown(tmp_path: Path) -> None:
 
 def test_many_sizes_are_reported_as_a_histogram(tmp_path: Path) -> None:
     sides = [8, 9, 20, 40, 40, 70]
-    path = write_set(tmp_path / "set", {f"{k}.png": noise(side, 2 * side, 3) for k, side in enumerate(sides)})
+    path = write_dataset(tmp_path / "set", {f"{k}.png": noise(side, 2 * side, 3) for k, side in enumerate(sides)})
     result = check(path)
     assert result.exit_code == 1
     assert "6 images of 5 sizes:\n  80x40: 2 images\n  16x8: 1 image\n" in result.stdout
@@ -94,7 +94,7 @@ def test_many_sizes_are_reported_as_a_histogram(tmp_path: Path) -> None:
 
 def test_skipped_files_and_detected_labels_are_reported(tmp_path: Path) -> None:
     images = {f"{kind}/{k}.png": noise(8, 8, 3) for kind, count in (("cat", 3), ("dog", 2)) for k in range(count)}
-    path = write_set(tmp_path / "set", images)
+    path = write_dataset(tmp_path / "set", images)
     (path / "notes.txt").touch()
     result = check(path)
     assert result.exit_code == 0
@@ -103,7 +103,7 @@ def test_skipped_files_and_detected_labels_are_reported(tmp_path: Path) -> None:
         "Skipped 1 file:",
         "  1 .txt",
     ]
-    nested = write_set(tmp_path / "outer" / "inner", {"a.png": noise(8, 8, 3)}, Labels=[["a.png", 0]])
+    nested = write_dataset(tmp_path / "outer" / "inner", {"a.png": noise(8, 8, 3)}, Labels=[["a.png", 0]])
     assert "Note: inner/dataset.json is read: all images are in its folder\n" in check(nested.parent).stdout
 
 
@@ -122,7 +122,7 @@ def test_remarks_do_not_change_the_exit_code(tmp_path: Path) -> None:
     images |= {"copy.png": images["1.png"], "other.png": images["2.png"], "third.png": images["2.png"]}
     images |= {"red.png": np.full((8, 8, 3), (200, 0, 0), np.uint8), "dark.png": noise(8, 8, 3) // 16}
     labels = [[name, k % 2] for k, name in enumerate(images)]
-    path = write_set(
+    path = write_dataset(
         tmp_path / "set", images, labels=labels, class_names=["cat", "dog", "owl"], short_sides={"64": 3, "256": 6}
     )
     result = check(path)
@@ -170,7 +170,7 @@ def test_constant_and_nearly_black_images_are_detected(pixels: np.ndarray, expec
 
 
 def test_twelve_bit_values_in_16_bit_files_are_nearly_black(tmp_path: Path) -> None:
-    path = write_set(tmp_path / "set", {"bright.png": noise(32, 32, 1)})
+    path = write_dataset(tmp_path / "set", {"bright.png": noise(32, 32, 1)})
     for bits in (12, 14):
         values = np.random.RandomState(1).randint(0, 2**bits, (32, 32)).astype(np.uint16)
         Image.fromarray(values).save(path / f"{bits}.png")
@@ -187,16 +187,18 @@ def test_copies_are_images_with_equal_pixels(
 ) -> None:
     path = tmp_path_factory.mktemp("set")
     names = [f"{k:02d}.png" for k in range(len(kinds))]
-    write_set(path, {name: np.full((side, side, 1), kind, np.uint8) for name, kind in zip(names, kinds, strict=True)})
+    write_dataset(
+        path, {name: np.full((side, side, 1), kind, np.uint8) for name, kind in zip(names, kinds, strict=True)}
+    )
     store = open_store(path)
     found = inspect_all(store.names, items_of(store), 1).duplicates()
     expected = [[k for k, other in enumerate(kinds) if other == kind] for kind in set(kinds)]
     assert found == sorted(group for group in expected if len(group) > 1)
 
 
-def test_images_of_different_shapes_are_no_copies(tmp_path: Path) -> None:
+def test_images_of_different_shapes_are_not_copies(tmp_path: Path) -> None:
     flat = np.arange(48, dtype=np.uint8)
-    path = write_set(tmp_path / "set", {"a.png": flat.reshape(4, 4, 3), "b.png": flat.reshape(2, 8, 3)})
+    path = write_dataset(tmp_path / "set", {"a.png": flat.reshape(4, 4, 3), "b.png": flat.reshape(2, 8, 3)})
     store = open_store(path)
     assert inspect_all(store.names, items_of(store), 1).duplicates() == []
 
@@ -217,7 +219,7 @@ def test_the_number_of_workers_does_not_change_the_report(tmp_path: Path) -> Non
     "recorded", [None, 3, [], {}, {"64": "3"}, {"-8": 1}, {"x": 1}, {"64": 0}, {"64": True}, {"٦٤": 1}, {"9" * 5000: 1}]
 )
 def test_invalid_records_of_original_sizes_are_ignored(tmp_path: Path, recorded: object) -> None:
-    path = write_set(tmp_path / "set", {"a.png": noise(8, 8, 3), "b.png": noise(8, 8, 3)}, short_sides=recorded)
+    path = write_dataset(tmp_path / "set", {"a.png": noise(8, 8, 3), "b.png": noise(8, 8, 3)}, short_sides=recorded)
     result = check(path)
     assert result.exit_code == 0
     assert "Shorter" not in result.stdout
@@ -225,7 +227,7 @@ def test_invalid_records_of_original_sizes_are_ignored(tmp_path: Path, recorded:
 
 def test_check_shows_the_original_sizes_recorded_by_build(tmp_path: Path) -> None:
     sides = [20, 33, 40, 70, 80, 90]
-    write_set(tmp_path / "raw", {f"{k}.png": noise(side, side + 5, 3) for k, side in enumerate(sides)})
+    write_dataset(tmp_path / "raw", {f"{k}.png": noise(side, side + 5, 3) for k, side in enumerate(sides)})
     command = [f"--source={tmp_path / 'raw'}", f"--dest={tmp_path / 'set.zip'}", "--resolution=16x16", "--workers=1"]
     assert CliRunner().invoke(dataset_tool.main, command).exit_code == 0
     raw, built = check(tmp_path / "raw"), check(tmp_path / "set.zip")
@@ -275,7 +277,7 @@ def test_tiles_are_balanced_between_classes(sizes: list[int], expected: list[int
 
 
 def make_sheet(tmp_path: Path, images: dict[str, np.ndarray], **content: object) -> np.ndarray:
-    path = write_set(tmp_path / "set", images, **content)
+    path = write_dataset(tmp_path / "set", images, **content)
     result = check(path, f"--sheet={tmp_path / 'new' / 'sheet.png'}")
     assert f"Written: {tmp_path / 'new' / 'sheet.png'}" in result.output
     with Image.open(tmp_path / "new" / "sheet.png") as sheet:
@@ -360,7 +362,7 @@ def test_a_sheet_shows_a_thousand_classes_and_a_histogram(tmp_path: Path) -> Non
     ],
 )
 def test_a_sheet_never_overwrites_or_enters_the_dataset(tmp_path: Path, name: str, message: str) -> None:
-    path = write_set(tmp_path / "set", {"a.png": noise(8, 8, 3)})
+    path = write_dataset(tmp_path / "set", {"a.png": noise(8, 8, 3)})
     (tmp_path / "there.png").write_bytes(b"precious")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "alias").symlink_to(path)

@@ -31,7 +31,7 @@ def test_a_file_round_trips(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
-def test_torch_load_reads_it_with_weights_only(tmp_path: Path) -> None:
+def test_torch_load_reads_a_file_with_weights_only(tmp_path: Path) -> None:
     write_file(tmp_path / "f", "thing", 1, PAYLOAD)
     document = torch.load(tmp_path / "f", weights_only=True)
     assert document["format"] == "thing"
@@ -145,7 +145,7 @@ def test_checkpoint_restores_modules_and_optimizers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("change", ["to contiguous", "to channels last"])
 def test_a_fused_optimizer_continues_in_another_memory_layout(tmp_path: Path, device: str, change: str) -> None:
-    """The moments are permuted with their parameters: the next step equals that without the change of layout."""
+    """Moments are permuted with their parameters: the next step equals a step without the layout change."""
     there, here = torch.channels_last, torch.contiguous_format
     if change == "to channels last":
         there, here = here, there
@@ -160,15 +160,15 @@ def test_a_fused_optimizer_continues_in_another_memory_layout(tmp_path: Path, de
             p.grad = torch.empty_like(p).copy_(gradient)
         optimizer.step()
 
-    stays, changes = parts(there), parts(here)
-    assert stays[0].weight.stride() != changes[0].weight.stride()
+    same_layout, changes = parts(there), parts(here)
+    assert same_layout[0].weight.stride() != changes[0].weight.stride()
     for seed in range(3):
-        step(*stays, seed)
-    Checkpoint(model=stays[0], optimizer=stays[1]).save(tmp_path / "f")
+        step(*same_layout, seed)
+    Checkpoint(model=same_layout[0], optimizer=same_layout[1]).save(tmp_path / "f")
     Checkpoint(model=changes[0], optimizer=changes[1]).load(tmp_path / "f")
-    step(*stays, 3)
+    step(*same_layout, 3)
     step(*changes, 3)
-    torch.testing.assert_close(changes[0].weight, stays[0].weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(changes[0].weight, same_layout[0].weight, rtol=1e-6, atol=1e-6)
 
 
 def test_moments_of_another_shape_are_refused(tmp_path: Path) -> None:

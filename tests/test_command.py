@@ -1,4 +1,4 @@
-"""The command `styleformer` and the package of this name."""
+"""The `styleformer` command and package."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_script_keeps_its_own_name() -> None:
     assert "python train.py --outdir=runs" in CliRunner().invoke(train.main, ["--help"]).output
 
 
-def test_errors_name_the_command_that_was_typed(tmp_path: Path) -> None:
+def test_errors_name_the_invoked_command(tmp_path: Path) -> None:
     def message(program: Any, *arguments: object) -> str:
         result = CliRunner().invoke(program, [*map(str, arguments)])
         assert result.exit_code == 2
@@ -139,13 +139,13 @@ def test_help_and_completion_import_no_torch(tmp_path: Path) -> None:
 
 
 def complete(shell: str, *words: str) -> list[str]:
-    """Lines that a shell gets when the last word is completed."""
+    """Return the lines that a shell receives to complete the last word."""
     env = {"_STYLEFORMER_COMPLETE": f"{shell}_complete", "COMP_WORDS": " ".join(["styleformer", *words])}
     env["COMP_CWORD"] = words[-1] if shell == "fish" else str(len(words))
     return run(env=env).rstrip("\n").splitlines()
 
 
-def test_commands_are_completed_with_their_help_texts() -> None:
+def test_commands_are_completed_with_help_in_zsh_and_fish() -> None:
     assert complete("bash", "re") == ["plain,report"]
     assert complete("zsh", "re") == ["plain", "report", COMMANDS["report"][1]]
     assert complete("fish", "re") == [f"plain,report\t{COMMANDS['report'][1]}"]
@@ -160,7 +160,7 @@ def test_options_and_values_are_completed(shell: str) -> None:
 
     assert values("train", "--grad") == ["--grad-checkpoint"]
     assert values("train", "--grad_") == ["--grad_checkpoint"]
-    prefix = "--cfg=" if shell == "zsh" else ""  # in fish, the script adds it
+    prefix = "--cfg=" if shell == "zsh" else ""  # the completion script of fish adds the prefix
     assert values("train", "--cfg", "ti") == ["tiny"]
     assert values("train", "--cfg=ti") == [f"{prefix}tiny"]
     assert values("generate", "m") == ["mix"]
@@ -226,7 +226,7 @@ def test_generate_returns_the_images_of_the_command(tmp_path: Path) -> None:
     assert legacy.load_network(SNAPSHOT).G_ema.state_dict().keys() == snapshot.G_ema.state_dict().keys()
 
 
-def test_generate_refuses_what_it_cannot_use() -> None:
+def test_generate_refuses_invalid_arguments() -> None:
     snapshot = styleformer.load_network(SNAPSHOT)
     with pytest.raises(UserError, match=r"^seeds=\(\): specify at least one seed"):
         styleformer.generate(snapshot, [])
@@ -284,7 +284,7 @@ def test_datasets_are_read_by_item(shapes_zip: Path) -> None:
     assert label.shape == (dataset.label_dim,)
 
 
-def test_the_python_of_the_page_runs(shapes32_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_code_of_the_page_runs(shapes32_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     (tmp_path / "data").mkdir()
@@ -293,7 +293,7 @@ def test_the_python_of_the_page_runs(shapes32_zip: Path, tmp_path: Path, monkeyp
     scope: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
     for code in blocks:
-        if "styleformer.train(" not in code:  # a training, of which tests/test_training.py has enough
+        if "styleformer.train(" not in code:  # covered by tests/test_training.py
             exec(code, scope)
     assert len(blocks) == 3
     assert scope["images"].shape == (4, 3, 32, 32)
@@ -302,8 +302,8 @@ def test_the_python_of_the_page_runs(shapes32_zip: Path, tmp_path: Path, monkeyp
     assert scope["image"].shape == (3, 32, 32)
 
 
-def test_names_of_ours_in_the_working_directory_break_nothing(tmp_path: Path) -> None:
-    """Empty folders, as `--outdir=training` makes, and scripts; the images are converted by spawned processes."""
+def test_files_in_the_working_directory_shadow_no_module(tmp_path: Path) -> None:
+    """Empty folders, such as from `--outdir=training`, and scripts; spawned processes convert the images."""
     for name in TOP_LEVEL - {"styleformer"}:
         (tmp_path / name).mkdir()
     data = "--source=shapes", "--dest=data.zip", "--max-images=8", "--workers=2"
@@ -317,7 +317,7 @@ def test_names_of_ours_in_the_working_directory_break_nothing(tmp_path: Path) ->
     assert dataset_tool.read_dataset_json(dataset_tool.open_store(tmp_path / "data.zip")).meta["num_images"] == 8
 
 
-def test_the_working_directory_stays_where_this_package_is_in_it(
+def test_a_working_directory_with_the_package_stays_on_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -338,7 +338,7 @@ def test_torchrun_starts_the_module(shapes_zip: Path, tmp_path: Path) -> None:
     assert json.loads(found.stdout)["options"]["run"]["num_gpus"] == 1
 
 
-def test_the_project_file_names_every_package_and_script() -> None:
+def test_the_project_file_lists_every_package_and_script() -> None:
     ignored = {"tests", "benchmarks", "docs", "build", ".venv"}
     inits = (path.relative_to(ROOT).parent for path in ROOT.rglob("__init__.py"))
     packages = {".".join(path.parts) for path in inits if path.parts[0] not in ignored}
@@ -346,10 +346,12 @@ def test_the_project_file_names_every_package_and_script() -> None:
     assert {*SETTINGS["py-modules"]} == {path.stem for path in ROOT.glob("*.py")}
     assert {script for script, _ in COMMANDS.values()} <= {*SETTINGS["py-modules"]}
     for folder in {path.parent for name in TOP_LEVEL for path in (ROOT / name).rglob("*.py")}:
-        assert (folder / "__init__.py").exists(), f"{folder} is a namespace, which loses to others of its name"
+        assert (folder / "__init__.py").exists(), (
+            f"{folder} is a namespace package, and a regular package of that name would shadow it"
+        )
 
 
-def test_the_project_file_names_every_file_that_is_no_module() -> None:
+def test_the_project_file_lists_every_data_file() -> None:
     data = SETTINGS["package-data"]
     for name in SETTINGS["packages"]:
         for path in (ROOT / name.replace(".", "/")).iterdir():
@@ -360,7 +362,7 @@ def test_the_project_file_names_every_file_that_is_no_module() -> None:
 
 @pytest.mark.slow
 def test_an_installation_works_outside_of_the_checkout(tmp_path: Path) -> None:
-    """The wheel in an environment of its own, which finds the dependencies in this one."""
+    """Install the wheel in a new environment that takes its dependencies from the current environment."""
     pytest.importorskip("setuptools", "77")
     source, folder, env = tmp_path / "source", tmp_path / "work", tmp_path / "env"
     ignored = shutil.ignore_patterns(".*", "tests", "benchmarks", "__pycache__", "images", "gallery", "out", "build")

@@ -24,7 +24,7 @@ from training.config import (
 from training.phases import AdamConfig
 
 CIFAR = Environment(img_shape=(3, 32, 32), c_dim=0)
-# Settings of a run from before the newer fields, so that the other fields are valid.
+# Values that make a configuration valid without the newer fields.
 BEFORE_OBJECTIVES: dict[str, Any] = {"loss.objective": "logistic", "augment.mode": "ada", "augment.policy": None}
 
 

@@ -1,7 +1,7 @@
 """Conformance suite for every generator and discriminator family in the tables of training/networks.
 
-A new family joins by its line in GENERATORS or DISCRIMINATORS; the suite also runs over the family that
-docs/adding_a_model.md adds. Sizes, variants and expected parameter counts are in small_families.py.
+Every entry of GENERATORS and DISCRIMINATORS is tested, and so is the family of docs/adding_a_model.md.
+Sizes, variants and expected parameter counts are in small_families.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from training.snapshots.transfer import copy_weights, places
 
 @dataclass(frozen=True)
 class Case:
-    """Family of a table, or one of its variants."""
+    """Family of a table, or a variant of a family."""
 
     part: str  # "G" or "D"
     family: str
@@ -95,7 +95,7 @@ def same(a: Tensor, b: Tensor) -> None:
 
 @each_generator
 @pytest.mark.parametrize("c_dim", [0, 3])
-def test_images_have_the_promised_shape_type_and_range(case: Case, c_dim: int) -> None:
+def test_images_have_the_documented_shape_type_and_range(case: Case, c_dim: int) -> None:
     config = case.config(c_dim=c_dim, img_channels=1 + c_dim)
     torch.manual_seed(0)
     G = config.build()
@@ -111,7 +111,7 @@ def test_images_have_the_promised_shape_type_and_range(case: Case, c_dim: int) -
 
 @each_discriminator
 @pytest.mark.parametrize("c_dim", [0, 3])
-def test_logits_have_the_promised_shape_and_type(case: Case, c_dim: int) -> None:
+def test_logits_have_the_documented_shape_and_type(case: Case, c_dim: int) -> None:
     config = case.config(c_dim=c_dim, img_channels=1 + c_dim)
     D = config.build()
     img, c = case.inputs(config, dtype=torch.float32)
@@ -135,7 +135,7 @@ def test_an_image_does_not_depend_on_its_batch(case: Case) -> None:
 
 
 @each_discriminator
-def test_logits_depend_on_the_batch_by_groups_alone(case: Case) -> None:
+def test_logits_depend_only_on_the_minibatch_std_group(case: Case) -> None:
     """The order of the images in a group does not matter; without groups each image is independent."""
     alone = {field.name: 0 for field in fields(case.config()) if field.name == "mbstd_group_size"}
     for changes in (alone, {}):
@@ -183,7 +183,7 @@ def test_noise_is_constant_absent_or_drawn_from_the_seed(case: Case) -> None:
 
 
 @each_discriminator
-def test_discriminators_draw_noise_in_training_alone(case: Case) -> None:
+def test_discriminators_draw_noise_only_in_training(case: Case) -> None:
     config = case.config()
     D = build(config)
     img, c = case.inputs(config)
@@ -262,7 +262,7 @@ def test_a_gradient_reaches_every_parameter_and_input(case: Case) -> None:
 
 @each_case
 def test_gradients_of_a_penalty_equal_finite_differences(case: Case) -> None:
-    """Differentiate a squared gradient by the parameters: path length for a generator, R1 for a discriminator."""
+    """Differentiate a squared gradient, path length for G and R1 for D, with respect to the parameters."""
     config = case.config(c_dim=3)
     network = build(config)
     if case.part == "G":
@@ -283,7 +283,7 @@ def test_gradients_of_a_penalty_equal_finite_differences(case: Case) -> None:
 
 
 def assert_equals_finite_differences(function: Callable[[], Tensor], parameters: list[nn.Parameter]) -> None:
-    """Compare the automatic with the numerical derivative along a random direction.
+    """Compare the autograd derivative with a numerical derivative along a random direction.
 
     A smaller step is tried if they differ, because a step may cross the kink of a leaky ReLU.
     """
@@ -345,7 +345,7 @@ def test_recomputing_activations_changes_nothing(case: Case) -> None:
 
 
 @each_generator
-def test_style_groups_have_each_style_once(case: Case) -> None:
+def test_style_groups_contain_each_style_once(case: Case) -> None:
     config = case.config()
     with torch.device("meta"):
         G = config.build()
@@ -382,7 +382,7 @@ def test_attention_maps_are_the_weights_of_the_values(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", D_CASES, ids=str)
-def test_freeze_d_counts_layers_from_the_image_on(case: Case) -> None:
+def test_freeze_d_counts_layers_from_the_image(case: Case) -> None:
     D = case.config().build()
     layers = D.layers_from_image()
     assert set(layers) < set(D.modules())
@@ -405,7 +405,7 @@ def test_the_number_of_parameters_does_not_change(case: Case) -> None:
 
 
 @each_case
-def test_a_configuration_goes_through_json(case: Case) -> None:
+def test_a_configuration_round_trips_through_json(case: Case) -> None:
     part = "generator" if case.part == "G" else "discriminator"
     config = replace(PRESETS["tiny"], **{part: case.config(c_dim=3)})
     data = json.loads(json.dumps(to_json(config)))
@@ -419,7 +419,7 @@ def train_config(case: Case, data: Path, **changes: Any) -> TrainConfig:
 
 
 @each_family
-def test_a_snapshot_gives_back_the_same_networks(case: Case, shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_snapshot_restores_the_same_networks(case: Case, shapes_zip: Path, tmp_path: Path) -> None:
     config = train_config(case, shapes_zip, data__use_labels=True)
     networks = {name: getattr(config, part).build() for name, part in
                 (("G", "generator"), ("D", "discriminator"), ("G_ema", "generator"))}  # fmt: skip
@@ -433,7 +433,7 @@ def test_a_snapshot_gives_back_the_same_networks(case: Case, shapes_zip: Path, t
 
 
 @each_family
-def test_a_resumed_training_continues_to_the_last_bit(case: Case, shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_bit_for_bit(case: Case, shapes_zip: Path, tmp_path: Path) -> None:
     config = train_config(case, shapes_zip)
     straight, first, second = (new_trainer(config) for _ in range(3))
     network = straight.G if case.part == "G" else straight.D
@@ -449,7 +449,7 @@ def test_a_resumed_training_continues_to_the_last_bit(case: Case, shapes_zip: Pa
 
 @each_family
 @pytest.mark.parametrize("is_up", [True, False], ids=["up", "down"])
-def test_weights_go_to_a_network_for_other_images(case: Case, is_up: bool) -> None:
+def test_weights_transfer_to_another_resolution(case: Case, is_up: bool) -> None:
     doubled: Settings = (G_DOUBLED if case.part == "G" else D_DOUBLED).get(case.family, {})
     configs = [case.config(), case.config(32, **doubled)]
     source, target = (build(config) for config in (configs if is_up else configs[::-1]))
@@ -466,7 +466,7 @@ def test_weights_go_to_a_network_for_other_images(case: Case, is_up: bool) -> No
 
 
 @each_family
-def test_weights_go_whole_to_an_equal_network(case: Case) -> None:
+def test_all_weights_transfer_to_an_equal_network(case: Case) -> None:
     source, target = build(case.config()), case.config().build().double()
     copied = copy_weights(source, target, case.part)
     assert (copied.share, copied.new, copied.partial) == (1, (), ())

@@ -1,4 +1,4 @@
-"""Convolutions with fast second derivatives, against PyTorch's own."""
+"""Convolutions with fast second derivatives, against PyTorch's convolutions."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ FOLDERS = (
 FILES = sorted([*ROOT.glob("*.py"), *(file for name in FOLDERS for file in (ROOT / name).rglob("*.py"))])
 TEST_MODULES = [file for file in FILES if file.name.startswith("test_")]
 
-# Openings of a clause without a head, or of a sentence whose subject stands elsewhere.
+# First words of headless clauses, inverted sentences and sentences that begin with a pronoun.
 HEADLESS = re.compile(r"(What|Which|How|Where|Who|Whom|Whose|Whoever|Whether|Of|It|Its|They|Their|Those)\b")
 
 Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -31,7 +31,7 @@ def parse(file: Path) -> ast.Module:
 
 @cache
 def definitions(file: Path) -> list[tuple[str, Definition]]:
-    """Return the module, classes and functions of a file with their places."""
+    """Return the module, classes and functions of a file with their line numbers."""
     nodes = (node for node in ast.walk(parse(file)) if isinstance(node, Definition))
     return [(f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}", node) for node in nodes]
 

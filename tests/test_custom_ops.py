@@ -1,4 +1,4 @@
-"""Building, locating and agreeing on the CUDA kernels, without a GPU."""
+"""CUDA kernels without a GPU: build, lookup, and agreement between processes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from dnnlib.config import UserError
 from torch_utils import custom_ops, distributed
 
 ROOT = Path(__file__).parent.parent
-needs_nvcc = pytest.mark.skipif(custom_ops.find_nvcc() is None, reason="nvcc is not here")
+needs_nvcc = pytest.mark.skipif(custom_ops.find_nvcc() is None, reason="needs nvcc")
 
-# The smallest library that is accepted as the kernels.
+# Minimal source of a library that is accepted as the kernels.
 TINY = """
 __global__ void kernel() {}
 extern "C" int bias_act() { return 7; }
@@ -51,7 +51,7 @@ def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_kernels_are_built_once_and_leave_one_file(source: Path) -> None:
     folder = custom_ops.extensions_folder()
     folder.mkdir(parents=True)
-    (folder / "lock").touch()  # left by a killed build of torch
+    (folder / "lock").touch()  # left by a killed torch build
     (folder / f"{custom_ops.library_path('9.0').stem}-killed").mkdir()
 
     first = custom_ops.build("9.0")
@@ -143,7 +143,7 @@ def test_architectures_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert custom_ops.architectures() == "8.0;9.0+PTX"
 
 
-def test_auto_reports_the_reason_of_a_fallback_once(
+def test_auto_reports_the_reason_for_a_fallback_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = []
@@ -194,7 +194,7 @@ def test_auto_does_not_look_for_kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch
         assert not custom_ops.use_kernels("auto", x)
 
 
-def test_implementation_sets_what_auto_means() -> None:
+def test_implementation_overrides_auto() -> None:
     x = torch.zeros(2)
     with custom_ops.implementation("cuda"):
         with pytest.raises(ValueError, match="impl='cuda'"):
@@ -220,7 +220,7 @@ def test_prepare_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_two_processes(folder: Path, data: Path) -> None:
-    """Prepare the kernels while the build fails on one process or on none; write down the outcome."""
+    """Prepare the kernels with a build that fails on one process or on none; save the outcome."""
     rank = distributed.rank()
     results = []
     for fails in (None, 0, 1):
@@ -244,7 +244,7 @@ def in_two_processes(folder: Path, data: Path) -> None:
 
 
 class Loaded:
-    """A stand-in for a library that records its path."""
+    """Fake library that records its path."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -267,7 +267,7 @@ def test_processes_agree_and_rank_0_builds_first(together: Path) -> None:
         assert results[1 - fails] == {"line": fallback + other, "came_first": None}
 
 
-# Calls the built kernels as on a GPU, in a process of its own. Without a GPU every call must return an error.
+# Calls the built kernels as on a GPU, in a separate process. Without a GPU, every call must return an error.
 LAUNCH_ALL = """
 import pathlib, sys, torch
 from torch_utils import custom_ops
@@ -285,7 +285,7 @@ for dtype in custom_ops.DTYPES:
         except RuntimeError as error:
             assert "CUDA error" in str(error), error
         else:
-            raise AssertionError("there is no GPU that could have done it")
+            raise AssertionError("a kernel succeeded without a GPU")
 """
 
 
@@ -294,7 +294,7 @@ def run_module(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=ROOT)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to build for")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_the_command_reports_missing_tools() -> None:
     result = run_module()
     assert result.returncode == 1

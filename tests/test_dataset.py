@@ -52,13 +52,13 @@ def write_folder(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def set_files(images: np.ndarray, labels: list[Any] | None = None, **more: Any) -> dict[str, bytes]:
+def dataset_files(images: np.ndarray, labels: list[Any] | None = None, **more: Any) -> dict[str, bytes]:
     files = {image_name(k): as_png(pixels) for k, pixels in enumerate(images)}
     pairs = None if labels is None else [[image_name(k), label] for k, label in enumerate(labels)]
     return {**files, "dataset.json": json.dumps({"labels": pairs, **more}).encode()}
 
 
-def open_set(path: Path, **options: Any) -> ImageDataset:
+def open_dataset(path: Path, **options: Any) -> ImageDataset:
     return ImageDataset(DatasetConfig(path=str(path), **options))
 
 
@@ -67,11 +67,11 @@ def open_set(path: Path, **options: Any) -> ImageDataset:
 def test_images_are_read_unchanged(tmp_path: Path, kind: str, channels: int) -> None:
     images = random_images(7, channels=channels)
     if kind == "folder":
-        path = write_folder(tmp_path / "set", set_files(images))
+        path = write_folder(tmp_path / "set", dataset_files(images))
     else:
         compression = zipfile.ZIP_STORED if kind == "stored" else zipfile.ZIP_DEFLATED
-        path = write_zip(tmp_path / "set.zip", set_files(images), compression)
-    dataset = open_set(path)
+        path = write_zip(tmp_path / "set.zip", dataset_files(images), compression)
+    dataset = open_dataset(path)
     assert dataset.img_shape == (channels, 6, 5)
     assert (dataset.name, len(dataset), dataset.c_dim, dataset.has_labels) == ("set", 7, 0, False)
     assert dataset.labels.shape == (7, 0)
@@ -88,7 +88,7 @@ def test_other_formats_without_dataset_json_are_read(tmp_path: Path) -> None:
         buffer = io.BytesIO()
         Image.fromarray(images[0]).save(buffer, format, lossless=True)
         files[name] = buffer.getvalue()
-    dataset = open_set(write_zip(tmp_path / "x.zip", files))
+    dataset = open_dataset(write_zip(tmp_path / "x.zip", files))
     batch = dataset.images(torch.arange(3)).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(batch[:2], images[[0, 0]])
     np.testing.assert_array_equal(batch[2], np.asarray(Image.open(io.BytesIO(files["c.jpg"]))))
@@ -101,17 +101,17 @@ def test_palette_pngs_are_read_as_rgb(tmp_path: Path) -> None:
     image.save(buffers[0], "png")
     palette.save(buffers[1], "png")
     files = {f"{k}.png": buffer.getvalue() for k, buffer in enumerate(buffers)}
-    batch = open_set(write_zip(tmp_path / "x.zip", files)).images([1]).permute(0, 2, 3, 1)[0]
+    batch = open_dataset(write_zip(tmp_path / "x.zip", files)).images([1]).permute(0, 2, 3, 1)[0]
     np.testing.assert_array_equal(batch.numpy(), np.asarray(palette.convert("RGB")))
 
 
 @pytest.mark.parametrize("labels", [None, [2, 0, 1, 1], [[0.5, 1.0]] * 4])
 @pytest.mark.parametrize("mirror", [False, True])
 def test_with_mirror_equals_opening_with_the_option(tmp_path: Path, labels: list[Any] | None, mirror: bool) -> None:
-    path = write_zip(tmp_path / "set.zip", set_files(random_images(4), labels))
+    path = write_zip(tmp_path / "set.zip", dataset_files(random_images(4), labels))
     options: dict[str, Any] = {"use_labels": labels is not None, "max_images": 3}
-    opened = open_set(path, mirror=mirror, **options)
-    for origin in (opened, open_set(path, mirror=not mirror, **options)):
+    opened = open_dataset(path, mirror=mirror, **options)
+    for origin in (opened, open_dataset(path, mirror=not mirror, **options)):
         made = origin.with_mirror(mirror)
         assert (made.config, made.content_hash, len(made)) == (opened.config, opened.content_hash, len(opened))
         assert torch.equal(made.labels, opened.labels)
@@ -121,8 +121,8 @@ def test_with_mirror_equals_opening_with_the_option(tmp_path: Path, labels: list
 
 def test_mirror_doubles_the_dataset(tmp_path: Path) -> None:
     images = random_images(4)
-    path = write_zip(tmp_path / "x.zip", set_files(images, [0, 1, 2, 1]))
-    dataset = open_set(path, mirror=True, use_labels=True)
+    path = write_zip(tmp_path / "x.zip", dataset_files(images, [0, 1, 2, 1]))
+    dataset = open_dataset(path, mirror=True, use_labels=True)
     assert len(dataset) == 8
     assert dataset.labels.tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
     batch = dataset.images([1, 5, 4]).permute(0, 2, 3, 1).numpy()
@@ -135,8 +135,8 @@ def test_mirror_doubles_the_dataset(tmp_path: Path) -> None:
 
 def test_a_subset_is_random_seeded_and_keeps_labels(tmp_path: Path) -> None:
     images = random_images(20)
-    path = write_zip(tmp_path / "x.zip", set_files(images, list(range(20))))
-    subsets = [open_set(path, max_images=6, seed=seed, use_labels=True) for seed in (0, 0, 1)]
+    path = write_zip(tmp_path / "x.zip", dataset_files(images, list(range(20))))
+    subsets = [open_dataset(path, max_images=6, seed=seed, use_labels=True) for seed in (0, 0, 1)]
     chosen = [subset.labels.tolist() for subset in subsets]
     assert chosen[0] == chosen[1] != chosen[2]
     assert len(set(chosen[0])) == 6
@@ -144,22 +144,24 @@ def test_a_subset_is_random_seeded_and_keeps_labels(tmp_path: Path) -> None:
     batch = subsets[0].images(range(6)).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(batch, images[chosen[0]])
     assert subsets[0].c_dim == 20  # the number of classes of the whole dataset
-    assert len(open_set(path, max_images=100)) == 20
+    assert len(open_dataset(path, max_images=100)) == 20
 
 
 def test_labels_are_class_numbers_or_vectors(tmp_path: Path) -> None:
     images = random_images(3)
-    path = write_zip(tmp_path / "a.zip", set_files(images, [2, 0, 1], class_names=list("abcde"), resize_filter="box"))
-    dataset = open_set(path, use_labels=True)
+    path = write_zip(
+        tmp_path / "a.zip", dataset_files(images, [2, 0, 1], class_names=list("abcde"), resize_filter="box")
+    )
+    dataset = open_dataset(path, use_labels=True)
     assert (dataset.c_dim, dataset.labels.dtype, dataset.class_names) == (5, torch.int64, list("abcde"))
     assert dataset.meta["resize_filter"] == "box"
     assert encode_labels(dataset.labels, 5).tolist() == [[0, 0, 1, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
-    assert open_set(path).has_labels
-    assert open_set(path).c_dim == 0
-    assert encode_labels(open_set(path).labels, 0).shape == (3, 0)
+    assert open_dataset(path).has_labels
+    assert open_dataset(path).c_dim == 0
+    assert encode_labels(open_dataset(path).labels, 0).shape == (3, 0)
 
     vectors = [[0.5, -1], [1, 2.25], [0, 0]]
-    dataset = open_set(write_zip(tmp_path / "b.zip", set_files(images, vectors)), use_labels=True)
+    dataset = open_dataset(write_zip(tmp_path / "b.zip", dataset_files(images, vectors)), use_labels=True)
     assert (dataset.c_dim, dataset.labels.dtype, dataset.labels.tolist()) == (2, torch.float32, vectors)
     assert encode_labels(dataset.labels, 2).tolist() == vectors
     with pytest.raises(ValueError, match="c_dim is 3"):
@@ -183,9 +185,9 @@ def test_labels_are_class_numbers_or_vectors(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_dataset_json_is_named(tmp_path: Path, content: bytes, message: str) -> None:
-    path = write_zip(tmp_path / "x.zip", {**set_files(random_images(2)), "dataset.json": content})
+    path = write_zip(tmp_path / "x.zip", {**dataset_files(random_images(2)), "dataset.json": content})
     with pytest.raises(UserError, match=message) as info:
-        open_set(path, use_labels=True)
+        open_dataset(path, use_labels=True)
     assert str(path) in str(info.value)
 
 
@@ -193,18 +195,18 @@ def test_unusable_datasets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dataset given"):
         ImageDataset(DatasetConfig())
     with pytest.raises(UserError, match=r"missing\.zip does not exist"):
-        open_set(tmp_path / "missing.zip")
+        open_dataset(tmp_path / "missing.zip")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no images"):
-        open_set(tmp_path / "empty")
+        open_dataset(tmp_path / "empty")
     with pytest.raises(UserError, match="holds no images"):
-        open_set(write_zip(tmp_path / "x.zip", {"readme.txt": b"nothing"}))
+        open_dataset(write_zip(tmp_path / "x.zip", {"readme.txt": b"nothing"}))
     with pytest.raises(UserError, match="neither a folder nor a"):
-        open_set(write_folder(tmp_path, {"x.tar": b""}) / "x.tar")
-    whole = write_zip(tmp_path / "whole.zip", set_files(random_images(9))).read_bytes()
+        open_dataset(write_folder(tmp_path, {"x.tar": b""}) / "x.tar")
+    whole = write_zip(tmp_path / "whole.zip", dataset_files(random_images(9))).read_bytes()
     (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"cut\.zip is not a complete zip file"):
-        open_set(tmp_path / "cut.zip")
+        open_dataset(tmp_path / "cut.zip")
     with pytest.raises(ConfigError, match="max_images"):
         DatasetConfig(max_images=0)
     with pytest.raises(ConfigError, match="seed"):
@@ -212,10 +214,10 @@ def test_unusable_datasets_are_refused(tmp_path: Path) -> None:
 
 
 def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    files = set_files(random_images(1))
+    files = dataset_files(random_images(1))
     files |= {"1.png": as_png(random_images(1, height=7)[0]), "2.png": as_png(random_images(1, channels=4)[0])}
     files |= {"3.png": b"not an image", "4.png": files[image_name(0)][:-30]}
-    dataset = open_set(write_zip(tmp_path / "x.zip", files))
+    dataset = open_dataset(write_zip(tmp_path / "x.zip", files))
     for index, message in [
         (1, r"'1.png' is 5x7 RGB, but the first image is 5x6 RGB: .*--width"),
         (2, r"'2.png' is 5x6 RGBA"),
@@ -227,12 +229,12 @@ def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 
 def test_a_corrupt_zip_member_is_detected(tmp_path: Path) -> None:
-    path = write_zip(tmp_path / "x.zip", set_files(random_images(3)))
+    path = write_zip(tmp_path / "x.zip", dataset_files(random_images(3)))
     data = bytearray(path.read_bytes())
     at = data.index(as_png(random_images(3)[1])) + 50
     data[at] ^= 1
     path.write_bytes(bytes(data))
-    dataset = open_set(path)
+    dataset = open_dataset(path)
     dataset.images([0, 2])
     with pytest.raises(UserError, match=r"img00000001.png' cannot be decoded \(checksum"):
         dataset.images([1])
@@ -240,25 +242,25 @@ def test_a_corrupt_zip_member_is_detected(tmp_path: Path) -> None:
 
 def test_the_content_hash_depends_on_all_content(tmp_path: Path) -> None:
     images = random_images(5)
-    path = write_zip(tmp_path / "x.zip", set_files(images))
+    path = write_zip(tmp_path / "x.zip", dataset_files(images))
     other = images.copy()
     other[3, 0, 0, 0] ^= 1
     hashes = [
-        open_set(path).content_hash,
-        open_set(path, mirror=True).content_hash,
-        open_set(path, max_images=3).content_hash,
-        open_set(path, max_images=3, seed=1).content_hash,
-        open_set(write_zip(tmp_path / "labels.zip", set_files(images, [0] * 5))).content_hash,
-        open_set(write_zip(tmp_path / "pixel.zip", set_files(other))).content_hash,
-        open_set(write_folder(tmp_path / "folder", set_files(images))).content_hash,
+        open_dataset(path).content_hash,
+        open_dataset(path, mirror=True).content_hash,
+        open_dataset(path, max_images=3).content_hash,
+        open_dataset(path, max_images=3, seed=1).content_hash,
+        open_dataset(write_zip(tmp_path / "labels.zip", dataset_files(images, [0] * 5))).content_hash,
+        open_dataset(write_zip(tmp_path / "pixel.zip", dataset_files(other))).content_hash,
+        open_dataset(write_folder(tmp_path / "folder", dataset_files(images))).content_hash,
     ]
     assert len(set(hashes)) == len(hashes)
-    assert open_set(write_zip(tmp_path / "copy.zip", set_files(images))).content_hash == hashes[0]
+    assert open_dataset(write_zip(tmp_path / "copy.zip", dataset_files(images))).content_hash == hashes[0]
 
 
 def test_a_pickled_dataset_can_be_read(tmp_path: Path) -> None:
     images = random_images(4)
-    dataset = open_set(write_zip(tmp_path / "x.zip", set_files(images)))
+    dataset = open_dataset(write_zip(tmp_path / "x.zip", dataset_files(images)))
     dataset.images([0])
     copy = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(copy.images(range(4)), dataset.images(range(4)))
@@ -288,8 +290,8 @@ def take(count: int, dataset: ImageDataset, **options: Any) -> list[tuple[torch.
 
 @pytest.fixture
 def labelled_dataset(tmp_path: Path) -> ImageDataset:
-    path = write_zip(tmp_path / "x.zip", set_files(random_images(10), list(range(10))))
-    return open_set(path, use_labels=True)
+    path = write_zip(tmp_path / "x.zip", dataset_files(random_images(10), list(range(10))))
+    return open_dataset(path, use_labels=True)
 
 
 def test_batches_follow_the_sampler(labelled_dataset: ImageDataset) -> None:
@@ -322,8 +324,8 @@ def test_ranks_divide_the_global_batch(labelled_dataset: ImageDataset) -> None:
 @pytest.mark.parametrize("mirror", [False, True])
 def test_resident_batches_equal_streamed_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool) -> None:
     monkeypatch.setattr("training.dataset.RESIDENT_PART", 4)
-    path = write_zip(tmp_path / "x.zip", set_files(random_images(10), list(range(10))))
-    dataset = open_set(path, use_labels=True, mirror=mirror)
+    path = write_zip(tmp_path / "x.zip", dataset_files(random_images(10), list(range(10))))
+    dataset = open_dataset(path, use_labels=True, mirror=mirror)
     share: dict[str, Any] = {"position": 3, "batch_size": 6, "rank": 1, "world_size": 2}
     stream = resident_batches(dataset, seed=5, **share)
     for expected in take(8, dataset, **share):
@@ -349,8 +351,8 @@ def test_workers_do_not_change_the_batches(labelled_dataset: ImageDataset) -> No
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_errors_in_workers_become_one_line(tmp_path: Path) -> None:
-    files = {**set_files(random_images(2)), "1.png": b"not an image"}
-    stream = batches(open_set(write_zip(tmp_path / "x.zip", files)), seed=0, position=0, batch_size=3, workers=1)
+    files = {**dataset_files(random_images(2)), "1.png": b"not an image"}
+    stream = batches(open_dataset(write_zip(tmp_path / "x.zip", files)), seed=0, position=0, batch_size=3, workers=1)
     with pytest.raises(UserError, match=r"^[^\n]*'1\.png' cannot be decoded[^\n]*$"):
         next(stream)
 
@@ -383,7 +385,7 @@ def test_only_headers_of_plain_pngs_are_read(
     rgb, exif = Image.fromarray(images[0]), Image.Exif()
     exif[0x0112] = 6  # orientation: turned by 90 degrees
     files = {"other/text.png": as_png(images[0], pnginfo=_text_chunk()), "other/x.jpg": _encoded(rgb, "JPEG")}
-    dataset = open_set(write(tmp_path / "set.zip", set_files(images) | files))
+    dataset = open_dataset(write(tmp_path / "set.zip", dataset_files(images) | files))
     read, whole = dataset._store.read, []
 
     def record(name: str) -> bytes:
@@ -409,7 +411,7 @@ def test_only_headers_of_plain_pngs_are_read(
         r"4 images, 1 cannot be read, the first is 'wrong\.png' ": as_png(images[0])[:20],
     }
     for number, (message, data) in enumerate(wrong.items()):
-        dataset = open_set(write(tmp_path / f"{number}.zip", set_files(images) | {"wrong.png": data}))
+        dataset = open_dataset(write(tmp_path / f"{number}.zip", dataset_files(images) | {"wrong.png": data}))
         with pytest.raises(ConfigError, match=message):
             dataset.check_shapes()
 
@@ -423,32 +425,34 @@ def test_a_broken_first_image_is_counted_like_others(
     good = as_png(images[0])
     broken = {"0/a.png": good[:60], "0/b.png": b"", "0/c.png": b"%PDF"}
     assert read_shape(broken["0/a.png"]) == images[0].shape
-    dataset = open_set(write(tmp_path / "a.zip", broken | set_files(images)))
+    dataset = open_dataset(write(tmp_path / "a.zip", broken | dataset_files(images)))
     assert dataset.img_shape == (3, 6, 5)
     with pytest.raises(ConfigError, match=r"6 images, 3 cannot be read, the first is '0/a\.png' \(.*--skip-bad$"):
         dataset.check_shapes()
     with pytest.raises(UserError, match=r"image '0/a\.png' cannot be decoded"):
         dataset.images([0])
     wide = {"0/d.png": as_png(random_images(1, height=64, width=64)[0])}
-    dataset = open_set(write(tmp_path / "b.zip", broken | wide | set_files(images)))
+    dataset = open_dataset(write(tmp_path / "b.zip", broken | wide | dataset_files(images)))
     with pytest.raises(ConfigError, match=r"7 images of 2 sizes, 5x6 to 64x64 .*--width=16 --height=16 --skip-bad"):
         dataset.check_shapes(lambda sizes: (16, 16))
     with pytest.raises(UserError, match=r"none of its 3 images can be decoded, the first is '0/a\.png' \("):
-        open_set(write(tmp_path / "c.zip", broken))
+        open_dataset(write(tmp_path / "c.zip", broken))
 
 
 @pytest.mark.parametrize("broken", [["a.png"], ["0.png", "z/b.jpg"], ["a.png", "b.png", "z/d.png"]])
 def test_dangling_symlinks_are_counted_as_broken_images(tmp_path: Path, broken: list[str]) -> None:
-    folder = write_folder(tmp_path / "set", set_files(random_images(3)) | {"z/whole.png": as_png(random_images(1)[0])})
+    folder = write_folder(
+        tmp_path / "set", dataset_files(random_images(3)) | {"z/whole.png": as_png(random_images(1)[0])}
+    )
     for name in broken:
         (folder / name).symlink_to(tmp_path / "nowhere.png")
-    dataset = open_set(folder)
+    dataset = open_dataset(folder)
     expected = rf"{4 + len(broken)} images, {len(broken)} cannot be read, the first is '{broken[0]}' \(No such .*--skip"
     with pytest.raises(ConfigError, match=expected):
         dataset.check_shapes()
     before = dataset.content_hash
     (tmp_path / "nowhere.png").write_bytes(as_png(random_images(1)[0]))
-    assert open_set(folder).content_hash != before
+    assert open_dataset(folder).content_hash != before
 
 
 @pytest.mark.parametrize(
@@ -468,13 +472,13 @@ def test_the_suggested_command_fixes_a_dataset_without_labels(
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "my pets", files | extra)
     with pytest.raises(UserError) as error:
-        open_set(Path("my pets"), use_labels=True)
+        open_dataset(Path("my pets"), use_labels=True)
     command = shlex.split(str(error.value).partition("build a dataset with labels: ")[2])
     assert command[:4] == ["python", "dataset_tool.py", "--source=my pets", "--dest=data/my pets.zip"]
     assert {*options, "--labels-from-folders"} <= {*command}
     built = CliRunner().invoke(dataset_tool.main, [*command[2:], "--workers=1"])
     assert built.exit_code == 0, built.output
-    dataset = open_set(Path("data/my pets.zip"), use_labels=True)
+    dataset = open_dataset(Path("data/my pets.zip"), use_labels=True)
     dataset.check_shapes()
     assert (dataset.c_dim, dataset.class_names) == (2, ["cat", "dog"])
 

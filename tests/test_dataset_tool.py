@@ -1,4 +1,4 @@
-"""dataset_tool.py on the command line, with sources of every kind whose pixels are known."""
+"""dataset_tool.py on the command line, with sources of every kind and known pixels."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_transforms_equal_pillow(tmp_path: Path, resize_filter: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "rows"),  # width x height; the rows of the image that the 8x4 result shows
+    ("size", "rows"),  # width x height; the source rows of the 8x4 result
     [
         ((8, 4), slice(0, 4)),
         ((8, 7), slice(0, 7)),  # an image of the target width is not cropped
@@ -383,8 +383,8 @@ def test_images_of_different_sizes_are_refused(tmp_path: Path) -> None:
         assert f"--height=8 exceeds --width=4: --transform={transform}" in assert_refused(tmp_path, source, *tall)
 
 
-def test_our_png_encoder_is_readable_by_pillow() -> None:
-    for shape in [(1, 1, 1), (5, 7, 3), (3, 2, 4), (200, 150, 3)]:  # the last needs several deflate blocks
+def test_pillow_decodes_the_pngs_of_our_encoder() -> None:
+    for shape in [(1, 1, 1), (5, 7, 3), (3, 2, 4), (200, 150, 3)]:  # the last image needs several deflate blocks
         pixels = random_images(*shape)
         data = codec.encode_png(pixels)
         image = Image.open(io.BytesIO(data))
@@ -517,9 +517,9 @@ def test_lsun_databases_are_read(tmp_path: Path) -> None:
     whole = (path / "data.mdb").read_bytes()
     cut = write_files(tmp_path / "cut_lmdb", {"data.mdb": whole[:-1000]})
     assert f"data.mdb should have {len(whole)} bytes" in assert_refused(tmp_path, cut)
-    head = whole[: len(whole) * 2 // 3]  # two of the three pages hold metadata of the file
-    damaged = write_files(tmp_path / "damaged_lmdb", {"data.mdb": head + bytes(len(whole) - len(head))})
-    assert "damaged_lmdb is damaged" in assert_refused(tmp_path, damaged)
+    head = whole[: len(whole) * 2 // 3]  # two of the three pages are metadata
+    truncated = write_files(tmp_path / "damaged_lmdb", {"data.mdb": head + bytes(len(whole) - len(head))})
+    assert "damaged_lmdb is damaged" in assert_refused(tmp_path, truncated)
 
 
 def test_numpy_arrays_are_read(tmp_path: Path) -> None:
@@ -792,11 +792,11 @@ def test_a_dataset_of_another_process_is_not_overwritten(
 ) -> None:
     dest = tmp_path / name
 
-    def finish(*_: Any, **__: Any) -> dict[str, Any]:
+    def write_other(*_: Any, **__: Any) -> dict[str, Any]:
         write_files(tmp_path, {name if dest.suffix else f"{name}/0.png": b"of the other"})
         return {}
 
-    monkeypatch.setattr(dataset_tool, "describe", finish)  # the last step before the rename to the destination
+    monkeypatch.setattr(dataset_tool, "describe", write_other)  # the last step before the rename to the destination
     result = run("--source=shapes", f"--dest={dest}", "--max-images=3", "--workers=1")
     assert (result.exit_code, result.stderr) == (2, f"Error: --dest={dest} exists: remove it or choose another name\n")
     assert [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] == [b"of the other"]
@@ -820,7 +820,7 @@ def test_signals_end_all_workers_and_leave_no_files(tmp_path: Path, number: sign
     with subprocess.Popen([sys.executable, "-c", code, *options], stderr=subprocess.PIPE, text=True) as tool:
         wait_until(lambda: any(path.stat().st_size > 1 << 20 for path in tmp_path.glob(".set.zip.*.partial")))
         tool.send_signal(number)
-        _, errors = tool.communicate(timeout=60)  # a surviving worker would hold the pipe open
+        _, errors = tool.communicate(timeout=60)  # a surviving worker would keep the pipe open
     assert "Traceback" not in errors
     assert tool.returncode == {signal.SIGINT: 1, signal.SIGKILL: -number}.get(number, 128 + number)
     assert number == signal.SIGKILL or [path.name for path in tmp_path.iterdir()] == ["src"]

@@ -1,4 +1,4 @@
-"""Folder and device of the demo; its commands have tests of their own."""
+"""Folder and device of the demo; other modules test the commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import demo
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ...]]:
-    """Return the commands of the demo in another folder, up to training."""
+    """Return the commands that the demo runs in a temporary folder, up to training."""
     found: list[tuple[str, ...]] = []
 
     def run(*command: str) -> None:

@@ -1,4 +1,4 @@
-"""Detectors: fetching and checking weights, the real loading code with random weights, programs, bad files."""
+"""Detectors: fetching and checking weights, the real loading code with random weights, programs, invalid files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices, process groups and graph captures of GPUs and several machines, as far as a CPU can test them."""
+"""Devices, process groups and graph captures on GPUs and several machines, as far as a CPU can test them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_gpu_is_named_without_initialising_it(used: list[torch.device]) -> Non
 
 
 def test_each_process_of_a_machine_needs_a_gpu(used: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under torchrun, the first process, which has a GPU, reports the error for the processes without one."""
+    """Under torchrun, the first process has a GPU and reports the error for the processes without a GPU."""
     device = distributed.choose_device()
     distributed.check_processes(2, None, device)
     with pytest.raises(UserError, match="--gpus=3: this machine has 2 CUDA devices"):
@@ -74,7 +74,9 @@ def test_sync_errors_are_enabled_only_inside_the_block(monkeypatch: pytest.Monke
     assert modes == ["error", 1]
 
 
-def test_bfloat16_support_is_that_of_the_chosen_gpu(used: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_support_is_checked_on_the_chosen_gpu(
+    used: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=(7, 8)[device.index]))
     assert [distributed.has_bf16(torch.device(name)) for name in ("cuda:0", "cuda:1", "cpu")] == [False, True, False]
     assert used == []
@@ -82,7 +84,7 @@ def test_bfloat16_support_is_that_of_the_chosen_gpu(used: list[torch.device], mo
 
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """Record the created process groups; none is real."""
+    """Record process groups instead of creating them."""
     made: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: made.append((backend, options)))
     monkeypatch.setattr(dist, "new_group", lambda backend, **options: made.append((backend, options)))
@@ -102,7 +104,7 @@ def test_gpu_processes_get_a_device_and_a_host_group(
     assert list(map(str, used)) == ["cuda:1"]
 
 
-def test_a_network_that_gloo_cannot_use_is_explained(
+def test_a_network_unusable_by_gloo_is_reported(
     used: list[torch.device], groups: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(**options: Any) -> None:
@@ -199,7 +201,7 @@ def test_nothing_is_freed_during_a_capture(recordings: list[str]) -> None:
 
 
 class Failing:
-    """A function that raises during capture, or before it with `early`."""
+    """A function that raises an error before or during a capture."""
 
     def __init__(self, recordings: list[str], error: Exception, *, early: bool = False) -> None:
         self.recordings, self.error, self.early, self.calls = recordings, error, early, 0

@@ -120,7 +120,7 @@ def test_cutout_and_erase_zero_a_rectangle(kind: type[DiffCutout], size: tuple[i
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 12), (5, 4)])
-def test_cutout_has_half_of_each_side_and_a_uniform_place(size: tuple[int, int]) -> None:
+def test_cutout_has_half_of_each_side_and_a_uniform_position(size: tuple[int, int]) -> None:
     half = [round(side / 2 + 1e-9) for side in size]  # rounded half up
     values = DiffCutout((2, *size)).draw(some_images(4000, 2, *size), ONE)
     for side, cut, (first, end) in zip(size, half, values.t().unflatten(0, (2, 2)), strict=True):
@@ -131,7 +131,7 @@ def test_cutout_has_half_of_each_side_and_a_uniform_place(size: tuple[int, int])
         assert (counts - 4000 / len(counts)).abs().max() < 5 * (4000 / len(counts)) ** 0.5
 
 
-def test_erase_has_a_uniform_size_and_place() -> None:
+def test_erase_has_a_uniform_size_and_position() -> None:
     """Sides are uniform from zero to the image's side and independent; centres are uniform for every side."""
     H, W, B = 5, 8, 60_000
     torch.manual_seed(0)
@@ -140,7 +140,7 @@ def test_erase_has_a_uniform_size_and_place() -> None:
     counts = torch.bincount(height * (W + 1) + width, minlength=(H + 1) * (W + 1))
     expected = B / ((H + 1) * (W + 1))
     assert len(counts) == (H + 1) * (W + 1)
-    assert ((counts - expected) ** 2 / expected).sum() < 100  # chi squared of 53 degrees of freedom: p = 1e-4
+    assert ((counts - expected) ** 2 / expected).sum() < 100  # chi-squared with 53 degrees of freedom: p = 1e-4
     assert (height * width).double().mean().item() == pytest.approx(H * W / 4, rel=0.02)
     for side in range(W + 1):
         centres = values[width == side, 2] + side // 2
@@ -157,7 +157,7 @@ def test_rectangles_fire_for_the_whole_batch(kind: type[DiffCutout]) -> None:
     has_rectangle = has_rectangle[:, :, 1] > has_rectangle[:, :, 0]
     fires = has_rectangle.any(dim=1)
     assert fires.double().mean().item() == pytest.approx(0.3, abs=0.02)  # four standard deviations
-    empty = 1 / 33 if kind is DiffErase else 0  # share of erased rectangles without height
+    empty = 1 / 33 if kind is DiffErase else 0  # share of erased rectangles of zero height
     assert has_rectangle[fires].double().mean().item() == pytest.approx(1 - empty, abs=0.005)
 
 
@@ -188,7 +188,7 @@ def test_the_hue_fires_per_image() -> None:
 
 
 def test_filter_and_hue_behave_as_in_ada() -> None:
-    """A hue keeps the mean of the channels and the distance from it; a filtered constant image is constant."""
+    """A hue rotation preserves the channel mean and distances from the mean; a filtered constant image is constant."""
     images = some_images(4, 3, 24, 24)
     turned = build(("hue",), (3, 24, 24))(images)
     torch.testing.assert_close(turned.mean(dim=1), images.mean(dim=1))
@@ -231,14 +231,14 @@ def test_second_derivatives_are_correct(policy: tuple[str, ...]) -> None:
     assert torch.autograd.gradgradcheck(seeded, images, fast_mode=True)
 
 
-def test_probabilities_reach_their_transforms() -> None:
+def test_probabilities_are_passed_to_their_transforms() -> None:
     policy = ("translation", "cutout", "erase", "filter", "hue")
     config = AugmentConfig(mode="diffaug", policy=policy, translation=0.3, cutout_p=0.1, filter_p=0.2, hue_p=0.4)
     stages: list[Any] = [*AugmentPipe(config, (3, 24, 24)).stages]
     assert [stages[0].ratio, *(stage.probability for stage in stages[1:])] == [0.3, 0.1, 0.1, 0.2, 0.4]
 
 
-def some_of_the_time(policy: tuple[str, ...], img_shape: tuple[int, int, int]) -> AugmentPipe:
+def with_partial_p(policy: tuple[str, ...], img_shape: tuple[int, int, int]) -> AugmentPipe:
     return AugmentPipe(AugmentConfig(mode="diffaug", policy=policy, cutout_p=0.3, filter_p=0.5, hue_p=0.5), img_shape)
 
 
@@ -260,8 +260,8 @@ def test_transforms_with_probability_zero_change_nothing(name: str) -> None:
     torch.testing.assert_close(AugmentPipe(config, (3, 24, 24))(images), images, rtol=0, atol=1e-10)
 
 
-def test_the_host_reads_no_value() -> None:
-    pipe = some_of_the_time((*DIFFAUG,), (3, 24, 32)).to("meta")  # reading a value of a meta tensor raises an error
+def test_no_value_is_read_by_the_host() -> None:
+    pipe = with_partial_p((*DIFFAUG,), (3, 24, 32)).to("meta")  # reading a value of a meta tensor raises an error
     assert pipe(torch.empty(2, 3, 24, 32, device="meta")).shape == (2, 3, 24, 32)
 
 
@@ -269,7 +269,7 @@ def test_the_host_reads_no_value() -> None:
 def test_cuda_equals_cpu_without_synchronisation() -> None:
     images = torch.randn(4, 3, 32, 48)
     policy = (*DIFFAUG,)
-    cpu, cuda = some_of_the_time(policy, (3, 32, 48)), some_of_the_time(policy, (3, 32, 48)).cuda()
+    cpu, cuda = with_partial_p(policy, (3, 32, 48)), with_partial_p(policy, (3, 32, 48)).cuda()
     on_device = images.cuda()
     cuda(on_device)
     with no_synchronisation():
@@ -321,7 +321,7 @@ def plan(data: Path, *arguments: str) -> Any:
     return json.loads(result.stdout)["options"]["augment"]
 
 
-def test_options_of_the_command_line_reach_the_policy(shapes_zip: Path, shapes32_zip: Path) -> None:
+def test_command_line_options_set_the_policy(shapes_zip: Path, shapes32_zip: Path) -> None:
     assert plan(shapes_zip, "--aug=diffaug")["policy"] == ["translation", "cutout", "color"]
     chosen = plan(shapes_zip, "--aug=diffaug", "--set=augment.policy=color,hue")
     assert (chosen["mode"], chosen["policy"], chosen["p"]) == ("diffaug", ["color", "hue"], None)

@@ -53,7 +53,7 @@ READERS = {
 
 
 def record_mapped_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Record the numbers of latents of later calls to Model.map in a list; 0 marks a call to Model.synthesise."""
+    """Return a list that records the latents per call to Model.map; 0 marks a call to Model.synthesise."""
     counts: list[int] = []
     original, synthesise = Model.map, Model.synthesise
 
@@ -129,7 +129,7 @@ def test_samples_are_float32_and_reproducible(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_linear_directions_find_a_planted_direction() -> None:
-    """Larger noise in other dimensions misleads the means, but not the linear classifier, which equals NumPy."""
+    """Larger noise in other dimensions misleads the means but not the linear classifier; both match NumPy."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.cat([torch.tensor([0.3]), torch.full((7,), 3.0)]).double()
     samples = torch.randn(2000, 8, generator=generator, dtype=torch.float64) * spread

@@ -59,7 +59,7 @@ def load_script(name: str) -> ModuleType:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look the module up there
+    sys.modules[name] = module  # dataclasses look up the module there
     spec.loader.exec_module(module)
     return module
 
@@ -97,7 +97,7 @@ def test_the_training_commands_of_the_readme_resolve(tmp_path: Path) -> None:
 def test_the_image_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
-    of_labels = ("--class=", "--label=")  # the network of this test has none
+    of_labels = ("--class=", "--label=")  # the network of this test is unconditional
     commands = [c for c in readme_commands("generate.py") if not any(item.startswith(of_labels) for item in c)]
     assert len(commands) >= 2
     for command in commands:
@@ -145,7 +145,7 @@ def test_the_info_commands_of_the_readme_run(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_commands_and_code_of_exchange_md_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ONNX graphs give the image of generate.py."""
+    """The ONNX graphs reproduce the image of generate.py."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     page = (ROOT / "docs" / "exchange.md").read_text()
@@ -179,7 +179,7 @@ def test_every_flag_in_the_documentation_exists(script: str) -> None:
             used = flags(line)
             assert used <= known, f"{page.name}: {script} {line}"
             lines += bool(used)
-    assert lines, f"{script} is nowhere in the documentation"
+    assert lines, f"{script} is not documented"
 
 
 def flags(line: str) -> set[str]:
@@ -221,32 +221,32 @@ def test_the_gallery_is_up_to_date_and_small() -> None:
     text = (ROOT / "docs" / "gallery.md").read_text()
     (network,) = set(re.findall(r"--network=([\w./-]+)", text))
     assert text == gallery.page(load_network(ROOT / network), network), "run docs/make_gallery.py"
-    pictures = {path.name: path.stat().st_size for path in (ROOT / "docs" / "gallery").iterdir()}
-    assert set(pictures) == set(re.findall(r"\(gallery/(.*?)\)", text))
-    assert sum(pictures.values()) <= gallery.MAX_BYTES
+    images = {path.name: path.stat().st_size for path in (ROOT / "docs" / "gallery").iterdir()}
+    assert set(images) == set(re.findall(r"\(gallery/(.*?)\)", text))
+    assert sum(images.values()) <= gallery.MAX_BYTES
 
 
 def test_the_gallery_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rebuild one section in another folder; images that do not belong to the gallery stay."""
+    """Rebuild one section in another folder; images outside the gallery are kept."""
     gallery = load_script("make_gallery")
     some = [
         entry for entry in gallery.entries(load_network(ROOT / "docs" / "shapes.pkl").G_ema) if "coarse" in entry.title
     ]
     monkeypatch.setattr(gallery, "entries", lambda G: some)
     arguments = [f"--network={ROOT / 'docs' / 'shapes.pkl'}", f"--outdir={tmp_path}"]
-    pictures = tmp_path / "gallery"
-    pictures.mkdir()
-    (pictures / "mine.png").touch()
+    images = tmp_path / "gallery"
+    images.mkdir()
+    (images / "mine.png").touch()
     result = CliRunner().invoke(gallery.main, arguments)
     assert (result.exit_code, "the folder exists without a gallery.md beside it" in result.stderr) == (2, True)
     (tmp_path / "gallery.md").touch()
     with monkeypatch.context() as broken:
         broken.setattr(gallery, "run_all", lambda *_: 1 / 0)
         assert isinstance(CliRunner().invoke(gallery.main, arguments).exception, ZeroDivisionError)
-    assert (pictures / "mine.png").exists()
+    assert (images / "mine.png").exists()
     result = CliRunner().invoke(gallery.main, arguments)
     assert result.exit_code == 0, result.output
-    assert [path.name for path in pictures.iterdir()] == ["mix-coarse.png"]
+    assert [path.name for path in images.iterdir()] == ["mix-coarse.png"]
     assert "--styles=coarse" in (tmp_path / "gallery.md").read_text()
 
 
@@ -261,7 +261,7 @@ def test_the_commands_of_the_tutorial_run(tmp_path: Path, monkeypatch: pytest.Mo
     for script, arguments in commands:
         result = CliRunner().invoke(COMMANDS[script], shlex.split(arguments))
         assert result.exit_code == 0, f"{script} {arguments}\n{result.output}"
-    assert '"images": 8' in result.output  # and their mirror images: the floor counts flips
+    assert '"images": 8' in result.output  # 4 images and their flips, which the floor counts
 
 
 def test_every_named_extra_exists() -> None:

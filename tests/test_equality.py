@@ -1,6 +1,6 @@
 """Every mode of faster training against plain float32: 10 steps from the same weights.
 
-Exact modes must agree to the last bit. Other modes round differently, and Adam magnifies rounding because it divides by
+Exact modes must agree bit for bit. Other modes round differently, and Adam magnifies rounding because it divides by
 the size of the gradient; the tolerance is a share of the change that another seed (latents, noise, data order,
 augmentation) causes.
 """
@@ -25,7 +25,7 @@ from training.phases import AdamConfig, build_updater
 from training.training_loop import Trainer
 
 STEPS = 10
-# Every kind of phase, several micro-batches, and layers as wide as those that train in reduced precision.
+# All phases, several micro-batches, and layers as wide as those trained in reduced precision.
 CONFIG: dict[str, Any] = {
     "batch_size": 8,
     "run__batch_gpu": 4,
@@ -38,7 +38,7 @@ CONFIG: dict[str, Any] = {
     "augment__pipe": "bgc",
     "precision": "fp32",
     "run__data_on_gpu": False,
-    # With the usual epsilon Adam's first steps are the signs of the gradients, and rounding decides small ones.
+    # With the default epsilon, Adam's first steps are gradient signs, and rounding may flip those of small gradients.
     "g_optimizer__eps": 1e-2,
     "d_optimizer__eps": 1e-2,
 }
@@ -46,7 +46,7 @@ on_gpu = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def build(data: Path, device: str, **changes: Any) -> Trainer:
-    """Return a trainer whose initial weights do not depend on the training's seed."""
+    """Return a trainer with initial weights that do not depend on the training seed."""
     config = small_config(data, **CONFIG | changes)
     trainer = Trainer(config, ImageDataset(config.data), torch.device(device))
     seed_step(0, "weights", 0)
@@ -80,7 +80,7 @@ def test_exact_modes_change_no_weight(shapes_zip: Path, mode: str) -> None:
     assert torch.equal(trained(shapes_zip, "cpu", **{mode: True}), trained(shapes_zip, "cpu"))
 
 
-# Tolerance of the weights as a share of the spread of two seeds. Reduced precision adds less than a tenth to the
+# Tolerance of the weights as a share of the spread between two seeds. Reduced precision adds less than a tenth to the
 # variance; rounding float32 in another order adds less than 1/400.
 REDUCED, ROUNDING = 10**-0.5, 1 / 20
 
@@ -114,7 +114,7 @@ def test_inexact_modes_stay_within_the_spread_of_two_seeds(
 
 
 @pytest.mark.gpu
-def test_kernels_train_as_the_reference_implementations_do(shapes_zip: Path) -> None:
+def test_kernels_train_like_the_reference_implementations(shapes_zip: Path) -> None:
     plain = trained(shapes_zip, "cuda")
     spread = (trained(shapes_zip, "cuda", seed=1) - plain).norm()
     with custom_ops.implementation("reference"):
@@ -176,7 +176,7 @@ def gradients(trainer: Trainer, source: Trainer) -> dict[str, Tensor]:
             updater.gradients.zero()
             seed_step(trainer.config.seed, phase.name, 0)
             trainer._accumulate(phase, img[: trainer.batch_gpu], c[: trainer.batch_gpu])
-        # In order of dimensions; the order in memory differs with channels_last.
+        # In logical order; the memory order differs with channels_last.
         found[phase.name] = torch.cat([p.grad.double().reshape(-1) for p in updater.parameters if p.grad is not None])
     return found
 
@@ -192,7 +192,7 @@ def test_reduced_precision_adds_little_to_gradient_noise(
     """Compare the gradients of every phase, including the second derivatives, after a few steps of training.
 
     The error of a gradient adds less than a tenth to its variance over images, latents and augmentations. A penalty on
-    the norm of D's gradient adds less than half, because rounding turns that gradient where D is almost flat.
+    the norm of D's gradient adds less than half, because rounding rotates this gradient where D is almost flat.
     """
     limit = 1 / 2 if objective == "wgangp-eps" else 1 / 10
     settings = {"loss__objective": objective, **OBJECTIVE_SETTINGS.get(objective, {})}

@@ -57,7 +57,7 @@ def test_unsupported_operations_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_depend_only_on_their_styles(family: str) -> None:
-    """Images equal those of G, bit for bit at any batch size."""
+    """Images equal the output of G bit for bit at any batch size."""
     several, single = make_model(family, batch=16), make_model(family, batch=1)
     ws = several.styles_of(range(11))
     assert torch.equal(ws[7:9], several.styles_of((7, 8)))
@@ -96,7 +96,7 @@ def test_captions_are_centred_above_their_columns(height: int, width: int) -> No
     assert min(gap.min() for gap in gaps) > 200
 
 
-def test_one_style_per_image_goes_to_all_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_style_per_image_is_used_for_all_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     G = make_model().G
     np.savez(tmp_path / "w.npz", w=np.random.RandomState(0).randn(2, 1, 12))
     ws = read_styles(tmp_path / "w.npz", G)

@@ -54,7 +54,7 @@ def test_a_process_that_stops_responding_is_named(capfd: pytest.CaptureFixture[s
     assert "no progress for 3 seconds while the others wait" in printed
 
 
-def test_the_ranks_that_are_behind_have_stopped() -> None:
+def test_ranks_behind_the_others_have_stopped() -> None:
     def stopped(*positions: int) -> list[int]:
         return find_stopped({rank: RankStatus(position, "here") for rank, position in enumerate(positions)})
 
@@ -76,7 +76,7 @@ def test_silent_ranks_have_stopped_regardless_of_their_position() -> None:
 def _rank_1_is_frozen() -> None:
     if distributed.rank() == 1:
         own = os.getpid()
-        # Continue the process after a while: frozen, it would ignore the SIGTERM of the launcher for half a minute.
+        # Resume the process later: a frozen process ignores the SIGTERM of the launcher for half a minute.
         subprocess.Popen(["sh", "-c", f"sleep 2; kill -STOP {own}; sleep 12; kill -CONT {own}"])
     distributed.from_main(lambda: time.sleep(PATIENCE))
 

@@ -67,7 +67,7 @@ def test_stylegan2_presets_have_the_published_parameter_counts(preset: str, reso
 
 
 @pytest.mark.parametrize("preset", ["stylegan2", "paper256", "paper512", "paper1024"])
-def test_a_stylegan2_preset_can_take_a_styleformer(preset: str) -> None:
+def test_a_stylegan2_preset_accepts_a_styleformer_generator(preset: str) -> None:
     config = override(PRESETS[preset], {"generator.family": "styleformer"})
     assert config.generator == StyleformerConfig(widths=(), layers=(), linformer=None, mapping_layers=8)
     assert config.preset == preset
@@ -145,7 +145,7 @@ def test_flags_of_another_family_are_refused(shapes32_zip: Path, arguments: list
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
-# Every other generator with StyleGAN2's discriminator, every other discriminator with a Styleformer.
+# All generators except styleformer with D of stylegan2; the generator of styleformer with every other D.
 PAIRS = [
     *((family, "stylegan2") for family in GENERATORS if family != "styleformer"),
     *(("styleformer", other) for other in DISCRIMINATORS if other != "stylegan2"),
@@ -153,9 +153,9 @@ PAIRS = [
 
 
 def pair_options(pair: tuple[str, str]) -> list[str]:
-    """Return options of train.py for small networks of a pair."""
+    """Return options of train.py for small networks of a pair of families."""
     options = [f"--gen={pair[0]}", f"--disc={pair[1]}", *COMMON]
-    options += ["--mixing=0", "--pl-weight=0"] if pair[0] == "transgan" else []  # it has no styles per layer
+    options += ["--mixing=0", "--pl-weight=0"] if pair[0] == "transgan" else []  # TransGAN has no styles per layer
     for part, settings in (("generator", G_SETTINGS[pair[0]]), ("discriminator", D_SETTINGS[pair[1]])):
         for name, value in settings.items():
             text = ",".join(map(str, value)) if isinstance(value, tuple) else value
@@ -164,7 +164,7 @@ def pair_options(pair: tuple[str, str]) -> list[str]:
 
 
 def test_train_and_generate_work_with_other_families(shapes_zip: Path, tmp_path: Path) -> None:
-    """The commands know no family by name, so one pair stands for all; test_conformance.py trains every family."""
+    """The commands do not depend on the family, so one pair suffices; test_conformance.py trains every family."""
     common = [f"--data={shapes_zip}", *pair_options(("stylegan2", "transgan"))]
     run_ok(f"--outdir={tmp_path / 'whole'}", *common)
     run_ok(f"--outdir={tmp_path / 'parts'}", *common, "--kimg=0.016")
@@ -210,7 +210,7 @@ def test_styleformer_c_trains_on_images_of_128_pixels(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_two_processes_compute_the_same_as_one(shapes_zip: Path, tmp_path: Path, pair: tuple[str, str]) -> None:
+def test_two_processes_train_the_same_weights_as_one(shapes_zip: Path, tmp_path: Path, pair: tuple[str, str]) -> None:
     trained = []
     for gpus in (1, 2):
         outdir = tmp_path / str(gpus)

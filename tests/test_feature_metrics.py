@@ -61,7 +61,7 @@ def stream_through(recipe: Any, rows: Tensor, logits: Tensor | None = None, batc
     return result
 
 
-# The distances.
+# Distances.
 
 
 def test_frechet_distance_equals_the_closed_form() -> None:
@@ -166,7 +166,7 @@ def test_precision_and_recall_equal_torch_fidelity() -> None:
     from torch_fidelity.metric_prc import calculate_precision_recall_full
 
     real, fake = features(300, 8, 1), features(200, 8, 2, shift=0.3)
-    expected = calculate_precision_recall_full(fake, real, neighborhood=3)  # torch-fidelity takes the fakes first
+    expected = calculate_precision_recall_full(fake, real, neighborhood=3)  # torch-fidelity expects the fakes first
     assert precision_recall(real, fake) == pytest.approx(expected, rel=1e-5)
     assert 0.1 < expected[0] < 0.95
     assert expected[0] != pytest.approx(expected[1], abs=0.05)
@@ -329,7 +329,7 @@ def test_only_metrics_without_full_count_flips_of_reals(detector_setup: Detector
 
 
 @pytest.mark.parametrize("name", [*NAMES.split(","), "kid40", "pr503", "dc30_full"])
-def test_values_equal_those_on_the_counted_reals(detector_setup: DetectorSetup, name: str) -> None:
+def test_values_equal_the_metric_on_the_counted_reals(detector_setup: DetectorSetup, name: str) -> None:
     """With --mirror, a metric that counts flips equals its value on the doubled dataset; others are unchanged."""
     images = CountedImages(natural_images(90))
     context = build(detector_setup, images=images, mirrored=mirrored(images))
@@ -493,10 +493,10 @@ def test_subsets_of_reals_and_fakes_are_drawn_independently(detector_setup: Dete
     assert not torch.equal(real["index"], fake["index"])
 
 
-def test_a_rank_without_images_knows_the_feature_shape(
+def test_a_rank_without_images_has_the_feature_shape(
     detector_setup: DetectorSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sums of this rank are zeros of the right shape, so the all-reduce works."""
+    """This rank contributes zeros of the feature shape, so the all-reduce works."""
     monkeypatch.setattr(feature_stats, "own_shard", lambda count: range(0, 0))
     context = build(detector_setup)
     statistics = feature_stats.statistics_of(context)
@@ -538,7 +538,7 @@ def test_kid_of_whole_sets_has_one_subset(detector_setup: DetectorSetup) -> None
 
 
 class ManyImages(ArrayImages):
-    """Dataset with more images than any metric requests, unless it requests all."""
+    """Dataset with more images than any request for a fixed number."""
 
     def __len__(self) -> int:
         return 300_000
@@ -571,7 +571,7 @@ def test_requested_statistics_follow_the_protocol(detector_setup: DetectorSetup,
 
 
 def test_the_documented_feature_metric_works(detector_setup: DetectorSetup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example equals NumPy, also with equally many reals and fakes, and shares the passes of other metrics."""
+    """The example equals NumPy for all reals and for equal numbers, and shares passes with other metrics."""
     monkeypatch.setattr(metrics.registry, "_METRICS", dict(metrics.registry._METRICS))
     guide = (Path(metrics.__file__).parents[1] / "docs" / "metrics.md").read_text()
     _, example = guide.split("features of reals and fakes, as FID, KID and precision do")

@@ -324,7 +324,7 @@ def test_original_sizes_are_reported(tmp_path: Path) -> None:
     assert content["short_sides"] == {"16": 1, "64": 2}
 
 
-@pytest.mark.parametrize("count", [1, 65_536])  # more than 65,535 need Zip64
+@pytest.mark.parametrize("count", [1, 65_536])  # more than 65,535 files need Zip64
 def test_stored_zip_equals_the_output_of_zipfile(tmp_path: Path, count: int) -> None:
     files = {f"{k:05d}.png": b"%d" % k for k in range(count)}
     with StoredZip(tmp_path / "a.zip") as archive:

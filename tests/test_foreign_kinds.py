@@ -46,11 +46,11 @@ Content = dict[str, Any]
 
 @dataclass(frozen=True)
 class Kind:
-    """Kind of snapshot: the unwrapped network, the content of the file, the entries that are skipped."""
+    """Kind of snapshot: the unwrapped network, the content of the file, the skipped entries."""
 
     network: Callable[[], tuple[Tensors, dict[str, Any]]]
     content: Callable[[Call], Content]
-    left_out: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     dtype: torch.dtype = torch.float32
 
@@ -60,7 +60,7 @@ def whole(G: Call, **more: Any) -> Content:
 
 
 def fork(G: Call) -> Content:
-    """Content with the additions of forks of StyleGAN3's repository, to the file and to D."""
+    """Return content with additional entries and an additional argument of D, as in forks of stylegan3."""
     D = discriminator(their_own_argument=1)
     ada = Call(Name("numpy._core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), (0,), b"b"), (1, (2,)))
     return {"G": G, "D": D, "G_ema": G, "progress": {"cur_nimg": 5}, "cur_nimg": np.int64(3000), "ada_stats": ada}
@@ -76,16 +76,16 @@ KINDS: dict[str, Kind] = {
     ),
     "stylegan2-ada": Kind(stylegan2, lambda G: whole(G, augment_pipe=augmentation())),
     "stylegan2 of stylegan3": Kind(partial(stylegan2, flat=True), whole),
-    "fork of stylegan3": Kind(partial(stylegan2, flat=True), fork, left_out=("D", "progress", "ada_stats")),
+    "fork of stylegan3": Kind(partial(stylegan2, flat=True), fork, skipped=("D", "progress", "ada_stats")),
     "unknown augmentation": Kind(
         stylegan2,
         lambda G: whole(G, augment_pipe=augmentation(sharpen=1), training_set_kwargs=[1]),
-        left_out=("augment_pipe", "training_set_kwargs"),
+        skipped=("augment_pipe", "training_set_kwargs"),
     ),
     "augmentation of another project": Kind(
         stylegan2,
         lambda G: whole(G, augment_pipe=Call(Name("their.package", "Pipe"), (), {"p": 1})),
-        left_out=("augment_pipe",),
+        skipped=("augment_pipe",),
     ),
     "DataParallel": Kind(stylegan2, lambda G: whole(data_parallel(G))),
     "DistributedDataParallel": Kind(
@@ -99,7 +99,7 @@ KINDS: dict[str, Kind] = {
 
 
 def make(kind: Kind, path: Path) -> tuple[Path, Tensors]:
-    """Write a file of a kind; return it and the tensors of its generator."""
+    """Write a file of a kind; return the path and the tensors of the generator."""
     tensors, arguments = kind.network()
     stored = {name: x.to(kind.dtype) for name, x in tensors.items()}
     return write(path, kind.content(module("Generator", stored, **arguments)), **dict(kind.options)), stored
@@ -138,7 +138,7 @@ def test_images_equal_the_reference(name: str, tmp_path: Path) -> None:
     path, tensors = make(KINDS[name], tmp_path / "theirs.pkl")
     snapshot = legacy.load_network(path)
     assert largest_difference(snapshot, tensors) <= 1e-4
-    assert tuple(snapshot.left_out) == KINDS[name].left_out
+    assert tuple(snapshot.left_out) == KINDS[name].skipped
     assert (snapshot.D is None) == ("D" in snapshot.left_out or name == "linformer")
 
 
@@ -149,12 +149,12 @@ def test_every_command_reads_every_kind(
     """Run info, generate, convert, generate from the conversion, and a metric."""
     path, kind = files[name], KINDS[name]
     info = json.loads(run(legacy.main, "info", str(path), "--json"))
-    assert tuple(info["left_out"]) == kind.left_out
+    assert tuple(info["left_out"]) == kind.skipped
     side, c_dim = info["config"]["discriminator"]["img_size"][0], info["config"]["generator"]["c_dim"]
     options = [f"--network={path}", "--seeds=0-1", "--device=cpu", *(["--class=1"] if c_dim else [])]
     printed = run(generate.main, *options, f"--outdir={tmp_path / 'images'}")
-    assert ("skipped: " in printed) == bool(kind.left_out)
-    assert all(f" {entry} (" in printed for entry in kind.left_out)
+    assert ("skipped: " in printed) == bool(kind.skipped)
+    assert all(f" {entry} (" in printed for entry in kind.skipped)
     run(legacy.main, "convert", f"--source={path}", f"--dest={tmp_path / 'folder'}")
     options[0] = f"--network={tmp_path / 'folder'}"
     run(generate.main, *options, f"--outdir={tmp_path / 'again'}")
@@ -240,7 +240,7 @@ def test_training_starts_despite_an_unknown_augmentation(
     ("bound", "flags", "expected"),
     [(True, (), 0.7), (False, (), 1.0), (None, (), 1.0), (True, ("--set=augment.max_p=0.5",), 0.5)],
 )
-def test_the_maximum_p_is_taken_over_with_the_weights(
+def test_the_maximum_p_is_copied_with_the_weights(
     bound: bool | None, flags: tuple[str, ...], expected: float, data: dict[int, Path], tmp_path: Path
 ) -> None:
     tensors, arguments = stylegan2()
@@ -253,7 +253,7 @@ def test_the_maximum_p_is_taken_over_with_the_weights(
     assert json.loads(result.stdout)["options"]["augment"]["max_p"] == expected
 
 
-def test_snapshots_of_the_stylegan3_repository_get_its_defaults(tmp_path: Path) -> None:
+def test_snapshots_of_the_stylegan3_repository_have_its_defaults(tmp_path: Path) -> None:
     path, _ = make(KINDS["stylegan2 of stylegan3"], tmp_path / "theirs.pkl")
     config = legacy.load_network(path).config
     assert isinstance(config.discriminator, StyleGAN2DiscriminatorConfig)

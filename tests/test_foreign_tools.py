@@ -1,4 +1,4 @@
-"""Command-line tools on foreign snapshots, from a file and from an address."""
+"""Command-line tools on foreign snapshots, from a file and from a URL."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run_ok(command: Any, *arguments: object) -> str:
     return result.stdout
 
 
-def test_generate_reads_a_file_or_an_address(theirs: Path, site: Site, tmp_path: Path) -> None:
+def test_generate_reads_a_file_or_a_url(theirs: Path, site: Site, tmp_path: Path) -> None:
     url = f"{site.url}/{theirs.name}"
     for network, folder in ((theirs, "file"), (url, "web"), (url, "again")):
         run_ok(generate.main, f"--network={network}", "--seeds=0-2", f"--outdir={tmp_path / folder}", "--device=cpu")
@@ -97,7 +97,7 @@ SHORT += ["--g_dict=32,16,16", "--num_layers=1,1,1"]
 
 
 def test_training_starts_from_a_foreign_snapshot(theirs: Path, site: Site, shapes32_zip: Path, tmp_path: Path) -> None:
-    """The address has a user and a query, which must not occur in any file of the run."""
+    """The user and the query of the URL must not appear in any file of the run."""
     url = f"{site.url}/{theirs.name}"
     secret = f"{url.replace('//', '//user:s3cret@')}?signature=s3cret"
     common = [f"--data={shapes32_zip}", *SHORT]

@@ -2,7 +2,7 @@
 
 tests/data holds files of release 0.1.0, format version 1: a training state, the snapshot of the same step, the snapshot
 of the next step, the images of the first snapshot, and the dataset. Never regenerate them; add files of later versions.
-The step runs no regulariser, because Adam then skipped parameters that received no gradient.
+The step runs no regulariser, because Adam of that release skipped parameters without a gradient.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def test_a_version_1_snapshot_generates_the_stored_images() -> None:
     with torch.no_grad():
         images = to_uint8(snapshot.G_ema(z, torch.eye(5), noise_mode="const"))
     grid = images.permute(2, 0, 3, 1).reshape(16, 5 * 16, 3).int()
-    with Image.open(DATA / "network-snapshot-v1.png") as picture:
-        expected = torch.from_numpy(np.array(picture)).int()
+    with Image.open(DATA / "network-snapshot-v1.png") as stored:
+        expected = torch.from_numpy(np.array(stored)).int()
     assert expected.float().std() > 10
     assert (grid - expected).abs().max() <= 1
 

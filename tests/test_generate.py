@@ -76,7 +76,7 @@ def test_noise_modes_give_different_images(snapshot: Path, tmp_path: Path) -> No
     assert not np.array_equal(const, none)
 
 
-def test_latents_are_numpys_and_pixels_are_rounded(snapshot: Path, tmp_path: Path) -> None:
+def test_latents_come_from_numpy_and_pixels_are_rounded(snapshot: Path, tmp_path: Path) -> None:
     assert run(f"--network={snapshot}", "--seeds=11", f"--outdir={tmp_path}").exit_code == 0
     G = load_network(snapshot).G_ema.double()
     z = torch.from_numpy(np.random.RandomState(11).randn(1, G.z_dim))

@@ -154,7 +154,7 @@ def test_skipped_stages_are_listed_with_their_command(tmp_path: Path) -> None:
 
 STUBBORN = """
 import signal, subprocess, sys
-signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True))
+signal.signal(signal.SIGTERM, lambda *_: print('terminated', flush=True))
 child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
 print(child.pid, flush=True)
 while True:
@@ -170,8 +170,8 @@ def test_a_stage_over_its_limit_is_terminated_with_its_children(
     found = run_suite(tmp_path, endless=SuiteStage(command=["-c", STUBBORN], limit=2))
     assert time.monotonic() - began < 20
     assert found["endless"]["outcome"] == "stopped at its limit"
-    child, asked = (tmp_path / "stdout").read_text().split()
-    assert asked == "asked"
+    child, signalled = (tmp_path / "stdout").read_text().split()
+    assert signalled == "terminated"
     state = subprocess.run(["ps", "-o", "stat=", "-p", child], check=False, capture_output=True, text=True).stdout
     assert state[:1] in ("", "Z")
 
@@ -192,7 +192,7 @@ PYTEST_OUTPUT = """\
 [gw3] [100%] ERROR tests/test_video.py::test_codec
 tests/test_equality.py::test_that_hangs
 ERROR tests/test_play.py - ModuleNotFoundError
-{"benchmark": "cut off
+{"benchmark": "truncated
 """
 
 
@@ -270,14 +270,14 @@ def test_the_suite_runs_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_suite.describe_machine("cpu", "abc")["commit"] == "abc"
 
 
-def test_tests_end_with_a_summary_and_trainings_with_a_state(tmp_path: Path) -> None:
+def test_stopped_tests_print_a_summary_and_trainings_a_state(tmp_path: Path) -> None:
     stages = gpu_suite.build_stages(options(tmp_path))
     assert {name for name, stage in stages.items() if stage.stop is signal.SIGINT} == {"kernels", "equality", "tests"}
     assert stages["train"].expected == (0, 3)
 
 
 class Detector(torch.nn.Module):
-    """Features and logits of images as small as 2x2."""
+    """Detector that accepts images as small as 2x2."""
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = images.float().mean(dim=(2, 3))

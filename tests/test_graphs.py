@@ -1,4 +1,4 @@
-"""Failing CUDA graph captures with PyTorch's own allocator and generator, on a stub in place of a GPU."""
+"""Failed CUDA graph captures with PyTorch's allocator and generator on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def waits(x: Tensor) -> Tensor:
     return y
 
 
-def takes_memory(x: Tensor) -> Tensor:
+def runs_out_of_memory(x: Tensor) -> Tensor:
     """Allocate memory that the stub refuses during the capture only."""
     y = torch.empty(GIB, dtype=torch.uint8, device=x.device)
     if torch.cuda.is_current_stream_capturing():
@@ -37,10 +37,10 @@ def takes_memory(x: Tensor) -> Tensor:
     return x + y[: len(x)]
 
 
-BAD: dict[str, Callable[[Tensor], Tensor]] = {"value": reads_a_value, "wait": waits, "memory": takes_memory}
+BAD: dict[str, Callable[[Tensor], Tensor]] = {"value": reads_a_value, "wait": waits, "memory": runs_out_of_memory}
 
 
-def fail_to_record(how: str) -> dict[str, Any]:
+def fail_to_capture(how: str) -> dict[str, Any]:
     """Capture a phase, fail to capture another one, continue; return the resulting state."""
     stub = ctypes.CDLL(None)
     stub.stub_allow_waiting()
@@ -83,7 +83,7 @@ def fail_to_record(how: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("how", BAD)
 def test_a_phase_that_cannot_be_captured_has_no_side_effects(how: str, stub_gpu: Executor) -> None:
-    facts = stub_gpu.submit(fail_to_record, how).result()
+    facts = stub_gpu.submit(fail_to_capture, how).result()
     messages = facts.pop("messages").splitlines()
     has_memory = how != "memory"
     assert facts.pop("MiB reserved") < 100

@@ -1,4 +1,4 @@
-"""Resampling against PyTorch's own and a closed form, with its derivatives of any order."""
+"""grid_sample against PyTorch's function and a closed form, with derivatives of any order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def images_and_grid(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_values_and_gradients_equal_pytorchs(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+def test_values_and_gradients_equal_those_of_pytorch(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     images, grid = images_and_grid(dtype)
     images = images.contiguous(memory_format=memory_format).requires_grad_()
     results = []

@@ -14,7 +14,7 @@ from training.training_loop import Tick, Trainer
 
 
 class Notes(Hook):
-    """A hook that records every call and stops or breaks the training after a step."""
+    """Hook that records every call and can stop the training or raise an error after a step."""
 
     def __init__(self, name: str, calls: list[str], stop: int | None = None, error: int | None = None) -> None:
         self.name, self.calls, self.stop, self.error = name, calls, stop, error

@@ -66,7 +66,7 @@ from training.training_loop import Trainer
 
 @cache
 def image_corpus() -> list[bytes]:
-    """Make valid images of many modes and formats, images that cannot be decoded, and files that are no images."""
+    """Make valid images of many modes and formats, images that cannot be decoded, and files that are not images."""
     pixels = np.random.RandomState(0).randint(0, 256, (8, 8, 4), np.uint8)
     rgba = Image.fromarray(pixels)
     corpus = [encoded(rgba.convert(mode)) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")]
@@ -92,8 +92,8 @@ def test_corrupt_zip_files_get_one_error_message(tmp_path: Path, examples: int) 
     assert read_all(path) == [None, None]
 
     @for_all(examples, CORRUPTION)
-    def check(damage: Any) -> None:
-        path.write_bytes(corrupted(good_zip(), damage))
+    def check(corruption: Any) -> None:
+        path.write_bytes(corrupted(good_zip(), corruption))
         read_all(path)
 
 
@@ -102,9 +102,9 @@ def test_malformed_images_in_a_zip_file_get_one_error_message(tmp_path: Path, ex
     members = st.lists(st.sampled_from(range(len(image_corpus()))), min_size=1, max_size=3)
 
     @for_all(examples, members, CORRUPTION)
-    def check(chosen: list[int], damage: Any) -> None:
+    def check(chosen: list[int], corruption: Any) -> None:
         images = [(f"{k}.png", image_corpus()[index]) for k, index in enumerate(chosen)]
-        images[-1] = (images[-1][0], corrupted(images[-1][1], damage))
+        images[-1] = (images[-1][0], corrupted(images[-1][1], corruption))
         path = tmp_path / "set.zip"
         path.write_bytes(zip_bytes(images))
         read_all(path)
@@ -177,7 +177,7 @@ def test_hostile_file_names_are_never_used_as_paths(tmp_path: Path) -> None:
 
 
 def test_false_sizes_in_a_zip_allocate_no_memory(tmp_path: Path) -> None:
-    """A zip directory that states gigabytes, and a small member that unpacks to hundreds of megabytes."""
+    """A zip directory that claims gigabytes, and a small member that unpacks to hundreds of megabytes."""
     path = tmp_path / "set.zip"
     good = zip_bytes([("0.png", image_corpus()[4])])
     size = struct.pack("<I", len(image_corpus()[4]))
@@ -193,7 +193,7 @@ def test_false_sizes_in_a_zip_allocate_no_memory(tmp_path: Path) -> None:
 
 
 class Call:
-    """Object whose unpickling calls a function."""
+    """Object that calls a function when it is unpickled."""
 
     def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
         self.call, self.arguments = call, arguments
@@ -246,10 +246,10 @@ def test_corrupt_snapshots_and_states_are_refused(tmp_path: Path, examples: int)
     originals = [(path.read_bytes(), read, digest(read(path))) for path, read in kinds]
 
     @for_all(examples, st.sampled_from(range(2)), CORRUPTION)
-    def check(kind: int, damage: Any) -> None:
+    def check(kind: int, corruption: Any) -> None:
         data, read, expected = originals[kind]
         path = tmp_path / "file"
-        path.write_bytes(corrupted(data, damage))
+        path.write_bytes(corrupted(data, corruption))
 
         def compare() -> None:
             assert digest(read(path)) == expected
@@ -389,7 +389,7 @@ def test_hostile_option_values_get_one_error_message(
         name, flag = entry
         command, arguments = scripts[name]
         if flag == "--gpus" and value.strip().isdigit() and int(value[:9]) <= 16:
-            return  # would start this number of processes
+            return  # would start that many processes
         if flag in ("--dest", "--outdir"):
             value = f"work/{value}"  # output must stay inside this folder
         (tmp_path / "work" / "set.zip").unlink(missing_ok=True)

@@ -83,7 +83,7 @@ MB = 1 << 20
 
 @contextmanager
 def in_bounds(most: int) -> Iterator[None]:
-    """Fail if the body of the `with` statement hangs or allocates more than `most` bytes at a time."""
+    """Fail if the body of the `with` statement hangs or has more than `most` bytes allocated at once."""
     tracemalloc.start()
     try:
         with time_limit():
@@ -158,7 +158,7 @@ def test_documents_named_like_images_start_no_program(program_mark: Path, tmp_pa
 
 
 def test_every_image_open_call_restricts_the_formats() -> None:
-    """`Image.open` without `formats` tries every plugin of Pillow, including plugins that start programs."""
+    """`Image.open` without `formats` tries every Pillow plugin, including plugins that start programs."""
     paths = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
     assert {path.parent.name for path in paths} >= set(FOLDERS)
     for path in paths:
@@ -192,7 +192,7 @@ def jpeg(side: int, scans: int) -> bytes:
 
 
 def exif(orientation: int, order: str = "<", others: int = 0) -> bytes:
-    """Make EXIF data with an orientation after other tags that share the same bytes as value."""
+    """Make EXIF data with an orientation after other tags that all refer to the same bytes."""
     head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, others + 1)
     place = len(head) + 12 * (others + 1) + 4
     tags = [struct.pack(f"{order}HHII", 1 + k % 0x111, 7, 1000, place) for k in range(others)]
@@ -216,7 +216,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "texts": lambda: png_with(*[(b"zTXt", b"k\0\0" + zlib.compress(bytes(MB), 9))] * 100),
     "false size in PNG": lambda: png_header(9000, 9000) + GOOD[33:],
     "false size in BMP": lambda: b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 9000, 9000, 1, 24, *[0] * 6),
-    "runs of BMP": lambda: (
+    "BMP runs": lambda: (
         b"BM"
         + struct.pack("<IHHIIiiHHIIiiII", 1078, 0, 0, 1078, 40, 9000, 9000, 1, 8, 1, 0, 0, 0, 256, 0)
         + bytes(1024)
@@ -243,35 +243,33 @@ GOOD_PSD = psd(PIXELS[None, :, :, 0], 1)
 GIF = encoded(Image.new("L", (8, 8)), "GIF")
 FRAME = 13 + 3 * 2 ** ((GIF[10] & 7) + 1)  # offset after the header and the palette
 BOMBS |= {
-    "overlapping values of TIFF": overlapping_tiff,
-    "overlapping strips of TIFF": lambda: tiff(
+    "TIFF with overlapping values": overlapping_tiff,
+    "TIFF with overlapping strips": lambda: tiff(
         [bytes(50_000)],
         1,
         TAGS | {257: (4, [9000]), 259: (3, [8]), 278: (4, [1]), 273: (4, [8] * 9000), 279: (4, [50_000] * 9000)},
     ),
     "false size in TIFF": lambda: tiff(ROWS, 9000, TAGS | {257: (4, [9000]), 278: (4, [9000])}),
-    "too many strips of TIFF": lambda: tiff(ROWS, 8, TAGS | {273: (4, [8] * 60_000), 279: (4, [64] * 60_000)}),
+    "TIFF with too many strips": lambda: tiff(ROWS, 8, TAGS | {273: (4, [8] * 60_000), 279: (4, [64] * 60_000)}),
     "LZMA in TIFF": lambda: tiff(ROWS, 8, TAGS | {259: (3, [34925])}),
-    "channels of TIFF": lambda: tiff(ROWS, 8, TAGS | {277: (4, [1 << 30])}),
-    "comments of GIF": lambda: GIF[:FRAME] + (b"!\xfe" + (b"\xff" + bytes(255)) * 5000 + b"\0") + GIF[FRAME:],
+    "TIFF channels": lambda: tiff(ROWS, 8, TAGS | {277: (4, [1 << 30])}),
+    "GIF comments": lambda: GIF[:FRAME] + (b"!\xfe" + (b"\xff" + bytes(255)) * 5000 + b"\0") + GIF[FRAME:],
     "false size in GIF": lambda: GIF[:6] + b"\xff\x40\xff\x40" + GIF[10:],
     "PNG in an icon": lambda: icon((16, 16, 32, png_header(9000, 9000) + GOOD[33:])),
     "bitmap in an icon": lambda: icon((16, 16, 32, struct.pack("<Iii", 40, 9000, 18000) + bytes(5000))),
     "icons": lambda: icon(*[(16, 16, 32, b"")] * 60_000),
     "false size in PSD": lambda: psd(PIXELS[None, :, :, 0], 1, size=(9000, 9000)),
-    "false size in PSD with runs": lambda: psd(PIXELS[None, :, :, 0], 1, size=(4000, 4000), runs=True),
-    "resources of PSD": lambda: GOOD_PSD[:30] + struct.pack(">I", 1 << 30) + bytes(1 << 20),
+    "false size in run-length PSD": lambda: psd(PIXELS[None, :, :, 0], 1, size=(4000, 4000), runs=True),
+    "PSD resources": lambda: GOOD_PSD[:30] + struct.pack(">I", 1 << 30) + bytes(1 << 20),
     "false size in JPEG 2000": lambda: jpeg2000(30_000, 30_000),
-    "precincts of JPEG 2000": lambda: jpeg2000(4096, 4096, precincts=bytes(6)),
-    "blocks of JPEG 2000": lambda: jpeg2000(4096, 4096, blocks=0),
-    "tiles of JPEG 2000": lambda: jpeg2000(4096, 4096, 17),
-    "layers of JPEG 2000": lambda: jpeg2000(4096, 4096, layers=65535),
+    "JPEG 2000 precincts": lambda: jpeg2000(4096, 4096, precincts=bytes(6)),
+    "JPEG 2000 blocks": lambda: jpeg2000(4096, 4096, blocks=0),
+    "JPEG 2000 tiles": lambda: jpeg2000(4096, 4096, 17),
+    "JPEG 2000 layers": lambda: jpeg2000(4096, 4096, layers=65535),
     "false size in PPM": lambda: b"P6 9000 9000 255\n" + bytes(100),
-    "comments of PPM": lambda: b"P3 1000 1000 255\n" + b"#\n" * 1_000_000,
-    "header of PPM": lambda: b"P6" + b" #\n" * 300_000,
-    "runs of Targa": lambda: (
-        struct.pack("<BBBHHBHHHHBB", 0, 0, 11, 0, 0, 0, 0, 0, 4000, 4000, 8, 0) + b"\xff\0" * 125_001
-    ),
+    "PPM comments": lambda: b"P3 1000 1000 255\n" + b"#\n" * 1_000_000,
+    "PPM header": lambda: b"P6" + b" #\n" * 300_000,
+    "Targa runs": lambda: struct.pack("<BBBHHBHHHHBB", 0, 0, 11, 0, 0, 0, 0, 0, 4000, 4000, 8, 0) + b"\xff\0" * 125_001,
 }
 if "AVIF" in FORMATS:
     BOMBS["EXIF data of AVIF"] = lambda: iso_with_claims("AVIF")
@@ -308,7 +306,7 @@ def test_only_the_first_image_of_a_file_is_decoded() -> None:
 
 
 def test_other_data_in_a_jpeg_is_ignored() -> None:
-    """Arbitrary bytes of a video appended by a phone, of a preview, of camera notes."""
+    """Arbitrary bytes, such as a video appended by a phone, a preview or camera notes."""
     plain = encoded(Image.fromarray(PIXELS), "JPEG")
     scans = b"\xff\xda" * 1000
     for data in (
@@ -336,8 +334,8 @@ def test_exif_orientation_equals_pillow(orientation: int, kind: str, order: str)
 @draws(40, 3000)
 def test_corrupt_exif_data_gives_a_valid_orientation(examples: int) -> None:
     @for_all(examples, st.integers(0, 2**16 - 1), st.sampled_from("<>"), st.integers(0, 300), CORRUPTION)
-    def check(orientation: int, order: str, others: int, damage: Any) -> None:
-        with open_image(png_with((b"eXIf", corrupted(exif(orientation, order, others), damage)))) as image:
+    def check(orientation: int, order: str, others: int, corruption: Any) -> None:
+        with open_image(png_with((b"eXIf", corrupted(exif(orientation, order, others), corruption)))) as image:
             image.load()
             assert 1 <= orientation_of(image) <= 8
 
@@ -552,9 +550,9 @@ def test_corrupt_archives_get_one_error_message(tmp_path: Path, examples: int) -
     kinds.append(("set.npz", buffer.getvalue()))
 
     @for_all(examples, st.sampled_from(kinds), CORRUPTION)
-    def check(kind: tuple[str, bytes], damage: Any) -> None:
+    def check(kind: tuple[str, bytes], corruption: Any) -> None:
         path = tmp_path / kind[0]
-        path.write_bytes(corrupted(kind[1], damage))
+        path.write_bytes(corrupted(kind[1], corruption))
         (tmp_path / "made.zip").unlink(missing_ok=True)
         run(dataset_tool.main, f"--source={path}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
 
@@ -567,9 +565,9 @@ def test_malformed_cifar_pickles_get_one_error_message(tmp_path: Path, examples:
     )
 
     @for_all(examples, st.lists(codes | st.binary(max_size=4), max_size=30), CORRUPTION)
-    def check(program: list[bytes], damage: Any) -> None:
+    def check(program: list[bytes], corruption: Any) -> None:
         good = small_cifar()["cifar-10-batches-py/data_batch_1"]
-        strange = b"\x80\x02}q\0" + b"".join(program) + b"." if program else corrupted(good, damage)
+        strange = b"\x80\x02}q\0" + b"".join(program) + b"." if program else corrupted(good, corruption)
         (tmp_path / "cifar.tar").write_bytes(tar_of(small_cifar(data_batch_1=strange)))
         (tmp_path / "made.zip").unlink(missing_ok=True)
         run(dataset_tool.main, f"--source={tmp_path / 'cifar.tar'}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
@@ -593,7 +591,7 @@ def sample_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_lmdb_files_are_read_like_by_the_library(sample_database: Path) -> None:
+def test_lmdb_files_have_the_same_entries_as_in_the_library(sample_database: Path) -> None:
     lmdb = pytest.importorskip("lmdb", reason="lmdb is an optional package")
     with lmdb.open(str(sample_database), readonly=True, lock=False) as env, env.begin() as transaction:
         expected = list(transaction.cursor())
@@ -604,7 +602,7 @@ def test_lmdb_files_are_read_like_by_the_library(sample_database: Path) -> None:
 
 @draws(60, 3000)
 def test_corrupt_lmdb_files_raise_only_value_errors(sample_database: Path, tmp_path: Path, examples: int) -> None:
-    """The library itself aborts the process for some of these files."""
+    """The library itself aborts the process on some of these files."""
     whole = (sample_database / "data.mdb").read_bytes()
 
     @for_all(
@@ -612,11 +610,11 @@ def test_corrupt_lmdb_files_raise_only_value_errors(sample_database: Path, tmp_p
         CORRUPTION,
         st.lists(st.tuples(st.integers(0, len(whole) // 4096 - 1), st.integers(0, 63)), max_size=4),
     )
-    def check(damage: Any, heads: list[tuple[int, int]]) -> None:
+    def check(corruption: Any, heads: list[tuple[int, int]]) -> None:
         data = bytearray(whole)
         for page, byte in heads:
             data[4096 * page + byte] ^= 255
-        (tmp_path / "data.mdb").write_bytes(corrupted(bytes(data), damage))
+        (tmp_path / "data.mdb").write_bytes(corrupted(bytes(data), corruption))
         with suppress(ValueError):
             assert sum(len(value) for _, value in LmdbFile(tmp_path)) <= len(whole)
 
@@ -660,14 +658,16 @@ def test_projection_targets_are_checked_first_without_blocking(tmp_path: Path, s
         options = [f"--target={target}", f"--network={tmp_path / 'nowhere.pkl'}", f"--outdir={tmp_path / 'out'}"]
         assert run(generate.main, "project", *options) == 2
         result = CliRunner().invoke(generate.main, ["project", *options])
-        assert f"--target={target}: {name}{suffix} cannot be read" in result.output  # before the missing network
+        assert (
+            f"--target={target}: {name}{suffix} cannot be read" in result.output
+        )  # reported before the missing network
 
 
 # --- runs
 
 
 def make_run(folder: Path, files: dict[str, bytes | None]) -> Path:
-    """Write a run with two ticks, a metric and an image; replace files by other content, or by a pipe for None."""
+    """Write a run with two ticks, a metric and an image; `files` adds or replaces files, None makes a pipe."""
     ticks = [{"Progress/kimg": k, "Timing/total_sec": 9.0 * k, "Loss/G/loss": {"mean": 1.0 + k}} for k in range(2)]
     own: dict[str, bytes | None] = {
         "training_options.json": b'{"run": {"total_kimg": 100}}',
@@ -739,7 +739,7 @@ OPTIONS += [
 
 
 def test_unplottable_numbers_are_skipped_and_reported(tmp_path: Path) -> None:
-    """Invalid numbers in the files of statistics and metrics; deep nesting in the file of the environment."""
+    """Invalid numbers in the statistics and metric files; deep nesting in the environment file."""
     files: dict[str, bytes | None] = {
         "stats.jsonl": "".join(f"{line}\n" for line in STATS).encode(),
         "metric-swd5k.jsonl": "".join(f"{line}\n" for line in RECORDS).encode()
@@ -817,11 +817,11 @@ def test_malformed_files_of_a_run_do_not_break_the_report(tmp_path: Path, exampl
         *CHANGES,
         CORRUPTION,
     )
-    def check(log: list[str], base: Any, path: list[float], value: Any, remove: bool, damage: Any) -> None:
+    def check(log: list[str], base: Any, path: list[float], value: Any, remove: bool, corruption: Any) -> None:
         own = json.dumps(with_change(base, path, value, remove))
         for name in ("stats.jsonl", "metric-swd5k.jsonl", "environment.jsonl", "log.txt"):
             (folder / name).write_text("".join(f"{line}\n" for line in [*log, own]), errors="replace")
-        (folder / "fakes000002.png").write_bytes(corrupted(GOOD, damage))
+        (folder / "fakes000002.png").write_bytes(corrupted(GOOD, corruption))
         shown = read_run(folder, "run")
         build_page([shown], [], 2)
 
@@ -888,7 +888,7 @@ def test_a_shape_mismatch_names_the_dataset_tool_options(
 
 
 def test_long_dataset_names_are_shortened(tmp_path: Path, shapes_zip: Path) -> None:
-    """Names of run folders and of the partial file beside a dataset fit the limit of file systems."""
+    """Names of run folders and of partial dataset files stay within the limit of file systems."""
     for name in ("x" * 240, "\U0001f600" * 60):
         path = tmp_path / f"{name}.zip"
         assert run(dataset_tool.main, f"--source={shapes_zip}", f"--dest={path}", "--max-images=16", "--workers=1") == 0

@@ -1,4 +1,4 @@
-"""Hostile networks: lying servers, decompression bombs, planted links, secrets in URLs, control characters."""
+"""Hostile networks: malicious servers, decompression bombs, planted links, secrets in URLs, control characters."""
 
 from __future__ import annotations
 
@@ -96,22 +96,22 @@ HEADS: dict[str, bytes] = {
     "twice": OK + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\n12345",
     "gzip": OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(1 << 20)),
     "several encodings": OK + b"Content-Encoding: identity, br\r\n\r\n12345",
-    "an encoding to hide in": OK + b"Content-Encoding: \x1b[31mgzip\r\n\r\n12345",
+    "an encoding with an escape sequence": OK + b"Content-Encoding: \x1b[31mgzip\r\n\r\n12345",
     "too large": OK + b"Content-Length: 99999999999999\r\n\r\n12345",
-    "a redirection to nowhere": b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\n\r\n",
+    "a redirection to an invalid URL": b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\n\r\n",
     "a redirection to a file": b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n",
     "a redirection to an FTP server": b"HTTP/1.1 302 Found\r\nLocation: ftp://u:s3cret@h/x\r\n\r\n",
     "a redirection to a bad port": b"HTTP/1.1 302 Found\r\nLocation: http://h:99999/x\r\n\r\n",
     "a redirection without a host": b"HTTP/1.1 302 Found\r\nLocation: http:///x?s3cret\r\n\r\n",
     "a redirection to itself": b"HTTP/1.1 302 Found\r\nLocation: /net.pkl\r\n\r\n",
-    "a reason in colour": b"HTTP/1.1 404 \x1b[31mNo\x07\r\n\r\n",
-    "a long reason": b"HTTP/1.1 500 " + b"x" * 5000 + b"\r\n\r\n",
-    "a status that is none": b"HTTP/1.1 99999 OK\r\n\r\n",
+    "a reason phrase in colour": b"HTTP/1.1 404 \x1b[31mNo\x07\r\n\r\n",
+    "a long reason phrase": b"HTTP/1.1 500 " + b"x" * 5000 + b"\r\n\r\n",
+    "an invalid status": b"HTTP/1.1 99999 OK\r\n\r\n",
     "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n",
     "nothing": b"",
-    "a chunk that is none": OK + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n12345",
-    "a chunk cut off": OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\n12",
-    "headers without end": OK + b"".join(b"A%d: x\r\n" % i for i in range(200)) + b"\r\n",
+    "an invalid chunk size": OK + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n12345",
+    "a truncated chunk": OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\n12",
+    "too many headers": OK + b"".join(b"A%d: x\r\n" % i for i in range(200)) + b"\r\n",
     "a very long header": OK + b"A: " + b"x" * 70_000 + b"\r\n\r\n",
     "a page with a title in colour": OK + b"Content-Type: text/html\r\n\r\n<title>\x1b[31mHi\xe2\x80\xae</title>",
 }
@@ -162,7 +162,7 @@ REMEDY = "; remove it, or set DNNLIB_CACHE_DIR to another folder$"
 
 
 def plant(kind: str, place: Path, victim: Path) -> None:
-    """Replace a cache file by something else."""
+    """Replace a cache file by a link, a pipe or a folder."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if kind == "link":
         place.symlink_to(victim)
@@ -209,8 +209,8 @@ def test_links_of_other_users_are_not_followed(
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link"])
-def test_the_cache_folder_may_be_elsewhere(kind: str, site: Site, tmp_path: Path) -> None:
-    """For example on another disk, or in a hard-linked copy made by `cp -al`."""
+def test_cached_files_may_be_links(kind: str, site: Site, tmp_path: Path) -> None:
+    """Cache files may be links to another disk, or hard links made by `cp -al`."""
     for name in READ:
         path = fetch(f"{site.url}/net.pkl").with_name(name)
         plant(kind, path, path.rename(tmp_path / name))
@@ -222,7 +222,7 @@ def test_the_cache_folder_may_be_elsewhere(kind: str, site: Site, tmp_path: Path
 def test_folders_may_be_links_of_their_owner(
     depth: int, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For example downloads -> /scratch where home directories are small."""
+    """Small home directories need links such as downloads -> /scratch."""
     url = f"{site.url}/net.pkl"
     folder = [*cached_path(url).parents][depth]
     (tmp_path / "elsewhere").mkdir()
@@ -240,7 +240,7 @@ def test_folders_may_be_links_of_their_owner(
 
 
 def test_a_cache_is_private_to_its_user(site: Site, tmp_path: Path) -> None:
-    """Files are private at any umask, those of an interrupted download too."""
+    """Files are private at any umask, including the files of an interrupted download."""
     cache = tmp_path / "cache"
     before = os.umask(0)
     try:
@@ -489,7 +489,7 @@ def test_invalid_launcher_variables_are_named(name: str, value: str | None, monk
 
 
 def test_a_missing_home_is_reported_with_the_variable_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Runs as a user without an entry in the password file, as in containers."""
+    """Run as a user without an entry in the password file, as in containers."""
     for name in ("HOME", "DNNLIB_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.getuid", lambda: 54321)
@@ -536,7 +536,7 @@ def in_two_processes(folder: Path, data: Path) -> None:
     distributed.barrier()
 
 
-@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="no /proc/net/tcp here, which says who listens")
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc/net/tcp to list listening sockets")
 def test_processes_of_one_machine_listen_on_loopback_only(together: Path) -> None:
     """The launcher and its workers reach each other: they pass a barrier."""
     for rank in range(2):
@@ -545,6 +545,6 @@ def test_processes_of_one_machine_listen_on_loopback_only(together: Path) -> Non
         assert {tuple(address) for address in found} <= {("tcp", "0100007F"), ("tcp6", "0" * 24 + "01000000")}
         assert interface.startswith("lo")
     assert "GLOO_SOCKET_IFNAME" not in os.environ
-    with socket.create_server(("", 0)) as server:  # the test would notice a socket that listens on all interfaces
+    with socket.create_server(("", 0)) as server:  # the check detects a socket that listens on all interfaces
         assert ("tcp", "00000000") in listening([os.getpid()])
         assert server.getsockname()[1]

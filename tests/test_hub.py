@@ -101,7 +101,7 @@ def test_nothing_about_the_machine_is_published(snapshot: Snapshot, tmp_path: Pa
 def test_the_sample_image_shows_the_seeds(folder: Path, snapshot: Snapshot) -> None:
     with Image.open(folder / "samples.png") as image:
         assert image.size == (32, 32)  # 4 x 4 images of 8x8
-        found = np.asarray(image)[8:16, 8:16].astype(int)  # the sixth
+        found = np.asarray(image)[8:16, 8:16].astype(int)  # the sixth image
     z = torch.from_numpy(np.random.RandomState(5).randn(1, 16)).float()
     expected = snapshot.G_ema(z, None)[0].permute(1, 2, 0).numpy() * 127.5 + 128
     assert np.abs(found - np.floor(expected.clip(0, 255))).max() <= 1
@@ -157,7 +157,7 @@ def test_a_truncated_metric_record_is_skipped(snapshot: Snapshot, tmp_path: Path
 def test_upload_and_download_go_through_the_library(
     snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder stands in for the Hub."""
+    """A local folder replaces the Hub."""
 
     class Hub:
         def __init__(self, token: str | None) -> None:
