@@ -29,7 +29,7 @@ def arrays(tensors: Tensors, names: dict[str, str]) -> State:
 
 
 def styleformer_state(tensors: Tensors, config: StyleformerConfig) -> State:
-    """Return the state for the reference: resolutions by index, the matrices of Q, K and V concatenated."""
+    """Return the state for the reference: resolutions by index, Q, K and V matrices concatenated."""
     sides = {str(grid[0]): level for level, grid in enumerate(config.grids)}
     names = {
         r"^synthesis\.b\d+_0\.const": "const",
@@ -72,7 +72,7 @@ def mapping_state(tensors: Tensors) -> State:
 def assert_same_images(snapshot: Snapshot, expected: Any, tensors: Tensors) -> float:
     """Compare with the reference `expected` (ws, noise) -> images, for both noise modes and truncation.
 
-    Return the largest difference as a share of the largest value.
+    Return the largest difference, relative to the largest value.
     """
     largest = 0.0
     G, config = snapshot.G_ema, snapshot.config.generator

@@ -31,7 +31,7 @@ from training.snapshots.snapshot import Snapshot, load_network, save_network
 
 @pytest.fixture(scope="module")
 def vectors_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write eight images of 16x16 with an age and a temperature each."""
+    """Write eight 16x16 images, each labelled with an age and a temperature."""
     path = tmp_path_factory.mktemp("data") / "vectors.zip"
     labels = []
     with zipfile.ZipFile(path, "w") as archive:
@@ -138,7 +138,7 @@ def test_invalid_label_vectors_are_refused(flags: tuple[str, ...], vectors_zip: 
 
 
 def test_label_vectors_are_refused_by_other_networks(shapes_zip: Path, tmp_path: Path) -> None:
-    """Class networks take class mixtures as vectors; networks without labels take none."""
+    """Networks trained on classes accept vectors as class mixtures; unconditional networks accept no labels."""
     path, out = snapshot_of(tmp_path / "n.pkl", shapes_zip, "classes"), f"--outdir={tmp_path}"
     result = run(f"--network={path}", "--seeds=0", "--class=1", out)
     assert result.exit_code == 0, result.output
@@ -149,8 +149,8 @@ def test_label_vectors_are_refused_by_other_networks(shapes_zip: Path, tmp_path:
     assert "was trained without labels" in refused(f"--network={plain}", "--seeds=0", "--label=1", out)
 
 
-def test_files_without_the_record_are_read(vectors_zip: Path, shapes_zip: Path, tmp_path: Path) -> None:
-    """The dataset decides; without it, a warning states the assumed kind."""
+def test_snapshots_without_a_label_kind_are_read(vectors_zip: Path, shapes_zip: Path, tmp_path: Path) -> None:
+    """The dataset determines the kind; if the dataset is missing, a warning states the assumed kind."""
     by_data = snapshot_of(tmp_path / "data.pkl", vectors_zip, None)
     out = f"--outdir={tmp_path}"
     assert load_network(by_data).labels is None

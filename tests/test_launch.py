@@ -24,8 +24,8 @@ def free_port() -> int:
         return port
 
 
-# Workers divide the cores of the machine into threads, and results depend on the number of threads bit for bit.
-# One core gives every worker one thread.
+# Workers divide the cores of the machine among their threads, and results are bit-identical only for equal thread
+# counts. On one core, every worker has one thread.
 ON_ONE_CORE = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

@@ -280,7 +280,7 @@ NEEDS_BUILD: dict[str, tuple[dict[str, bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", NEEDS_BUILD)
-def test_folders_that_need_a_build_get_the_build_command(tmp_path: Path, kind: str) -> None:
+def test_unbuilt_folders_are_refused_with_the_build_command(tmp_path: Path, kind: str) -> None:
     files, message = NEEDS_BUILD[kind]
     source = write_files(tmp_path / "my set", files)
     result = run("check", str(source))
@@ -293,7 +293,7 @@ def test_folders_that_need_a_build_get_the_build_command(tmp_path: Path, kind: s
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.tar.gz", "x.npz", "train-images-idx3-ubyte.gz"])
-def test_files_that_need_a_build_get_the_build_command(tmp_path: Path, name: str) -> None:
+def test_unbuilt_files_are_refused_with_the_build_command(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     result = run("check", str(tmp_path / name))
     assert result.exit_code == 2

@@ -151,7 +151,7 @@ def test_a_foreign_discriminator_equals_the_reference(name: str, tmp_path: Path)
     D = module(
         "Discriminator",
         tensors,
-        frozen=("weight",),  # as Freeze-D leaves them
+        frozen=("weight",),  # as after training with Freeze-D
         c_dim=c_dim,
         img_resolution=16,
         img_channels=2,
@@ -193,7 +193,7 @@ def discriminator_tensors(config: StyleGAN2DiscriminatorConfig) -> Tensors:
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> Path:
+def full_snapshot(tmp_path: Path) -> Path:
     """Snapshot with G, D, G_ema and an augmentation pipe."""
     config = StyleGAN2DiscriminatorConfig(img_channels=3, img_size=(16, 16), channel_base=48, channel_max=8)
     kwargs: dict[str, Any] = {"c_dim": 0, "img_resolution": 16, "img_channels": 3, "conv_clamp": 256}
@@ -204,8 +204,8 @@ def whole(tmp_path: Path) -> Path:
     return write(tmp_path / "network-snapshot-000120.pkl", content)
 
 
-def test_a_foreign_snapshot_can_be_saved_as_our_own(whole: Path, tmp_path: Path) -> None:
-    snapshot = legacy.load_network(whole)
+def test_a_foreign_snapshot_can_be_saved_in_the_native_format(full_snapshot: Path, tmp_path: Path) -> None:
+    snapshot = legacy.load_network(full_snapshot)
     config = snapshot.config
     assert (snapshot.nimg, snapshot.ada_p, config.augment.pipe, config.augment.mode) == (120_000, 0.25, "bgc", "ada")
     assert (config.data.path, config.data.mirror, config.preset) == ("their.zip", True, "foreign")
@@ -228,7 +228,7 @@ def test_pickle_protocols_and_both_numpy_names_are_read(protocol: int, numpy_cor
     assert legacy.load_network(path).G_ema.img_shape == (3, 16, 16)
 
 
-def test_our_own_snapshots_are_read_as_well() -> None:
+def test_native_snapshots_are_read_too() -> None:
     shapes = Path(__file__).parent.parent / "docs" / "shapes.pkl"
     ours, same = legacy.load_network(shapes), training.snapshots.snapshot.load_network(shapes)
     assert ours.config == same.config
@@ -236,7 +236,7 @@ def test_our_own_snapshots_are_read_as_well() -> None:
         legacy.load_network("missing.pkl")
 
 
-def test_the_reader_of_our_own_names_legacy_for_others(tmp_path: Path) -> None:
+def test_the_native_reader_suggests_legacy_for_other_files(tmp_path: Path) -> None:
     theirs = write(tmp_path / "n.pkl", {"G_ema": stylegan2_module()})
     for path in (theirs, tmp_path):  # a pickle, a folder
         with pytest.raises(UserError, match=f"{path}: not a snapshot file of this project: legacy.load_network "):
@@ -244,8 +244,8 @@ def test_the_reader_of_our_own_names_legacy_for_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_not_finite_are_refused(whole: Path, tmp_path: Path, value: float) -> None:
-    snapshot, path = legacy.load_network(whole), tmp_path / "n.pkl"
+def test_weights_that_are_not_finite_are_refused(full_snapshot: Path, tmp_path: Path, value: float) -> None:
+    snapshot, path = legacy.load_network(full_snapshot), tmp_path / "n.pkl"
     snapshot.D.epilogue.fc.bias[3] = value
     save_network(path, config=snapshot.config, D=snapshot.D, G_ema=snapshot.G_ema)
     refused(path, "D: epilogue.fc.bias holds values that are not finite", "use an earlier snapshot")
@@ -283,7 +283,7 @@ def test_unsupported_generator_arguments_are_refused_by_name(name: str, tmp_path
     refused(write(tmp_path / "n.pkl", {"G_ema": stylegan2_module(**changes)}), text)
 
 
-def test_missing_unknown_and_wrong_tensors_are_refused(tmp_path: Path) -> None:
+def test_missing_unknown_and_mismatched_tensors_are_refused(tmp_path: Path) -> None:
     shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
     kwargs = STYLEGAN2_ARGUMENTS
     tensors = draw(shapes)
@@ -302,7 +302,7 @@ def test_missing_unknown_and_wrong_tensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_shared_tensor_is_refused(tmp_path: Path) -> None:
-    """If blocks could share their matrices, a file of a megabyte could describe networks that fill all memory."""
+    """If blocks could share matrices, a 1 MB file could describe networks that fill all memory."""
     shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
     tensors = draw(shapes)
     G_ema = module("Generator", tensors, **STYLEGAN2_ARGUMENTS)
@@ -312,7 +312,7 @@ def test_a_shared_tensor_is_refused(tmp_path: Path) -> None:
     refused(write(tmp_path / "n.pkl", {"G_ema": G_ema}), "mapping.fc0.bias and mapping.fc1.bias are the same tensor")
 
 
-def test_files_of_other_systems_are_identified(tmp_path: Path) -> None:
+def test_files_of_other_code_bases_are_identified(tmp_path: Path) -> None:
     alias_free = module("Generator", {"synthesis.input.weight": torch.zeros(2, 2)}, z_dim=Z)
     refused(write(tmp_path / "n.pkl", {"G_ema": alias_free}), "StyleGAN3")
     array = Call(Name("numpy.core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), (0,), b"b"))

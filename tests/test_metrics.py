@@ -31,7 +31,7 @@ from metrics.sampling import (
     to_uint8,
 )
 
-# The distance.
+# Sliced Wasserstein distance.
 
 
 def test_wasserstein_1d_equals_scipy() -> None:
@@ -70,7 +70,7 @@ def test_uniform_images_match_the_closed_form() -> None:
 
 
 def numpy_distance(real: np.ndarray, fake: np.ndarray, seed: int) -> dict[str, float]:
-    """Sliced Wasserstein distance in float64, image by image; only the random numbers are shared."""
+    """Sliced Wasserstein distance in float64, image by image; shares only the random numbers with the tested code."""
 
     def blur(image: np.ndarray) -> np.ndarray:
         taps = np.array([1, 4, 6, 4, 1]) / 16
@@ -196,7 +196,7 @@ def test_swd_does_not_depend_on_the_batch_size() -> None:
 
 @pytest.mark.parametrize("size", [32, 96])
 def test_swd_does_not_depend_on_the_number_of_processes(size: int) -> None:
-    """Three shards of images, joined as by `gathered`, and three shards of directions."""
+    """Merge three shards of images as `gathered` does, and use three shards of directions."""
     sets = [natural_images(10, (1, size, size), seed=seed) for seed in (1, 2)]
     joined = []
     for images in sets:
@@ -237,7 +237,7 @@ def test_random_rows_are_a_function_of_the_position() -> None:
     assert len(whole.unique()) == 400
 
 
-# Images, real and generated.
+# Real and generated images.
 
 
 def test_fakes_are_generated_from_standard_normal_latents() -> None:

@@ -169,7 +169,7 @@ def test_relativistic_losses_compare_pairs_of_images() -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_only_classifiers_report_signs_of_fake_logits(objective: str) -> None:
-    """If D compares pairs, its logits have no zero level, so the signs of its logits have no meaning."""
+    """The logits of a relativistic D have no zero level, so their signs have no meaning."""
     parameters = [nn.Parameter(torch.zeros(1))]
     updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
     phases = build_phases(make_gan(), settings(objective).fit(32, 6), updater, updater)
@@ -212,7 +212,7 @@ def test_compared_images_have_the_same_labels(loss: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("objective", ["logistic", "hinge", "wgangp-eps"])
-def test_the_batch_of_the_generator_can_be_larger(objective: str) -> None:
+def test_the_generator_batch_can_be_larger(objective: str) -> None:
     gan = replace(make_gan(), D=Recorder())
     parameters = [nn.Parameter(torch.zeros(1))]
     updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
@@ -301,7 +301,7 @@ def test_there_is_no_weight_decay() -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])
-def test_gradient_clipping_equals_that_of_torch(max_norm: float) -> None:
+def test_gradient_clipping_matches_torch(max_norm: float) -> None:
     ours, theirs = ([nn.Parameter(torch.zeros(n)) for n in (3, 70)] for _ in range(2))
     updater = build_updater(ours, AdamConfig(lr=0.1, clip_norm=max_norm), None)
     torch.manual_seed(0)
@@ -330,7 +330,7 @@ def test_clipping_does_not_hide_infinite_gradients() -> None:
 
 @pytest.mark.parametrize("name", ["w_avg", "real_sign", "loss"])
 def test_steps_with_infinite_batch_means_are_skipped(shapes_zip: Path, name: str) -> None:
-    """An infinite value, here in the first of two micro-batches, would stay in a running mean for ever."""
+    """An infinite value, here in the first of two micro-batches, would stay in a running mean forever."""
     trainer = new_trainer(every_phase_config(shapes_zip, run__nan="skip"))
     phase = next(phase for phase in trainer.phases if phase.name == "D_main")
     factors = iter([float("inf"), 0.0, 1.0, 1.0])
@@ -386,7 +386,7 @@ def objective_config(data: Path, objective: str, **changes: Any) -> TrainConfig:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_step_of_g_leaves_no_gradients_in_d(shapes_zip: Path, objective: str) -> None:
-    """D's step is the same with and without a step of G before it."""
+    """A preceding step of G does not change the step of D."""
 
     def run_d_main(trainer: Trainer, *, after_g: bool) -> Tensor:
         img, c = next(trainer._batches())
@@ -449,8 +449,8 @@ def test_two_processes_compute_the_same_penalties_as_one(shapes_zip: Path, toget
             torch.testing.assert_close(two[part][name], x, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
 
 
-# Side of the images and options with which an objective learns to draw scenes. wgangp-eps uses both networks of
-# TransGAN and its n_critic, with higher learning rates than the paper because the training is short.
+# Image size and options to learn scenes with each objective. wgangp-eps uses both networks and n_critic of TransGAN,
+# with higher learning rates than in the paper because the training is short.
 SMALL_TRANSGANS = [
     "--gen=transgan",
     "--base=4",
@@ -467,7 +467,7 @@ SMALL_TRANSGANS += [
     "--set=g_optimizer.clip_norm=5",
     "--set=d_optimizer.clip_norm=5",
 ]
-LEARNING: dict[str, tuple[int, list[str]]] = {
+SCENE_OPTIONS: dict[str, tuple[int, list[str]]] = {
     "wgangp-eps": (
         8,
         [*SMALL_TRANSGANS, "--set=loss.n_critic=4", "--batch=16", "--glr=0.001", "--dlr=0.002", "--kimg=28"],
@@ -477,9 +477,9 @@ LEARNING: dict[str, tuple[int, list[str]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", LEARNING)
+@pytest.mark.parametrize("objective", SCENE_OPTIONS)
 def test_objectives_with_penalties_halve_the_distance_to_data(tmp_path: Path, objective: str) -> None:
-    side, options = LEARNING[objective]
+    side, options = SCENE_OPTIONS[objective]
     untrained, trained = distances_to_scenes(tmp_path, side, f"--loss={objective}", *options, "--tick=28")
     assert trained <= untrained / 2
 

@@ -41,7 +41,7 @@ def read(tmp_path: Path, data: bytes) -> Any:
 
 
 def refused(tmp_path: Path, data: bytes, text: str = ".", seconds: float = 5) -> str:
-    """Read a file within little time and memory; return the reason why it, or a part of it, is refused."""
+    """Read a file within tight time and memory limits; return why the file or a part of it is refused."""
     started = time.process_time()
     tracemalloc.start()
     try:
@@ -61,7 +61,7 @@ def refused(tmp_path: Path, data: bytes, text: str = ".", seconds: float = 5) ->
 
 
 def reasons(value: Any) -> list[str]:
-    """Return the reasons of all unreadable values in the contents of a file."""
+    """Return the reasons for all unreadable values in the contents of a file."""
     if isinstance(value, Unreadable):
         return [value.reason]
     if isinstance(value, PickledModule):
@@ -81,7 +81,7 @@ def stored(x: torch.Tensor) -> bytes:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 )
-def test_tensors_are_those_that_torch_wrote(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_tensors_equal_those_saved_by_torch(dtype: torch.dtype, tmp_path: Path) -> None:
     x = (torch.randn(4, 3) * 9).to(dtype)
     content = {"plain": x, "view": x.t()[1:], "parameter": torch.nn.Parameter(torch.randn(2)), "empty": x[:0]}
     for protocol in (2, 3, 4, 5):
@@ -93,7 +93,7 @@ def test_tensors_are_those_that_torch_wrote(dtype: torch.dtype, tmp_path: Path) 
     assert torch.equal(torch.tensor(again.tolist()), torch.tensor(x.flatten().tolist()))
 
 
-def test_plain_values_come_out_as_pickle_reads_them(tmp_path: Path) -> None:
+def test_plain_values_equal_those_read_by_pickle(tmp_path: Path) -> None:
     content = {
         "numbers": [0, 1, -1, 255, 65536, -(2**40), 2**70, 1.5, True, None],
         "text": ["", "é" * 300, "x" * 70_000],
@@ -156,7 +156,7 @@ def test_code_in_a_nested_stream_is_refused(
 
 
 def storage_stream(*, claimed: int = 2, count: int | None = None, data: bytes = b"\0" * 8, key: Any = None) -> bytes:
-    """Return a handwritten stream of a float tensor: `claimed` elements in the pickle, `count` before the numbers."""
+    """Return a handwritten float tensor stream with `claimed` elements in the pickle, `count` before the data."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj: Any) -> Any:
@@ -327,7 +327,7 @@ def test_byte_bombs_written_as_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_colliding_keys_are_refused(tmp_path: Path) -> None:
-    """Python hashes integers modulo 2^61 - 1; n keys with equal hashes take n^2 comparisons."""
+    """Python hashes integers modulo 2^61 - 1; n keys with equal hashes need O(n^2) comparisons."""
     keys = [number * (2**61 - 1) for number in range(30_000)]
     items = PROTO + b"}(" + b"".join(dumps(key, 3)[2:-1] + b"N" for key in keys) + b"u."
     refused(tmp_path, items, "a key that is larger")
@@ -357,13 +357,13 @@ def test_other_contents_are_dropped_and_reported(tmp_path: Path) -> None:
         assert reasons(found["float key"]) == ["a key of type float, expected text or a whole number"]
 
 
-def test_a_byte_order_holds_for_every_use_of_a_dtype(tmp_path: Path) -> None:
+def test_a_byte_order_applies_to_every_use_of_a_dtype(tmp_path: Path) -> None:
     numbers = [Call(Name("numpy._core.multiarray", "scalar"), (BIG_ENDIAN, bytes(7) + b"@")) for _ in range(2)]
     assert len(reasons(read(tmp_path, dumps(numbers)))) == 2
 
 
 def test_state_dicts_and_dict_subclasses_are_read(tmp_path: Path) -> None:
-    """Both are dicts with a state that holds no needed information."""
+    """Both are dicts; the additional state of the object is not needed."""
     layer = torch.nn.Linear(2, 2)
     torch.save(layer.state_dict(), tmp_path / "weights.pth")
     assert describe_torch_file(tmp_path / "weights.pth") == "a bare state_dict, without the arguments of its network"
@@ -374,7 +374,7 @@ def test_state_dicts_and_dict_subclasses_are_read(tmp_path: Path) -> None:
     assert read(tmp_path, dumps(theirs)) == {"a": 1}
 
 
-def test_additions_of_forks_may_be_large_or_odd(tmp_path: Path) -> None:
+def test_extra_values_of_forks_may_be_large_or_unusual(tmp_path: Path) -> None:
     content = {"a": 1, "integer": 10**700, "expanded": torch.zeros(1).expand(10**7), "z": [0.5] * 600_000}
     found = read(tmp_path, dumps(content))
     assert (found["integer"], len(found["z"])) == (10**700, 600_000)
@@ -382,8 +382,8 @@ def test_additions_of_forks_may_be_large_or_odd(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", [REBUILD, Name("torch._utils", "_rebuild_parameter"), Name("their", "thing")])
-def test_calls_with_many_arguments_cost_little(call: Name, tmp_path: Path) -> None:
-    """Every reference to a tuple would copy the tuple otherwise."""
+def test_calls_with_many_arguments_are_cheap(call: Name, tmp_path: Path) -> None:
+    """A reader that copies a tuple for every reference would be slow."""
     big = dumps(tuple(range(50_000)))[2:-1] + b"r\x63\x00\x00\x000"
     name = f"c{call.module}\n{call.name}\n".encode()
     shape = name + b"(K\x00K\x00j\x63\x00\x00\x00j\x63\x00\x00\x00\x89NtRa"
@@ -392,13 +392,13 @@ def test_calls_with_many_arguments_cost_little(call: Name, tmp_path: Path) -> No
         refused(tmp_path, PROTO + big + b"]" + instructions * 20_000 + b".", seconds=3)
 
 
-def test_long_names_cost_little(tmp_path: Path) -> None:
+def test_long_names_are_cheap(tmp_path: Path) -> None:
     text = dumps("x" * 1_000_000)[2:-1].split(b"\x94")[0] + b"r\x63\x00\x00\x000"
     name = b"j\x63\x00\x00\x00j\x63\x00\x00\x00\x93a"
     refused(tmp_path, PROTO + text + b"]" + name * 50_000 + b".", "longer than any", seconds=3)
 
 
-def test_modules_with_long_names_take_little_memory() -> None:
+def test_modules_with_long_names_use_little_memory() -> None:
     top = PickledModule("Layer", {"_parameters": {}, "_buffers": {}, "_modules": {}})
     for level in range(90):
         top = PickledModule("Layer", {"_parameters": {}, "_buffers": {}, "_modules": {f"{level:0100}": top}})
@@ -415,7 +415,7 @@ def test_compressed_archives_are_not_unpacked(tmp_path: Path) -> None:
 
 
 def test_wrappers_and_copies_of_modules_are_read(tmp_path: Path) -> None:
-    """DataParallel is pickled as a plain object; persistence and EasyDict are in a package of another project."""
+    """DataParallel is pickled as a plain object; other projects have their own copies of persistence and EasyDict."""
     inner = module_with({})
     state = {"_parameters": {}, "_buffers": {}, "_modules": {"module": inner}}
     for module_name, name in (("data_parallel", "DataParallel"), ("distributed", "DistributedDataParallel")):

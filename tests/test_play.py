@@ -1,4 +1,4 @@
-"""generate.py play: requests get the results of the other commands; invalid requests get status 400."""
+"""generate.py play: results equal those of the other commands; invalid requests are answered with status 400."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_images_are_cached_and_generated_in_one_batch(monkeypatch: pytest.Monkey
     assert {img.untyped_storage().nbytes() for img in player.images.values()} == {3 * 32 * 32}
 
 
-def test_the_class_comes_from_the_request() -> None:
+def test_the_request_selects_the_class() -> None:
     G = build(StyleGAN2Config(z_dim=16, w_dim=12, c_dim=3, resolutions=4, channel_base=64))
     model = Model(G=G, device=torch.device("cpu"), c=label_of(3, 2))
     expected = model.images(model.map(seed_latents([5], 16)))[0]
@@ -181,7 +181,7 @@ def test_invalid_requests_are_answered_with_400() -> None:
 
 
 def ask_raw(port: int, *lines: str) -> tuple[int, str]:
-    """Send these lines as the head of a request; return the status and the whole response."""
+    """Send a request with these header lines; return the status and the full response."""
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
         answer = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode("latin-1")
@@ -276,7 +276,7 @@ def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, capsys: 
                 with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
                     connection.sendall(said)
                     assert connection.recv(1) == b""
-    with served(player) as port:  # with enough time to send a request
+    with served(player) as port:  # now with the default timeout
         assert get(port, "/")[0] == 200
     assert capsys.readouterr().err == ""
 
@@ -326,11 +326,11 @@ def test_the_command_serves_until_ctrl_c_and_names_a_port_in_use(
     assert (result.exit_code, f"--port={port}: cannot be used" in result.output) == (2, True)
 
 
-def seen_by_a_browser(model: Model, script: str) -> Any:
-    """Return the result of a script on the loaded page; `until` is a predicate to wait for."""
+def run_in_browser(model: Model, script: str) -> Any:
+    """Run a script on the loaded page and return the result; the script can wait with `until(predicate)`."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
-        pytest.skip("no Chromium on this machine")
+        pytest.skip("requires Chromium")
     probe = """<script>
       const until = async done => { while (!done()) await new Promise(go => setTimeout(go, 20)); };
       (async () => {
@@ -366,13 +366,13 @@ def test_a_browser_shows_mixing_and_attention() -> None:
         await until(() => !("maps" in waiting));
         const maps = document.querySelectorAll("#maps img").length;
         return [maps, pixel, $("caption").textContent, $("problem").textContent];"""
-    maps, pixel, what, problem = seen_by_a_browser(make_model(), script)
+    maps, pixel, what, problem = run_in_browser(make_model(), script)
     assert (maps, pixel, problem) == (5, [16, 1], "")  # the query position, and four blocks
     assert "with coarse of seed 2" in what
 
 
 def test_a_browser_hides_mixing_without_styles() -> None:
-    """TransGAN has one style, so shift-click selects too. Two clicks on the arrow advance two pages."""
+    """TransGAN has one style, so a shift-click selects like a click. Two clicks on the arrow advance two pages."""
     script = """
         $("after").click();
         $("after").click();
@@ -380,5 +380,5 @@ def test_a_browser_hides_mixing_without_styles() -> None:
         cells[2].onclick({shiftKey: true});
         await until(() => !("large" in waiting));
         return [$("caption").textContent, other, cells[2].className];"""
-    what, other, kind = seen_by_a_browser(model_of(TRANSGAN), script)
+    what, other, kind = run_in_browser(model_of(TRANSGAN), script)
     assert (what.partition(".")[0], other, kind) == ("Seed 50", None, "chosen")

@@ -1,4 +1,4 @@
-"""Programs for --detector: archives that would execute code on loading are refused, valid ones are read."""
+"""Detector programs (--detector): archives that would execute code are refused; valid archives are read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Parts = dict[str, bytes]
 Change = Callable[[Parts], None]
 
 
-class Harm:
+class Exploit:
     """An object that creates a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def changed(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], Path]:
-    """Write the program with some of its parts changed to the current folder."""
+    """Write a modified copy of the program into the current folder."""
     monkeypatch.chdir(tmp_path)
 
     def write(change: Change, compression: int = zipfile.ZIP_STORED) -> Path:
@@ -79,7 +79,7 @@ def model(change: Callable[[Any], object]) -> Change:
 
 
 def everywhere(key: str, value: Any) -> Change:
-    """Give every value of a key in the graph."""
+    """Set a key everywhere in the graph to a value."""
 
     def apply(item: Any) -> None:
         for one in item.values() if isinstance(item, dict) else item if isinstance(item, list) else ():
@@ -101,7 +101,7 @@ def renamed(old: str, new: str) -> Change:
 
 
 def called(target: str, text: str = "mkdir pwned") -> Change:
-    """Add a call of another function with a string at the start of the graph."""
+    """Add a call of another function, with a string argument, at the start of the graph."""
     argument = {"name": "self", "arg": {"as_string": text}, "kind": 1}
     node = {"target": target, "inputs": [argument], "outputs": [], "metadata": {}, "name": "x"}
     node["is_hop_single_tensor_return"] = None  # type: ignore[assignment]
@@ -109,31 +109,31 @@ def called(target: str, text: str = "mkdir pwned") -> Change:
 
 
 def payload(folder: str, name: str, content: bytes, *, use_pickle: bool = True) -> Change:
-    """Add the description of a tensor that is a pickle."""
-    place = f"data/{folder}/model_{folder}_config.json"
+    """Add a pickle file and its description as a tensor."""
+    path = f"data/{folder}/model_{folder}_config.json"
 
     def apply(parts: Parts) -> None:
-        document = json.loads(parts[place])
+        document = json.loads(parts[path])
         document["config"]["more"] = {
             "path_name": name,
             "is_param": False,
             "use_pickle": use_pickle,
             "tensor_meta": None,
         }
-        parts[place] = json.dumps(document).encode()
+        parts[path] = json.dumps(document).encode()
         parts[f"data/{folder}/{name}"] = content
 
     return apply
 
 
-def older(parts: Parts) -> None:
-    """Hide an archive of the older format, which torch tries if the newer one fails, among the files."""
+def older_format(parts: Parts) -> None:
+    """Add an archive of the older_format format, which torch tries if the newer format fails."""
     document = json.loads(parts.pop("models/model.json"))
     document["guards_code"] = [f"{CODE} is None"]
     parts["^version"] = b"8.20"
     parts["^serialized_exported_program.json"] = json.dumps(document).encode()
     for name in ("state_dict", "constants", "example_inputs"):
-        parts[f"^serialized_{name}.pt"] = saved((Harm(),))
+        parts[f"^serialized_{name}.pt"] = saved((Exploit(),))
 
 
 def tree(document: Any, spec: dict[str, Any]) -> None:
@@ -141,15 +141,18 @@ def tree(document: Any, spec: dict[str, Any]) -> None:
 
 
 FACTORY = json.dumps({"default_factory_module": "os", "default_factory_name": "getcwd", "dict_context": "[]"})
-PICKLE = saved((Harm(),))
+PICKLE = saved((Exploit(),))
 ATTACKS: dict[str, tuple[Change, str]] = {
     "sample inputs": (part("data/sample_inputs/model.pt", PICKLE), "sample_inputs/model.pt in it needs more than"),
-    "sample inputs, old pickle": (part("data/sample_inputs/model.pt", pickle.dumps(Harm())), "needs more than tensors"),
+    "sample inputs, old pickle": (
+        part("data/sample_inputs/model.pt", pickle.dumps(Exploit())),
+        "needs more than tensors",
+    ),
     "weights in one file": (part("data/weights/model.pt", PICKLE), "data/weights/model.pt in it needs more"),
     "constants in one file": (part("data/constants/model.pt", PICKLE), "data/constants/model.pt in it needs more"),
     "a pickled weight": (payload("weights", "weight_9", PICKLE), "data/weights/weight_9 in it needs more"),
     "a pickled constant": (payload("constants", "tensor_9", PICKLE), "data/constants/tensor_9 in it needs more"),
-    "an opaque object": (payload("constants", "opaque_obj_0", pickle.dumps(Harm())), "is no part of a program"),
+    "an opaque object": (payload("constants", "opaque_obj_0", pickle.dumps(Exploit())), "is no part of a program"),
     "a script object": (payload("constants", "custom_obj_0", PICKLE), "custom_obj_0 in it is no part of a program"),
     "a part elsewhere": (payload("weights", "../extra/x", PICKLE), "is no part of a program"),
     "a weight that says it is none": (
@@ -195,7 +198,7 @@ ATTACKS: dict[str, tuple[Change, str]] = {
         model(lambda d: tree(d, {"type": "builtins.dict", "context": json.dumps([CODE]), "children_spec": []})),
         "which is no name",
     ),
-    "an older archive": (older, "holds no program|cannot be loaded: no archive"),
+    "an archive of the older format": (older_format, "holds no program|cannot be loaded: no archive"),
     "no JSON": (part("models/model.json", b"{"), "models/model.json in it holds Expecting"),
     "JSON without end": (part("models/model.json", b"[" * 100_000), "nested too deep"),
 }
@@ -215,9 +218,9 @@ def test_programs_that_would_execute_code_are_refused(
 
 
 def test_only_names_that_torch_resolves_are_restricted(changed: Callable[..., Path]) -> None:
-    """A tensor named `metadata` hides nothing; stack traces and extra files are allowed."""
+    """Stack traces and extra files are allowed; a size named `metadata` is still checked."""
     free = everywhere("metadata", {"stack_trace": f"line 1\n{CODE}", "torch_fn": "a';b"})
-    extra = part("extra/notes.txt", pickle.dumps(Harm(), 0))
+    extra = part("extra/notes.txt", pickle.dumps(Exploit(), 0))
     features, logits = load_program(changed(lambda parts: (free(parts), extra(parts))), CPU)(IMAGES)
     assert (tuple(features.shape), logits is not None) == ((2, 6), True)
     assert not Path("pwned").exists()
@@ -236,7 +239,7 @@ def test_compressed_archives_are_refused(changed: Callable[..., Path]) -> None:
 def test_torch_executes_no_code_even_without_the_check(
     kind: str, changed: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The setting that lets torch.load read everything is disabled for the call and restored afterwards."""
+    """The environment variable that disables weights_only is unset for the call and restored afterwards."""
     monkeypatch.setenv(programs.FORCE_NO_WEIGHTS_ONLY, "1")
     monkeypatch.setattr(programs, "check", lambda path: None)
     with suppress(pickle.UnpicklingError):  # torch may skip entries it cannot read
@@ -268,7 +271,7 @@ class Larger(nn.Module):
 
 @pytest.mark.parametrize("has_attention", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_valid_programs_are_read(tmp_path: Path, has_attention: bool) -> None:
-    """Programs with symbolic sizes and conditions on them give the values of the module."""
+    """Programs with symbolic sizes and conditions on sizes return the same values as the module."""
     torch.manual_seed(0)
     module = Larger(has_attention=has_attention).eval()
     auto = torch.export.Dim.AUTO

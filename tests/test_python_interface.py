@@ -119,7 +119,7 @@ RESOLUTIONS = {
 def test_a_script_for_stylegan2_ada_runs(
     name: str, shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The image equals that of generate.py, truncation follows the formula, optimising w and noise lowers the loss."""
+    """The image equals generate.py's, truncation follows the formula, and optimising w and noise lowers the loss."""
     network = make_network(name, tmp_path, shapes_zip)
     found = run_script(network, tmp_path / "script")
     G = found["G"]
@@ -226,7 +226,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         yield site
 
 
-def test_open_url_opens_paths_and_addresses(site: Site, tmp_path: Path) -> None:
+def test_open_url_opens_paths_and_urls(site: Site, tmp_path: Path) -> None:
     path = tmp_path / "a file.bin"
     path.write_bytes(b"content")
     site.files["/file.bin"] = b"from the web"

@@ -257,5 +257,5 @@ def test_no_page_or_message_names_a_removed_flag() -> None:
             assert not pattern.findall(file.read_text()), file
 
 
-def test_hints_come_from_the_class() -> None:
+def test_hints_returns_the_field_types_of_a_class() -> None:
     assert hints(type(PRESETS["auto"]))["seed"] is int

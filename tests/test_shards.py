@@ -45,7 +45,7 @@ def open_shards(path: Path) -> ShardSource:
 
 
 def samples(extension: str, labels: list[Any]) -> list[tuple[str, bytes]]:
-    """Make samples of an image, a caption and a label, which alternately precedes and follows the image."""
+    """Make samples of an image, a caption and a label; the label alternately precedes and follows the image."""
     files = []
     for k, label in enumerate(labels):
         members = [(f"a/{k:03}.png", PNGS[k % N]), (f"a/{k:03}.txt", b"a caption")]

@@ -56,7 +56,7 @@ print("the end", flush=True)
 
 @contextmanager
 def failing(kind: str) -> Iterator[int]:
-    """Yield a descriptor whose writes fail: full disk, closed pipe, or closed terminal."""
+    """Yield a file descriptor on which writes fail: full disk, closed pipe, or closed terminal."""
     if kind == "full":
         descriptor = os.open("/dev/full", os.O_WRONLY)
     else:
@@ -71,7 +71,7 @@ def failing(kind: str) -> Iterator[int]:
 def run(
     code: str, *arguments: str, closed: str = "", stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python code as a program whose streams `closed` are closed by the shell, as in `>&-`."""
+    """Run Python code as a program; `closed` are shell redirections that close streams, e.g. `>&-`."""
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=ROOT, text=True, check=False, stdout=stdout, stderr=stderr)
 

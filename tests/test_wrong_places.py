@@ -1,4 +1,4 @@
-"""Files passed to the wrong option: the message identifies the file and names the right option."""
+"""Files passed to the wrong option: the message identifies the file and names the correct option."""
 
 from __future__ import annotations
 
@@ -93,15 +93,15 @@ def test_a_bare_array_is_refused_as_styles(tmp_path: Path) -> None:
     assert "numpy.savez('styles.npz', w=numpy.load(FILE))" in result.output
 
 
-def test_a_run_folder_stands_for_its_newest_snapshot(tmp_path: Path) -> None:
+def test_a_run_folder_selects_its_newest_snapshot(tmp_path: Path) -> None:
     (tmp_path / OPTIONS_FILE).write_text("{}")
     arguments = [f"--network={tmp_path}", "--seeds=0", f"--outdir={tmp_path / 'out'}"]
     none = CliRunner().invoke(generate.main, arguments)
     assert (none.exit_code, none.output) == (2, f"Error: {tmp_path}: this run has written no snapshot yet\n")
     (tmp_path / "network-snapshot-000010.pkl").write_bytes(b"not this one")
     shutil.copy(SHAPES, tmp_path / "network-snapshot-000200.pkl")
-    made = CliRunner().invoke(generate.main, arguments)
-    assert made.exit_code == 0, made.output
+    written = CliRunner().invoke(generate.main, arguments)
+    assert written.exit_code == 0, written.output
     assert (tmp_path / "out" / "seed0000.png").exists()
     info = CliRunner().invoke(legacy.main, ["info", str(tmp_path)])
     assert info.exit_code == 0
@@ -111,14 +111,14 @@ def test_a_run_folder_stands_for_its_newest_snapshot(tmp_path: Path) -> None:
         legacy.load_network(tmp_path / "empty")
 
 
-def test_conversion_needs_no_command(tmp_path: Path) -> None:
+def test_conversion_works_without_a_subcommand(tmp_path: Path) -> None:
     dest = tmp_path / "shapes"
     result = CliRunner().invoke(legacy.main, [f"--source={SHAPES}", f"--dest={dest}"])
     assert (result.exit_code, result.output) == (0, f"Written: {dest}\n")
     assert (dest / "config.json").exists()
 
 
-def test_transfer_learning_mentions_that_the_run_can_resume(shapes_zip: Path, tmp_path: Path) -> None:
+def test_transfer_learning_mentions_a_resumable_state(shapes_zip: Path, tmp_path: Path) -> None:
     config = small_config(shapes_zip)
     networks: dict[str, Any] = {"G": config.generator.build(), "D": config.discriminator.build()}
     snapshot = tmp_path / "network-snapshot-000001.pkl"
