@@ -82,13 +82,13 @@ def assert_same_images(snapshot: Snapshot, expected: Any, tensors: Tensors) -> f
     for psi, noise_mode in ((1.0, "const"), (0.7, "none"), (0.7, "const")):
         layers = config.mapping_layers
         ws = ref_mapping(z.double().numpy(), labels, mapping_state(tensors), config.num_ws, layers, psi)
-        wanted: Array = expected(ws, noise_mode == "const")
-        scale = np.abs(wanted).max()
+        expected_images: Array = expected(ws, noise_mode == "const")
+        scale = np.abs(expected_images).max()
         img = G(z, c, truncation_psi=psi, noise_mode=noise_mode).double().numpy()
-        assert img.shape == wanted.shape == (2, *G.img_shape)
-        assert np.abs(img - wanted).max() <= 1e-4 * max(scale, 1)
+        assert img.shape == expected_images.shape == (2, *G.img_shape)
+        assert np.abs(img - expected_images).max() <= 1e-4 * max(scale, 1)
         assert scale > 0.3
-        largest = max(largest, np.abs(img - wanted).max() / max(scale, 1))
+        largest = max(largest, np.abs(img - expected_images).max() / max(scale, 1))
     return largest
 
 

@@ -45,7 +45,7 @@ def packed(values: np.ndarray, bits: int, order: str = ">") -> list[bytes]:
 def tiff(
     rows: list[bytes], width: int, tags: dict[int, tuple[int, list[int]]], order: str = "<", next_page: int = 0
 ) -> bytes:
-    """Make an uncompressed TIFF of one strip. `tags`: further tags, number -> type (1 byte, 3 short, 4 long), values."""
+    """Make an uncompressed one-strip TIFF. `tags`: further tags, number -> type (1 byte, 3 short, 4 long), values."""
     pixels = b"".join(rows)
     tags = {
         256: (4, [width]),

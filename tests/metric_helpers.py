@@ -118,7 +118,7 @@ class Stripes:
 
 
 def natural_images(count: int, img_shape: tuple[int, int, int] = (3, 32, 32), seed: int = 0) -> Tensor:
-    """Draw smooth blobs with a little noise, uint8."""
+    """Draw uint8 images of smooth blobs with a little noise."""
     stream = np.random.RandomState(seed)
     C, H, W = img_shape
     blobs = scipy.ndimage.gaussian_filter(stream.standard_normal((count, C, H, W)), (0, 0, 3, 3), mode="wrap")

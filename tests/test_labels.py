@@ -155,13 +155,13 @@ def test_snapshots_without_a_label_kind_are_read(vectors_zip: Path, shapes_zip: 
     out = f"--outdir={tmp_path}"
     assert load_network(by_data).labels is None
     assert "labels of this network are vectors" in refused(f"--network={by_data}", "--seeds=0", "--class=0", out)
-    gone = shutil.copy(shapes_zip, tmp_path / "gone.zip")
-    lost = snapshot_of(tmp_path / "lost.pkl", Path(gone), None)
-    Path(gone).unlink()
-    result = run(f"--network={lost}", "--seeds=0", "--class=0", out)
+    data = shutil.copy(shapes_zip, tmp_path / "data.zip")
+    without_data = snapshot_of(tmp_path / "without_data.pkl", Path(data), None)
+    Path(data).unlink()
+    result = run(f"--network={without_data}", "--seeds=0", "--class=0", out)
     assert result.exit_code == 0, result.output
-    assert f"Warning: {lost}: does not state whether labels are classes; assuming 2 classes" in result.output
-    assert "Warning" not in run(f"--network={lost}", "--seeds=0", "--label=0,1", out).output
+    assert f"Warning: {without_data}: does not state whether labels are classes; assuming 2 classes" in result.output
+    assert "Warning" not in run(f"--network={without_data}", "--seeds=0", "--label=0,1", out).output
     tensors, arguments = styleformer(3)
     theirs = write(tmp_path / "theirs.pkl", {"G_ema": module("Generator", tensors, **arguments)})
     assert legacy.load_network(theirs).label_kind() is None  # its dataset is missing

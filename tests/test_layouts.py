@@ -204,8 +204,8 @@ def test_labels_of_missing_images_are_noted(tmp_path: Path, extra: list[str], no
     result = run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
     assert f"Note: dataset.json has labels of missing images: {note}" in result.stdout
     assert result.exit_code == 0
-    (remark,) = ImageDataset(DatasetConfig(path=str(source))).notes
-    assert remark.endswith(note.rstrip("\n"))
+    (stored_note,) = ImageDataset(DatasetConfig(path=str(source))).notes
+    assert stored_note.endswith(note.rstrip("\n"))
 
 
 @pytest.mark.parametrize(

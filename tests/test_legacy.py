@@ -175,10 +175,12 @@ def test_a_foreign_discriminator_equals_the_reference(name: str, tmp_path: Path)
     state = {key: x for key, x in arrays(tensors, names).items() if not key.endswith("resample_filter")}
     img = 3 * torch.randn(4, 2, 16, 16, generator=torch.Generator().manual_seed(3))
     c = torch.eye(3)[[0, 2, 1, 0]] if c_dim else None
-    wanted = ref_stylegan2_discriminator(img.double().numpy(), None if c is None else c.double().numpy(), state, config)
+    expected = ref_stylegan2_discriminator(
+        img.double().numpy(), None if c is None else c.double().numpy(), state, config
+    )
     logits = snapshot.D(img, c).double().numpy()
-    assert np.abs(logits - wanted).max() <= 1e-4 * np.abs(wanted).max()
-    assert np.ptp(wanted) > 0.002
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert np.ptp(expected) > 0.002
     assert width == snapshot.D.cmap_dim
 
 
@@ -256,7 +258,7 @@ def test_weights_that_are_not_finite_are_refused(full_snapshot: Path, tmp_path: 
 
 GENERATOR_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown argument": ({"magnitude_ema_beta": 0.999}, "G_ema: unknown argument magnitude_ema_beta"),
-    "names for a terminal": ({"a\n\033[2J": 1}, "unknown argument a\\n\\x1b[2J"),
+    "control characters": ({"a\n\033[2J": 1}, "unknown argument a\\n\\x1b[2J"),
     "many": ({f"argument {i}": 1 for i in range(9000)}, "unknown argument argument 0, argument 1, "),
     "nested unknown argument": ({"mapping_kwargs": {"x": 1}}, "G_ema.mapping_kwargs: unknown argument x"),
     "other learning rate": ({"mapping_kwargs": {"num_layers": 2, "lr_multiplier": 0.1}}, "lr_multiplier=0.1"),
@@ -265,8 +267,8 @@ GENERATOR_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no noise": ({"synthesis_kwargs": {"use_noise": False}}, "use_noise=False"),
     "other filter": ({"synthesis_kwargs": {"resample_filter": [1, 2, 1]}}, "resample_filter=[1, 2, 1]"),
     "architecture": ({"synthesis_kwargs": {"architecture": "dense"}}, "architecture='dense'"),
-    "a tensor for a number": ({"z_dim": torch.zeros(3)}, "z_dim=of type Tensor"),
-    "no number": ({"z_dim": None}, "z_dim=None"),
+    "a tensor instead of a number": ({"z_dim": torch.zeros(3)}, "z_dim=of type Tensor"),
+    "None instead of a number": ({"z_dim": None}, "z_dim=None"),
     "huge": ({"z_dim": 10**9}, "z_dim=1000000000"),
     "endless": ({"mapping_kwargs": {"num_layers": 10**9}}, "num_layers=1000000000"),
     "size": ({"img_resolution": 48}, "not of 48"),

@@ -198,7 +198,7 @@ def test_swd_does_not_depend_on_the_batch_size() -> None:
 def test_swd_does_not_depend_on_the_number_of_processes(size: int) -> None:
     """Merge three shards of images as `gathered` does, and use three shards of directions."""
     sets = [natural_images(10, (1, size, size), seed=seed) for seed in (1, 2)]
-    joined = []
+    merged = []
     for images in sets:
         shares = []
         for rank in range(3):
@@ -206,7 +206,7 @@ def test_swd_does_not_depend_on_the_number_of_processes(size: int) -> None:
             share = sw.PatchSet(positions, (1, size, size), seed=0, device=images.device)
             share.add(positions, images[positions.start : positions.stop])
             shares.append(share.levels[0])
-        joined.append(
+        merged.append(
             sw.PatchLevel(
                 whole=shares[0].whole,
                 values=torch.cat([share.values for share in shares]),
@@ -217,7 +217,7 @@ def test_swd_does_not_depend_on_the_number_of_processes(size: int) -> None:
     directions = sw.random_directions(0, 0, 1)
     parts = [shard(sw.DIRECTIONS, rank, 3) for rank in range(3)]
     distances = torch.cat(
-        [sw.level_distances(joined[0], joined[1], directions[:, :, part.start : part.stop]) for part in parts]
+        [sw.level_distances(merged[0], merged[1], directions[:, :, part.start : part.stop]) for part in parts]
     )
     whole = sw.sliced_wasserstein(*sets)[str(size)]
     assert 1000 * float(distances.mean()) == pytest.approx(whole, rel=1e-9)

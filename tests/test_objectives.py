@@ -80,7 +80,7 @@ def test_hinge_and_linear_losses_have_their_closed_forms() -> None:
 
 
 def test_wasserstein_loss_of_a_linear_critic_has_its_closed_form() -> None:
-    """The gradient of <a, x> is a everywhere. The penalty differentiates after augmentation, so it has no factor 5."""
+    """The gradient of <a, x> is a everywhere; the penalty is computed after augmentation, so the factor 5 is absent."""
     gan, (img, c) = make_gan(augment=lambda x: 5 * x), batch()
     fake_logits, real_logits = gan.D(5 * drawn(gan, 6, c), c), gan.D(5 * img, c)
     terms = discriminator_wgan(gan, img, c, gp_weight=10.0, drift_weight=0.5)
@@ -98,7 +98,7 @@ def test_wasserstein_loss_of_a_linear_critic_has_its_closed_form() -> None:
 
 
 class Recorder(nn.Module):
-    """D(x) = |x|^2 / 2, whose gradient is x; records its inputs."""
+    """Discriminator D(x) = |x|^2 / 2, with gradient x, that records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ def test_only_classifiers_report_signs_of_fake_logits(objective: str) -> None:
 
 
 class LabelledG(LinearG):
-    """Generator whose image depends on the label only."""
+    """Generator of images that depend only on the label."""
 
     c_dim = 1
 
@@ -276,7 +276,7 @@ def test_n_critic_sets_the_intervals_of_the_phases(objective: str, expected: lis
 
 
 def test_g_is_updated_every_n_critic_steps_and_ema_counts_images(shapes_zip: Path) -> None:
-    """The half-life of the EMA is a number of images, so it does not depend on n_critic."""
+    """The half-life of the EMA is measured in images and does not depend on n_critic."""
     trainer = new_trainer(
         every_phase_config(shapes_zip, loss__n_critic=3, ema__kimg=0.1, ema__rampup=None, augment__mode="noaug")
     )

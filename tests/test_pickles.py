@@ -102,7 +102,7 @@ def test_plain_values_equal_those_read_by_pickle(tmp_path: Path) -> None:
         "set": {1, 2, "three"},
         "ordered": collections.OrderedDict([("b", 1), ("a", 2)]),
         "nested": {"a": {"b": [{"c": 1}]}},
-        7: "a number for a key",
+        7: "a number as key",
     }
     for protocol in (2, 3, 4, 5):
         assert read(tmp_path, dumps(content, protocol)) == pickle.loads(dumps(content, protocol))
@@ -118,11 +118,11 @@ CODE: dict[str, Any] = {
     "torch.load": Call(Name("torch", "load"), ("sentinel",)),
     "torch.save": Call(Name("torch", "save"), (1, "sentinel")),
     "dotted": Call(Name("collections", "OrderedDict.fromkeys"), ([1],)),
-    "of an allowed module": Call(Name("torch.storage", "os"), ()),
+    "attribute of an allowed module": Call(Name("torch.storage", "os"), ()),
     "import_module": Call(Name("importlib", "import_module"), ("this",)),
     "rebuild hook": Call(Name("torch._utils", "_rebuild_from_type_v2"), (1,)),
     "numpy load": Call(Name("numpy", "load"), ("sentinel",)),
-    "our own": Call(Name("torch_utils.checkpoint", "write_file"), ("sentinel",)),
+    "function of this project": Call(Name("torch_utils.checkpoint", "write_file"), ("sentinel",)),
     "pickle": Call(Name("pickle", "loads"), (b".",)),
     "codecs": Call(Name("_codecs", "decode"), (b"x", "unicode_escape")),
 }
@@ -180,7 +180,7 @@ def test_the_handwritten_stream_is_valid(tmp_path: Path) -> None:
 
 
 HOSTILE_TENSORS: dict[str, Any] = {
-    "more than there is": tensor(storage_stream(claimed=2**40)),
+    "more elements than data": tensor(storage_stream(claimed=2**40)),
     "huge": tensor(storage_stream(claimed=2**62)),
     "count contradicts": tensor(storage_stream(count=3)),
     "too many bytes": tensor(storage_stream(data=b"\0" * 12)),
@@ -188,7 +188,7 @@ HOSTILE_TENSORS: dict[str, Any] = {
     "no storage": Call(REBUILD, (5, 0, (2,), (1,), False, ())),
     "too few arguments": Call(REBUILD, ()),
     "negative size": tensor(storage_stream(), size=(-2,)),
-    "beyond the numbers": tensor(storage_stream(), size=(3,)),
+    "beyond the storage": tensor(storage_stream(), size=(3,)),
     "offset": tensor(storage_stream(), offset=1),
     "negative offset": tensor(storage_stream(), offset=-1),
     "stride": tensor(storage_stream(), size=(2, 2), stride=(2**39, 1)),
@@ -196,12 +196,12 @@ HOSTILE_TENSORS: dict[str, Any] = {
     "expanded": tensor(storage_stream(), size=(2**39,), stride=(0,)),
     "overflow": tensor(storage_stream(), size=(2**39, 2**39, 2**39), stride=(0, 0, 0)),
     "text": tensor(storage_stream(), size=("2",)),
-    "size of another kind": tensor(storage_stream(), size=[2]),
+    "size is a list": tensor(storage_stream(), size=[2]),
     "dimensions": tensor(storage_stream(), size=(1,) * 1000, stride=(0,) * 1000),
-    "other key": tensor(storage_stream(key=("module", torch.FloatStorage, "0", "cpu", 2, None))),
+    "invalid key": tensor(storage_stream(key=("module", torch.FloatStorage, "0", "cpu", 2, None))),
     "view": tensor(storage_stream(key=("storage", torch.FloatStorage, "0", "cpu", 2, ("1", 0, 2)))),
     "type": tensor(storage_stream(key=("storage", "float", "0", "cpu", 2, None))),
-    "number for bytes": Call(LOAD, (5,)),
+    "number instead of bytes": Call(LOAD, (5,)),
     "parameter": Call(Name("torch._utils", "_rebuild_parameter"), ("x", True, ())),
 }
 
@@ -225,7 +225,7 @@ HOSTILE_CALLS: dict[str, Any] = {
     "object type": Call(Name("numpy", "dtype"), ("O8", False, True)),
     "type list": Call(Name("numpy", "dtype"), ([("a", "O")],)),
     "short scalar": Call(Name("numpy._core.multiarray", "scalar"), (Call(Name("numpy", "dtype"), ("f8",)), b"1234")),
-    "scalar of no type": Call(Name("numpy._core.multiarray", "scalar"), ("f8", b"12345678")),
+    "scalar without dtype": Call(Name("numpy._core.multiarray", "scalar"), ("f8", b"12345678")),
     "state of a set": Call(Name("builtins", "set"), ([1],), {"__class__": 1}),
     "state of a module": Call(
         PERSISTENT, ({"type": "class", "version": 6, "class_name": "f", "state": {}},), {"__class__": 1}
@@ -256,8 +256,8 @@ BYTES: dict[str, tuple[bytes, str]] = {
     "long text": (PROTO + b"\x8d" + struct.pack("<Q", 2**60) + b"x.", "damaged"),
     "long bytes": (PROTO + b"\x8e" + struct.pack("<Q", 2**62) + b"x.", "damaged"),
     "long number": (PROTO + b"\x8b" + struct.pack("<i", 2**31 - 1) + b"x.", "damaged"),
-    "memo far away, unread": (PROTO + b"K\x01r\xff\xff\xff\x7f0.", "one value"),
-    "memo that is not there": (PROTO + b"j\xff\xff\xff\x7f.", "does not have"),
+    "unused memo with a large index": (PROTO + b"K\x01r\xff\xff\xff\x7f0.", "one value"),
+    "missing memo": (PROTO + b"j\xff\xff\xff\x7f.", "does not have"),
     "2 GB of bytes": (PROTO + b"B" + struct.pack("<I", 2**31) + b"x.", "damaged"),
     "2 GB of text": (PROTO + b"X" + struct.pack("<I", 2**31) + b"x.", "damaged"),
     "nothing": (PROTO + b".", "one value"),
@@ -276,7 +276,7 @@ BYTES: dict[str, tuple[bytes, str]] = {
     "protocol 9": (b"\x80\x09K\x01.", "protocol"),
     "trailing data": (PROTO + b"K\x01.x", "follows"),
     "empty": (b"", "empty"),
-    "STRING, whose escapes would be read": (PROTO + b"S'\\e'\n.", "instruction STRING"),
+    "STRING with an escape": (PROTO + b"S'\\e'\n.", "instruction STRING"),
     "GET": (PROTO + b"g1\n.", "instruction GET"),
 }
 
@@ -467,11 +467,11 @@ def test_truncated_and_corrupt_files_are_refused(tmp_path: Path) -> None:
     rng = random.Random(0)
     outcomes = collections.Counter[str]()
     for _ in range(1000):
-        damaged = bytearray(data)
+        corrupt = bytearray(data)
         for _ in range(rng.randint(1, 3)):
-            damaged[rng.randrange(len(data))] = rng.randrange(256)
+            corrupt[rng.randrange(len(data))] = rng.randrange(256)
         try:
-            read(tmp_path, bytes(damaged))
+            read(tmp_path, bytes(corrupt))
             outcomes["read"] += 1  # a bit flip within a number or a string
         except UserError:
             outcomes["refused"] += 1

@@ -205,7 +205,7 @@ def test_training_continues_when_the_disk_is_full(
     saver = new_saver(tmp_path, trainer.config)
     grids = hooks.ImageGrids(tmp_path, 100, Loggers((), tmp_path, trainer.config))
     trainer.hooks = [hooks.Snapshots(saver, 1), hooks.JsonLog(tmp_path), grids]
-    with full_disk(), pytest.raises(WriteError, match="cannot be written"):  # replaced by the files of the last step
+    with full_disk(), pytest.raises(WriteError, match="cannot be written"):  # only the last failure stops the run
         train_steps(trainer, 2)
     assert {path.name for path in tmp_path.iterdir() if path.stat().st_size} == {FolderLock.NAME}
     train_steps(trainer, 1)
@@ -370,7 +370,7 @@ def test_the_last_states_are_kept_and_some_permanently(last: int, every: float |
 
 
 def test_corrupt_newer_states_do_not_count_as_kept(shapes_zip: Path, tmp_path: Path) -> None:
-    """A run resumed from an earlier state would otherwise delete the states it writes."""
+    """Otherwise, a run resumed from an earlier state would delete its own new states."""
     trainer = new_trainer(shapes_zip, run__keep_last=1)
     for kimg in (7, 9):
         (tmp_path / f"training-state-{kimg:06d}.pt").write_bytes(b"damaged")

@@ -63,7 +63,7 @@ def test_sigusr1_saves_and_sigterm_also_stops(shapes_zip: Path, tmp_path: Path) 
     assert digest({**ours, "state": ours["state"]["nimg"]}) == digest({**theirs, "state": theirs["state"]["nimg"]})
 
 
-def test_a_signal_before_the_first_step_waits_for_a_state(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_signal_before_the_first_step_is_handled_after_it(shapes_zip: Path, tmp_path: Path) -> None:
     trainer = new_trainer(shapes_zip)
     saver = new_saver(tmp_path, trainer.config)
     with Signals() as signals:

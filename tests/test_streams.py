@@ -131,7 +131,7 @@ def test_training_continues_without_a_stream_and_logs_it_once(
 
 
 def test_a_slow_reader_of_a_non_blocking_pipe_gets_everything() -> None:
-    """A terminal set to non-blocking by another program temporarily refuses output that does not fit."""
+    """A non-blocking terminal, set by another program, temporarily refuses output that exceeds the free space."""
     source, sink = os.pipe()
     os.set_blocking(sink, False)
     with subprocess.Popen([sys.executable, "-c", SCRIPT, "--lines=12000"], cwd=ROOT, stdout=sink) as process:

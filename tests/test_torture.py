@@ -55,7 +55,7 @@ def test_a_repeatedly_killed_run_ends_like_an_uninterrupted_run(
 
 
 def test_a_signal_to_the_launcher_reaches_all_processes(shapes_zip: Path, tmp_path: Path) -> None:
-    """A scheduler signals only the launcher. --snap is never reached, so training states come from signals alone."""
+    """A scheduler signals only the launcher. --snap is never reached, so only signals write training states."""
     program = start_training(tmp_path / "runs", shapes_zip, "--gpus=2", "--snap=999", "--kimg=99")
     try:
         program.wait_for("tick 1 ")

@@ -201,13 +201,13 @@ def test_a_run_folder_holds_the_expected_files(shapes_zip: Path, tmp_path: Path)
 
 def test_resume_latest_continues_the_same_run_exactly(shapes_zip: Path, tmp_path: Path) -> None:
     data = f"--data={shapes_zip}"
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    run_ok(f"--outdir={straight}", data, *SHORT)
+    uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "stopped"
+    run_ok(f"--outdir={uninterrupted}", data, *SHORT)
     for kimg in (0.032, 0.064):  # the first call starts a run, the second call resumes it
         output = run_ok(f"--outdir={stopped}", data, *SHORT, f"--kimg={kimg}", "--resume=latest")
     assert "Resuming from" in output
     (run_dir,) = run_dirs(stopped)
-    assert digest(last_state(run_dir)) == digest(last_state(run_dirs(straight)[0]))
+    assert digest(last_state(run_dir)) == digest(last_state(run_dirs(uninterrupted)[0]))
     ticks = [json.loads(line)["Progress/kimg"] for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     assert ticks == [0.0, 0.032, 0.064]
 
@@ -239,9 +239,9 @@ def test_transfer_learning_starts_from_a_snapshot(shapes_zip: Path, tmp_path: Pa
     then = load_network(run_dir / "network-snapshot-000000.pkl").G.state_dict()
     assert then["synthesis.const"].sub(first["synthesis.const"]).abs().max() < 0.01  # one step later
 
-    misfit = run(f"--outdir={tmp_path / 'c'}", f"--data={shapes_zip}", *SHORT, "--g_dict=64,32", f"--resume={source}")
-    assert misfit.exit_code == 2
-    assert "of the parameters are in the snapshot" in misfit.output
+    mismatch = run(f"--outdir={tmp_path / 'c'}", f"--data={shapes_zip}", *SHORT, "--g_dict=64,32", f"--resume={source}")
+    assert mismatch.exit_code == 2
+    assert "of the parameters are in the snapshot" in mismatch.output
     assert not (tmp_path / "c").exists()
 
 
@@ -454,8 +454,8 @@ def test_override_resumes_with_other_options(shapes_zip: Path, tmp_path: Path) -
     assert state["g_optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.003 * 4 / 5)  # lazy regularisation
     assert float(state["ada"]["p"]) == 0.5
     assert json.loads((run_dir / "training_options.json").read_text())["loss"]["r1_gamma"] == 2
-    for misfit in ("--cbase=128", "--freezed=2"):
-        refused = run(*common, *other, misfit, "--kimg=0.064", f"--resume={run_dir}", "--override")
+    for mismatch in ("--cbase=128", "--freezed=2"):
+        refused = run(*common, *other, mismatch, "--kimg=0.064", f"--resume={run_dir}", "--override")
         assert (refused.exit_code, "it was trained with other options" in refused.stderr) == (2, True), refused.output
 
 
@@ -528,9 +528,9 @@ def test_the_best_state_is_kept_and_starts_a_new_run(
     new = run_dirs(tmp_path)[1]
     assert last_state(new)["state"]["nimg"] == 64
     assert Checkpoint.read(best)["parts"]["state"]["nimg"] == 32
-    straight = tmp_path / "straight"
-    run_ok(f"--outdir={straight}", f"--data={shapes_zip}", *SHORT)
-    assert digest(last_state(new)) == digest(last_state(run_dirs(straight)[0]))
+    uninterrupted = tmp_path / "uninterrupted"
+    run_ok(f"--outdir={uninterrupted}", f"--data={shapes_zip}", *SHORT)
+    assert digest(last_state(new)) == digest(last_state(run_dirs(uninterrupted)[0]))
     run_ok(*common, "--metrics=none", "--keep-best=0", "--kimg=0.032", f"--resume={best}")  # no steps left
     assert last_state(run_dirs(tmp_path)[2])["state"]["nimg"] == 32  # the new run has its own copy for --resume=latest
 

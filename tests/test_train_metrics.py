@@ -286,7 +286,7 @@ def record(metric: str, number: str, value: float) -> dict[str, Any]:
 def test_the_best_network_ignores_records_of_other_reals(
     shapes_zip: Path, detector_program: Path, tmp_path: Path, with_flips: bool
 ) -> None:
-    """Older versions counted flips in fid<N>_full with --mirror; such values are better and not comparable."""
+    """Older versions counted flips in fid<N>_full with --mirror; such values look better but are not comparable."""
     arguments = [
         f"--outdir={tmp_path / 'runs'}",
         f"--data={shapes_zip}",

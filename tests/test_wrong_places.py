@@ -96,8 +96,11 @@ def test_a_bare_array_is_refused_as_styles(tmp_path: Path) -> None:
 def test_a_run_folder_selects_its_newest_snapshot(tmp_path: Path) -> None:
     (tmp_path / OPTIONS_FILE).write_text("{}")
     arguments = [f"--network={tmp_path}", "--seeds=0", f"--outdir={tmp_path / 'out'}"]
-    none = CliRunner().invoke(generate.main, arguments)
-    assert (none.exit_code, none.output) == (2, f"Error: {tmp_path}: this run has written no snapshot yet\n")
+    no_snapshot = CliRunner().invoke(generate.main, arguments)
+    assert (no_snapshot.exit_code, no_snapshot.output) == (
+        2,
+        f"Error: {tmp_path}: this run has written no snapshot yet\n",
+    )
     (tmp_path / "network-snapshot-000010.pkl").write_bytes(b"not this one")
     shutil.copy(SHAPES, tmp_path / "network-snapshot-000200.pkl")
     written = CliRunner().invoke(generate.main, arguments)
@@ -124,11 +127,11 @@ def test_transfer_learning_mentions_a_resumable_state(shapes_zip: Path, tmp_path
     snapshot = tmp_path / "network-snapshot-000001.pkl"
     write_file(snapshot, FORMAT, VERSION, capture_network(config=config, G_ema=networks["G"], **networks))
     arguments = [*SMALL, f"--data={shapes_zip}", f"--outdir={tmp_path / 'runs'}", f"--resume={snapshot}", "-n"]
-    alone = CliRunner().invoke(train.main, arguments)
-    assert alone.exit_code == 0, alone.output
-    assert "lies beside the snapshot" not in alone.output
+    without_state = CliRunner().invoke(train.main, arguments)
+    assert without_state.exit_code == 0, without_state.output
+    assert "lies beside the snapshot" not in without_state.output
     (tmp_path / "training-state-000001.pt").touch()
-    beside = CliRunner().invoke(train.main, arguments)
-    assert beside.exit_code == 0
+    with_state = CliRunner().invoke(train.main, arguments)
+    assert with_state.exit_code == 0
     note = f"training-state-000001.pt lies beside the snapshot: to resume that run, give --resume={tmp_path}\n"
-    assert note in beside.stderr
+    assert note in with_state.stderr
