@@ -394,7 +394,7 @@ def test_exif_orientation_is_applied_in_every_format(name: str, order: str) -> N
 
 
 def test_build_check_and_training_apply_the_orientation(tmp_path: Path) -> None:
-    """All orientations of one image become the same image."""
+    """All orientations of an image produce the same dataset image."""
     square = RGB[:, :H]
     folder = tmp_path / "in"
     folder.mkdir()

@@ -79,7 +79,7 @@ def target(request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) ->
         kernels = custom_ops.load()
         assert kernels is not None, custom_ops.why_not()
         yield Target(kernels=kernels, device="cuda")
-    assert "runtime error" not in capfd.readouterr().err, "see the sanitizer's report above"
+    assert "runtime error" not in capfd.readouterr().err, "see the sanitizer report above"
 
 
 def guarded(x: Tensor, offset: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Kinds of labels: classes and vectors are distinguished, and networks record which kind they were trained on."""
+"""Kinds of labels: classes and vectors are distinguished, and networks record the kind of their training labels."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_snapshots_without_a_label_kind_are_read(vectors_zip: Path, shapes_zip: 
     assert "Warning" not in run(f"--network={without_data}", "--seeds=0", "--label=0,1", out).output
     tensors, arguments = styleformer(3)
     theirs = write(tmp_path / "theirs.pkl", {"G_ema": module("Generator", tensors, **arguments)})
-    assert legacy.load_network(theirs).label_kind() is None  # its dataset is missing
+    assert legacy.load_network(theirs).label_kind() is None  # the dataset is missing
 
 
 def test_play_uses_one_label_for_vector_networks(vectors_zip: Path, tmp_path: Path) -> None:

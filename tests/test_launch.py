@@ -51,7 +51,7 @@ def start_agents(outdir: Path, data: Path, kimg: float) -> list[Program]:
 
 
 def test_two_nodes_equal_one_node_with_two_workers(shapes_zip: Path, tmp_path: Path) -> None:
-    """A signal to one node stops both; the same commands then resume the run."""
+    """A signal to one node stops both nodes; the same commands then resume the run."""
     agents = start_agents(tmp_path / "two", shapes_zip, kimg=99)
     try:
         while not any("tick 1 " in agent.output.read_text() for agent in agents):

@@ -74,7 +74,7 @@ def test_a_file_system_without_locks_causes_a_warning(
 
 
 def test_a_run_active_elsewhere_is_refused(shapes_zip: Path, tmp_path: Path) -> None:
-    """The run is unchanged: its log is not truncated although the state is older."""
+    """The run is unchanged: the log is not truncated although the state is older."""
     short = [*SMALL, "--tick=0.016", "--snap=1", "--metrics=none", "--device=cpu", "--resume=latest"]
     arguments = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *short]
     assert CliRunner().invoke(train.main, [*arguments, "--kimg=0.016"]).exit_code == 0

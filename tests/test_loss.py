@@ -58,7 +58,7 @@ def test_path_length_of_a_linear_generator_has_its_closed_form() -> None:
 
     torch.manual_seed(9)
     torch.randn(3, 3)  # z for half of the batch
-    torch.randint(10, [3])  # its labels
+    torch.randint(10, [3])  # labels for that half
     y = torch.randn(3, 2, H, W, dtype=torch.float64) / math.sqrt(H * W)
     A = gan.G.A.detach().requires_grad_(True)
     lengths = (y.reshape(3, -1) @ A).norm(dim=1)
@@ -67,7 +67,7 @@ def test_path_length_of_a_linear_generator_has_its_closed_form() -> None:
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-9)
     assert terms.means["pl_mean"].item() == pytest.approx(lengths.mean().item(), rel=1e-9)
     terms.loss.backward()
-    expected.backward()  # the running mean includes this batch, with its gradient
+    expected.backward()  # gradients also flow through this batch's share of the running mean
     torch.testing.assert_close(gan.G.A.grad, A.grad)
 
 

@@ -122,7 +122,9 @@ def test_swd_grows_with_noise_and_ignores_contrast() -> None:
     assert distances[-1] > 3 * distances[0] > 0
 
     faint = images // 2
-    invariant = sw.sliced_wasserstein(2 * faint, faint + 20)["mean"]  # each set is normalised by its own statistics
+    invariant = sw.sliced_wasserstein(2 * faint, faint + 20)[
+        "mean"
+    ]  # each set is normalised by the statistics of the set
     assert invariant < 0.5 < distances[0]  # not 0: rounding to integers differs between the contrasts
 
 

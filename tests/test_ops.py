@@ -407,7 +407,7 @@ def test_bias_gradient_sums_in_float32() -> None:
 
 
 def test_piecewise_linear_activations_keep_only_their_output() -> None:
-    """The input can be freed because the next layer keeps the output anyway."""
+    """The input can be freed: the next layer keeps the output anyway."""
     x, b = image(2, 3), image(3).requires_grad_()
     for act, alpha, gain, kept in (
         ("lrelu", 0.2, 1.0, 1),

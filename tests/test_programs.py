@@ -79,7 +79,7 @@ def with_graph(change: Callable[[Any], object]) -> Change:
 
 
 def with_value(key: str, value: Any) -> Change:
-    """Set a key with_value in the graph to a value."""
+    """Set all occurrences of a key in the graph to a value."""
 
     def apply(item: Any) -> None:
         for one in item.values() if isinstance(item, dict) else item if isinstance(item, list) else ():
@@ -91,7 +91,7 @@ def with_value(key: str, value: Any) -> Change:
 
 
 def with_renamed(old: str, new: str) -> Change:
-    """Replace a name with_value in the graph."""
+    """Replace a name everywhere in the graph."""
 
     def apply(parts: Parts) -> None:
         text = parts["models/model.json"].decode()
@@ -127,7 +127,7 @@ def with_payload(folder: str, name: str, content: bytes, *, use_pickle: bool = T
 
 
 def older_format(parts: Parts) -> None:
-    """Add an archive of the older_format format, which torch tries if the newer format fails."""
+    """Add an archive of the older format, which torch tries if the newer format fails."""
     document = json.loads(parts.pop("models/model.json"))
     document["guards_code"] = [f"{CODE} is None"]
     parts["^version"] = b"8.20"

@@ -410,7 +410,7 @@ def make_tar(names: Iterable[int]) -> bytes:
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
 @pytest.mark.parametrize("blocks", range(8))
 def test_truncated_archives_are_refused(tmp_path: Path, pack: Callable[[bytes], bytes], blocks: int) -> None:
-    """Each image takes two blocks of 512 bytes. The end of a member is not the end of the archive."""
+    """Each image occupies two blocks of 512 bytes. The end of a member is not the end of the archive."""
     path = tmp_path / "set.tar"
     whole = make_tar(range(4))
     path.write_bytes(pack(whole[: 512 * blocks]))

@@ -279,7 +279,7 @@ def test_each_folder_is_scanned_once(tmp_path: Path, content: str, monkeypatch: 
 
 
 def save(folder: Path, table: Any, **state: Any) -> None:
-    """Write the files of `Dataset.save_to_disk`: two tables, whose order is in state.json."""
+    """Write the files of `Dataset.save_to_disk`: two tables, listed in order in state.json."""
     files = [{"filename": f"data-0000{k}-of-00002.arrow"} for k in (1, 0)]
     for k in (0, 1):
         write(folder / f"data-0000{k}-of-00002.arrow", table[3 * k : 3 * k + 3])

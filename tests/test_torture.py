@@ -15,7 +15,7 @@ from torch_utils.signals import EXIT_STOPPED
 
 
 def kill_repeatedly(outdir: Path, data: Path, options: list[str], kills: int, loading: float) -> None:
-    """Start a run repeatedly and kill it at random moments; let the last start finish.
+    """Start a run repeatedly and kill the process at random moments; let the last start finish.
 
     `loading` is the startup time of the program in seconds. One in five kills occurs within 1.2 times this time.
     """

@@ -237,7 +237,7 @@ def test_transfer_learning_starts_from_a_snapshot(shapes_zip: Path, tmp_path: Pa
     assert options["ema"]["rampup"] is None
     first = load_network(source).G.state_dict()
     then = load_network(run_dir / "network-snapshot-000000.pkl").G.state_dict()
-    assert then["synthesis.const"].sub(first["synthesis.const"]).abs().max() < 0.01  # one step later
+    assert then["synthesis.const"].sub(first["synthesis.const"]).abs().max() < 0.01  # after one step
 
     mismatch = run(f"--outdir={tmp_path / 'c'}", f"--data={shapes_zip}", *SHORT, "--g_dict=64,32", f"--resume={source}")
     assert mismatch.exit_code == 2

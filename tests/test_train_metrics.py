@@ -226,7 +226,7 @@ def test_held_out_images_are_disjoint_from_training_images(shapes_zip: Path) -> 
 
 
 def test_overfitting_is_computed_from_mean_logits(shapes_zip: Path) -> None:
-    """D returns the mean brightness as its logit, so the mean logits are known."""
+    """The logit of D is the mean brightness, so the mean logits are known."""
     config = DatasetConfig(path=str(shapes_zip), holdout=56)
     training, held_out = ImageDataset(config), ImageDataset(config, held_out=True)
 

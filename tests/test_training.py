@@ -444,7 +444,7 @@ def test_the_remaining_time_includes_metrics_and_files(
     values = {"Timing/sec_per_kimg": 20.0, "Progress/augment": 0.12, "Resources/cpu_mem_gb": 12.34}
     tick = Tick(1234, 1233, is_first=False, is_last=False, stats=stats, values=values)
     trainer.state = TrainState(nimg=1100, elapsed=3600.0)
-    progress.on_tick(trainer, tick)  # 1 kimg took 60 seconds, of which training took 20
+    progress.on_tick(trainer, tick)  # 1 kimg took 60 seconds, including 20 seconds of training
     line = capsys.readouterr().out
     assert "kimg 1.1 " in line
     assert "left 8m 54s" in line

@@ -55,7 +55,7 @@ def test_places_use_grids_instead_of_indices() -> None:
 @pytest.mark.parametrize("architecture", ["orig", "skip", "resnet"])
 @pytest.mark.parametrize("is_up", [True, False])
 def test_blocks_are_copied_to_the_same_grid(architecture: Any, is_up: bool) -> None:
-    """Indices are counted by hand: block i of the smaller network is block i + 1 of the larger one."""
+    """Indices are counted by hand: block i of the smaller network is block i + 1 of the larger network."""
     small, large = (dataclasses.replace(config, architecture=architecture) for config in (D32, D64))
     source, target = pair(small, large) if is_up else pair(large, small)
     copied = copy_weights(source, target, "D")

@@ -205,7 +205,7 @@ def test_a_window_as_large_as_the_grid_is_full_attention(use_relative: bool) -> 
 
 
 def test_axis_attention_reaches_every_token_in_two_steps() -> None:
-    """The first step spreads a token's value over its row, the second over all columns."""
+    """The first step spreads the value of a token over the row, the second step over all columns."""
     attention = AxisAttention(2, (3, 5), use_relative=True).double()
     q, k, v = qkv(15, 4)
     v.requires_grad_()
@@ -430,7 +430,7 @@ def count(config: Any) -> int:
         return sum(parameter.numel() for parameter in config.build().parameters())
 
 
-# Published parameter counts in millions; the CelebA presets have none, see docs/transgan.md.
+# Published parameter counts in millions; not published for the CelebA presets, see docs/transgan.md.
 @pytest.mark.parametrize(
     ("preset", "size", "published", "g_count", "d_count"),
     [
