@@ -1,4 +1,4 @@
-"""Benchmark scripts, run in the process of the test."""
+"""Run benchmark scripts in the test process."""
 
 from __future__ import annotations
 

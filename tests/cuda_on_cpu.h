@@ -1,5 +1,5 @@
-// CUDA as far as the kernels use it, on the host: g++ -x c++ compiles the .cu files with this header
-// in place of CUDA's. Every thread of a launch runs to its end before the next one starts: kernels cannot have barriers.
+// The part of CUDA that the kernels use, on the host: g++ -x c++ compiles the .cu files with this header in place of
+// CUDA's. Each thread of a launch runs to completion before the next thread starts, so kernels cannot have barriers.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -20,7 +20,7 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr int cudaErrorInvalidValue = 1;
 inline int cudaGetLastError() { return 0; }
-inline const char* cudaGetErrorString(int) { return "no CUDA here"; }
+inline const char* cudaGetErrorString(int) { return "CUDA is not available"; }
 struct cudaFuncAttributes {};
 template <class Kernel> int cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) { return 0; }
 
@@ -73,6 +73,6 @@ inline __half __float2half_rn(float x) {
     int exponent;
     std::frexp(size, &exponent);  // size = m * 2^exponent, 0.5 <= m < 1
     exponent = size == 0 ? -13 : std::max(exponent, -13);
-    const float steps = std::nearbyint(std::ldexp(size, 11 - exponent));  // half to even; 2048 carries over by itself
+    const float steps = std::nearbyint(std::ldexp(size, 11 - exponent));  // half to even; 2048 carries into the exponent
     return {uint16_t(sign | uint16_t(steps + float((exponent + 13) << 10)))};
 }

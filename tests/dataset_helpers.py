@@ -1,4 +1,4 @@
-"""Helpers that run dataset_tool.py on sources written by a test and read the dataset that it makes."""
+"""Helpers that run dataset_tool.py on sources written by a test and read the resulting dataset."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ FAMILIES: dict[str, GeneratorConfig] = {
         **SIZES, widths=(16, 8), layers=(1, 2), depth=4, handover=16, resolutions=3, channel_base=128
     ),
 }
-TRANSGAN = TransGANConfig(  # its latent is its only style
+TRANSGAN = TransGANConfig(  # the latent is the only style
     z_dim=16, w_dim=16, widths=(32, 8, 8), layers=(1, 1, 1), num_heads=2, full_upto=16, window=8
 )
 

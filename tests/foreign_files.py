@@ -1,7 +1,7 @@
 """Writers of snapshots in the format of the public Styleformer release and of StyleGAN2-ADA-PyTorch.
 
-The files follow a description of the format. No class of those projects is needed, because the pickler here writes
-their names into the file. Torch and NumPy pickle tensors and numbers.
+The files follow a description of the format. The classes of those projects are not needed: the pickler writes class
+names into the file. Torch and NumPy pickle tensors and numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Name:
         self.module, self.name = module, name
 
     def __call__(self, *_: Any) -> None:
-        raise AssertionError("names are written, not called")
+        raise AssertionError("the pickler only writes names")
 
 
 class Call:
@@ -41,11 +41,11 @@ class Call:
         return self.parts
 
 
-PYTHONS_PICKLER: Any = pickle._Pickler  # the pickler in C has no overridable save
+PYTHONS_PICKLER: Any = pickle._Pickler  # save cannot be overridden in the C pickler
 
 
 class ForeignPickler(PYTHONS_PICKLER):
-    """Pickler that also writes `Name`, and NumPy's core module under a given name."""
+    """Pickler that also writes `Name`, and NumPy's core module under the name `numpy_core`."""
 
     numpy_core = "numpy._core"
 
@@ -117,13 +117,13 @@ def write(path: Path, content: dict[str, Any], **options: Any) -> Path:
     return path
 
 
-# Tensors of networks: published names and shapes, with values that are not trivial.
+# Tensors of networks: published names and shapes, with non-trivial values.
 
 FILTER = torch.tensor([1.0, 3.0, 3.0, 1.0]).outer(torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
 
 
 def draw(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Tensors:
-    """Return random tensors: biases of styles around 1, large equalised weights in the mapping network."""
+    """Return random tensors: style biases around 1, large equalised weights in the mapping network."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
@@ -141,7 +141,7 @@ def draw(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Tensors:
 
 
 def mapping_shapes(z_dim: int, c_dim: int, w_dim: int, layers: int, w_avg: bool = True) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a mapping network; the one of D has no z and no w_avg."""
+    """Return the shapes of a mapping network; the mapping network of D has no z and no w_avg."""
     shapes: dict[str, tuple[int, ...]] = {"mapping.w_avg": (w_dim,)} if w_avg else {}
     if c_dim:
         shapes |= {"mapping.embed.weight": (w_dim, c_dim), "mapping.embed.bias": (w_dim,)}
@@ -224,7 +224,7 @@ def discriminator_shapes(
     return shapes | {"b4.out.weight": (out, width), "b4.out.bias": (out,)}
 
 
-# Whole files, with the keyword arguments that the training loops of their projects write.
+# Complete files, with the keyword arguments written by the training loops of the projects.
 
 Z, W, LAYERS = 5, 6, 2  # sizes of latents and styles, depth of the mapping
 TRANSFORMS: dict[str, Any] = {
@@ -277,7 +277,7 @@ def stylegan2(c_dim: int = 0, *, flat: bool = False) -> tuple[Tensors, dict[str,
 
 
 def data_parallel(network: Call, wrapper: str = "data_parallel.DataParallel") -> Call:
-    """Return a network wrapped in torch.nn.DataParallel or DistributedDataParallel, as pickle writes it."""
+    """Return a network wrapped in torch.nn.DataParallel or DistributedDataParallel, in pickled form."""
     place, _, name = wrapper.rpartition(".")
     state = {"_parameters": {}, "_buffers": {}, "_modules": {"module": network}, "device_ids": [0, 1], "dim": 0}
     return Call(Name(f"torch.nn.parallel.{place}", name), (), state)
@@ -300,7 +300,7 @@ STYLEFORMER_WIDTHS, STYLEFORMER_LAYERS = (32, 16, 16), (1, 1, 1)
 
 
 def styleformer_module(c_dim: int = 0) -> Any:
-    """Return a Styleformer for 32x32 as the public release pickles it."""
+    """Return a Styleformer for 32x32, pickled as in the public release."""
     shapes = mapping_shapes(64, c_dim, 64, 2) | styleformer_shapes(
         STYLEFORMER_WIDTHS, STYLEFORMER_LAYERS, 8, 64, 3, False
     )

@@ -29,7 +29,7 @@ def arrays(tensors: Tensors, names: dict[str, str]) -> State:
 
 
 def styleformer_state(tensors: Tensors, config: StyleformerConfig) -> State:
-    """Return the state for the reference: resolutions by index, the matrices of Q, K and V concatenated."""
+    """Return the state for the reference: resolutions by index, Q, K and V matrices concatenated."""
     sides = {str(grid[0]): level for level, grid in enumerate(config.grids)}
     names = {
         r"^synthesis\.b\d+_0\.const": "const",
@@ -72,7 +72,7 @@ def mapping_state(tensors: Tensors) -> State:
 def assert_same_images(snapshot: Snapshot, expected: Any, tensors: Tensors) -> float:
     """Compare with the reference `expected` (ws, noise) -> images, for both noise modes and truncation.
 
-    Return the largest difference as a share of the largest value.
+    Return the largest difference, relative to the largest value.
     """
     largest = 0.0
     G, config = snapshot.G_ema, snapshot.config.generator
@@ -82,13 +82,13 @@ def assert_same_images(snapshot: Snapshot, expected: Any, tensors: Tensors) -> f
     for psi, noise_mode in ((1.0, "const"), (0.7, "none"), (0.7, "const")):
         layers = config.mapping_layers
         ws = ref_mapping(z.double().numpy(), labels, mapping_state(tensors), config.num_ws, layers, psi)
-        wanted: Array = expected(ws, noise_mode == "const")
-        scale = np.abs(wanted).max()
+        expected_images: Array = expected(ws, noise_mode == "const")
+        scale = np.abs(expected_images).max()
         img = G(z, c, truncation_psi=psi, noise_mode=noise_mode).double().numpy()
-        assert img.shape == wanted.shape == (2, *G.img_shape)
-        assert np.abs(img - wanted).max() <= 1e-4 * max(scale, 1)
+        assert img.shape == expected_images.shape == (2, *G.img_shape)
+        assert np.abs(img - expected_images).max() <= 1e-4 * max(scale, 1)
         assert scale > 0.3
-        largest = max(largest, np.abs(img - wanted).max() / max(scale, 1))
+        largest = max(largest, np.abs(img - expected_images).max() / max(scale, 1))
     return largest
 
 

@@ -1,4 +1,4 @@
-"""Image files built byte by byte that Pillow cannot write, or writes differently."""
+"""Image files, built byte by byte, that Pillow cannot write or writes differently."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def png(
 
 
 def packed(values: np.ndarray, bits: int, order: str = ">") -> list[bytes]:
-    """Pack samples [H, n] of 1, 2, 4, 8, 12 or 16 bits into rows, the first one in the highest bits."""
+    """Pack samples [H, n] of 1, 2, 4, 8, 12 or 16 bits into rows, most significant bits first."""
     if bits == 16:
         return [row.astype(f"{order}u2").tobytes() for row in values]
-    places = np.arange(bits)[::-1]
-    flags = (values[:, :, None] >> places & 1).reshape(len(values), -1)
+    shifts = np.arange(bits)[::-1]
+    flags = (values[:, :, None] >> shifts & 1).reshape(len(values), -1)
     return [row.tobytes() for row in np.packbits(flags.astype(np.uint8), axis=1)]
 
 
 def tiff(
     rows: list[bytes], width: int, tags: dict[int, tuple[int, list[int]]], order: str = "<", next_page: int = 0
 ) -> bytes:
-    """Make an uncompressed TIFF of one strip. `tags`: more, number -> type (1 byte, 3 short, 4 long) and values."""
+    """Make an uncompressed one-strip TIFF. `tags`: further tags, number -> type (1 byte, 3 short, 4 long), values."""
     pixels = b"".join(rows)
     tags = {
         256: (4, [width]),
@@ -56,12 +56,12 @@ def tiff(
         279: (4, [len(pixels)]),
     } | tags
     pixels += bytes(len(pixels) % 2)
-    place = 8 + len(pixels) + 2 + 12 * len(tags) + 4
+    offset = 8 + len(pixels) + 2 + 12 * len(tags) + 4
     entries, values = b"", b""
     for tag, (kind, numbers) in sorted(tags.items()):
         content = struct.pack(f"{order}{len(numbers)}{' BsHI'[kind]}", *numbers)
         if len(content) > 4:
-            value = struct.pack(f"{order}I", place + len(values))
+            value = struct.pack(f"{order}I", offset + len(values))
             values += content
         else:
             value = content.ljust(4, b"\0")
@@ -83,11 +83,11 @@ def psd(planes: np.ndarray, mode: int, bits: int = 8, size: tuple[int, int] | No
 
 def icon(*images: tuple[int, int, int, bytes]) -> bytes:
     """Make an ICO file of images: width, height, bits per pixel, and a PNG or a bitmap with a mask."""
-    place = 6 + 16 * len(images)
+    offset = 6 + 16 * len(images)
     entries = b""
     for width, height, bits, data in images:
-        entries += struct.pack("<BBBBHHII", width % 256, height % 256, 0, 0, 1, bits, len(data), place)
-        place += len(data)
+        entries += struct.pack("<BBBBHHII", width % 256, height % 256, 0, 0, 1, bits, len(data), offset)
+        offset += len(data)
     return struct.pack("<HHH", 0, 1, len(images)) + entries + b"".join(data for *_, data in images)
 
 
@@ -103,7 +103,7 @@ def bitmap_of_icon(pixels: np.ndarray, mask: np.ndarray | None = None) -> bytes:
 
 
 def exif(orientation: int, order: str = "<") -> bytes:
-    """Make EXIF data with an orientation only: a TIFF file without an image."""
+    """Make EXIF data that contain only an orientation: a TIFF file without an image."""
     return ORDERS[order] + struct.pack(f"{order}IHHHIHHI", 8, 1, 0x112, 3, 1, orientation, 0, 0)
 
 
@@ -114,16 +114,16 @@ def jpeg_with(data: bytes, *segments: tuple[int, bytes]) -> bytes:
 
 
 def claims(count: int, order: str = "<") -> bytes:
-    """Make EXIF data of `count` tags that share the same 60,000 bytes as value."""
-    place = 8 + 2 + 12 * count + 4
-    tags = (struct.pack(f"{order}HHII", 1000 + k, 7, 60_000, place) for k in range(count))
+    """Make EXIF data of `count` tags that all refer to the same 60,000 bytes."""
+    offset = 8 + 2 + 12 * count + 4
+    tags = (struct.pack(f"{order}HHII", 1000 + k, 7, 60_000, offset) for k in range(count))
     return ORDERS[order] + struct.pack(f"{order}IH", 8, count) + b"".join(tags) + bytes(4) + bytes(60_000)
 
 
 def jpeg2000(
     width: int, height: int, tile: int = 0, *, blocks: int = 4, layers: int = 1, precincts: bytes = b""
 ) -> bytes:
-    """Make a grayscale JPEG 2000 without pixels. `blocks`: exponent of the side of code blocks, less 2."""
+    """Make a grayscale JPEG 2000 without pixels. `blocks`: log2 of the code block side, minus 2."""
 
     def segment(marker: int, content: bytes) -> bytes:
         return struct.pack(">HH", marker, len(content) + 2) + content
@@ -135,7 +135,7 @@ def jpeg2000(
 
 
 def overlapping_tiff() -> bytes:
-    """Make a TIFF in which many tags that decoders read share the same megabyte as value."""
+    """Make a TIFF in which many tags that decoders read refer to the same megabyte."""
     tags = [*range(256, 350), *range(529, 533)]
     entries = b"".join(struct.pack("<HHII", tag, 7, 1 << 20, 8) for tag in tags)
     return (
@@ -144,7 +144,7 @@ def overlapping_tiff() -> bytes:
 
 
 def iso_with_claims(kind: str) -> bytes:
-    """Make an AVIF or HEIC file whose EXIF data claim more bytes than the file has."""
+    """Make an AVIF or HEIC file with EXIF data that claim more bytes than the file has."""
     metadata = Image.Exif()
     metadata[0x10E] = "x" * 100_000
     data = encoded(Image.new("RGB", (64, 64)), kind, exif=metadata.tobytes())

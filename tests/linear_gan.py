@@ -1,4 +1,4 @@
-"""A GAN of two linear networks, whose losses and penalties have closed forms."""
+"""GAN of two linear networks with closed forms of losses and penalties."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ H = W = 4
 
 
 class LinearG(nn.Module):
-    """w = 2 z; the image is sum over the num_ws styles of A w."""
+    """Generator with w = 2 z; the image is the sum of A w over the num_ws styles."""
 
     z_dim, w_dim, c_dim, num_ws = 3, 3, 0, 5
 
@@ -26,12 +26,12 @@ class LinearG(nn.Module):
         return self.scale * z.double()[:, None].expand(-1, self.num_ws, -1)
 
     def synthesis(self, ws: Tensor, noise_mode: str) -> Tensor:
-        assert noise_mode == "random"  # in all phases of a training
+        assert noise_mode == "random"  # in all training phases
         return (ws.sum(dim=1) @ self.A.T).reshape(-1, 2, H, W)
 
 
 class LinearD(nn.Module):
-    """logit = <a, x> + b."""
+    """Discriminator with logit = <a, x> + b."""
 
     def __init__(self) -> None:
         super().__init__()

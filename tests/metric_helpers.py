@@ -40,7 +40,7 @@ def export_program(path: Path, module: nn.Module, images: Tensor) -> Path:
 
 
 def bound(program: Path) -> str:
-    """Return the option that uses a program as Inception and as VGG16; the names of metrics then have no suffix."""
+    """Return the option that uses a program as Inception and VGG16; metric names then have no suffix."""
     return f"--detector=inception:{program},vgg16:{program}"
 
 
@@ -53,7 +53,7 @@ def script_program(path: Path, module: nn.Module) -> Path:
 
 
 def random_inception() -> dict[str, Tensor]:
-    """Make a state dict for torch-fidelity's Inception with random weights that preserve the scale of activations."""
+    """Make a state dict for torch-fidelity's Inception: random weights that preserve the scale of activations."""
     from torch_fidelity import feature_extractor_inceptionv3 as library
 
     with (
@@ -89,7 +89,7 @@ class ArrayImages:
 
 
 class Stripes:
-    """Generator of a few waves with amplitudes z. It records the latents and labels of its calls."""
+    """Generator of a few waves with amplitudes z that records the latents and labels of each call."""
 
     def __init__(self, img_shape: tuple[int, int, int] = (3, 32, 32), c_dim: int = 0, z_dim: int = 4) -> None:
         self.img_shape, self.c_dim, self.z_dim = img_shape, c_dim, z_dim
@@ -118,7 +118,7 @@ class Stripes:
 
 
 def natural_images(count: int, img_shape: tuple[int, int, int] = (3, 32, 32), seed: int = 0) -> Tensor:
-    """Draw smooth blobs with a little noise, uint8."""
+    """Draw uint8 images of smooth blobs with a little noise."""
     stream = np.random.RandomState(seed)
     C, H, W = img_shape
     blobs = scipy.ndimage.gaussian_filter(stream.standard_normal((count, C, H, W)), (0, 0, 3, 3), mode="wrap")

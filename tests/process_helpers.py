@@ -19,7 +19,7 @@ from training.snapshots.snapshot import load_network
 
 ROOT = Path(__file__).parent.parent
 
-# Results depend on the number of threads bit for bit. A single thread also keeps tests from slowing each other down.
+# Results are bit-identical only for equal thread counts. A single thread also keeps tests from slowing each other down.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
 OPTIONS = [*SMALL, "--batch=4", "--tick=0.004", "--snap=2", "--metrics=none", "--device=cpu", "--resume=latest"]
 

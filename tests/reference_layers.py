@@ -1,4 +1,4 @@
-"""Reference implementation of the layers that the families share: float64 NumPy, from the papers' equations."""
+"""Reference implementation of the layers shared by the families: float64 NumPy, from the papers' equations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build(config: Any) -> Any:
 
 @torch.no_grad()
 def randomize(module: torch.nn.Module) -> None:
-    """Make zeros random and constant tensors uneven."""
+    """Replace zero tensors by noise and add noise to constant tensors."""
     for tensor in [*module.parameters(), *module.buffers()]:
         if not tensor.any():
             tensor.normal_()
@@ -38,12 +38,12 @@ def state_of(module: torch.nn.Module) -> State:
 
 
 def below(state: State, prefix: str) -> State:
-    """Return the entries whose names begin with `prefix`, without it."""
+    """Return the entries under `prefix`, with the prefix removed from the names."""
     return {name[len(prefix) :]: array for name, array in state.items() if name.startswith(prefix)}
 
 
 def inputs(config: GeneratorConfig, batch: int = 3) -> tuple[Tensor, Tensor | None]:
-    """Return latents and one-hot labels, None without classes."""
+    """Return latents and one-hot labels (None without classes)."""
     torch.manual_seed(1)
     z = torch.randn(batch, config.z_dim, dtype=torch.float64)
     c = torch.eye(config.c_dim, dtype=torch.float64)[torch.arange(batch) % config.c_dim] if config.c_dim else None

@@ -59,7 +59,7 @@ def ref_attention(q: Array, k: Array, v: Array, heads: int, bias: Array | None =
 
 
 def ref_attention_bias(table: Array | None, grid: tuple[int, int], cell: tuple[int, int], heads: int) -> Array:
-    """Bias (heads, N, N) of a grid: -inf between cells, the table's entry of the offset within a cell."""
+    """Bias (heads, N, N) of a grid: -inf between cells, the table entry for the offset within a cell."""
     y, x = np.divmod(np.arange(math.prod(grid)), grid[1])
     dy, dx = np.subtract.outer(y, y), np.subtract.outer(x, x)  # query minus key
     together = np.equal.outer(y // cell[0], y // cell[0]) & np.equal.outer(x // cell[1], x // cell[1])

@@ -1,6 +1,6 @@
-"""Small networks of every family, for the tests that run over the tables of training/networks.
+"""Small networks of every family, for tests of all entries in the tables of training/networks.
 
-A family without an entry here has the sizes of its defaults.
+Families without an entry use their default sizes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ D_SETTINGS: dict[str, Settings] = {
     "transgan": {"widths": (8, 8), "layers": (1, 1), "local_layers": (0, 0), "num_heads": 2},
 }
 
-# Changes for images of 32x32, of the families whose number of resolutions is not chosen by `fit`.
+# Changes for images of 32x32, for families in which `fit` does not choose the number of resolutions.
 G_DOUBLED: dict[str, Settings] = {
     "styleformer": {"widths": (16, 8, 8), "layers": (1, 1, 1)},
     "transgan": {"widths": (16, 4, 4), "layers": (1, 1, 1)},
@@ -90,9 +90,9 @@ def _small(config: Any, side: int, settings: Settings) -> Any:
 
 
 def small_train_config(data: Path, generator: str, discriminator: str, **changes: Any) -> TrainConfig:
-    """Return a configuration with every phase that the objective has, resolved for a dataset.
+    """Return a configuration with all phases of the objective, resolved for a dataset.
 
-    `changes` are config paths with __ for the dots.
+    `changes` are config paths with __ in place of dots.
     """
     always = {"batch_size": 4, "generator.z_dim": 8, "generator.w_dim": 8, "run.batch_gpu": 2, "run.tick_kimg": 0.004}
     always |= {"loss.pl_weight": 1.0, "loss.pl_interval": 1, "loss.r1_interval": 1, "loss.style_mixing": 0.9}
@@ -106,7 +106,7 @@ def small_train_config(data: Path, generator: str, discriminator: str, **changes
     return resolve(config, Environment(img_shape=dataset.img_shape, c_dim=dataset.c_dim))
 
 
-# The family of docs/adding_a_model.md: a block of Python and a line of the table.
+# The family of docs/adding_a_model.md: a Python block and a line of the table.
 
 PAGE = (Path(__file__).parent.parent / "docs" / "adding_a_model.md").read_text()
 DOCUMENTED_FAMILY, _CONFIG = re.findall(r'^    "(\w+)": (\w+),$', PAGE, re.MULTILINE)[0]
@@ -114,7 +114,7 @@ DOCUMENTED_FAMILY, _CONFIG = re.findall(r'^    "(\w+)": (\w+),$', PAGE, re.MULTI
 
 @cache
 def documented_module() -> ModuleType:
-    """Run the block of Python of the page and return the module."""
+    """Run the page's Python block and return the module."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     module = sys.modules[f"training.networks.{DOCUMENTED_FAMILY}"] = ModuleType(
         f"training.networks.{DOCUMENTED_FAMILY}"

@@ -11,7 +11,7 @@ from dnnlib.config import override, to_json
 from training.config import PRESETS, Environment, read_config, resolve
 from training.snapshots.snapshot import Snapshot, load_network, save_network
 
-# Fields that make each family small, for images of 8x8; other families have their defaults.
+# Fields that make each family small, for images of 8x8; other families use their defaults.
 SMALL: dict[str, dict[str, Any]] = {
     "styleformer": {"base": (4, 4), "widths": (16, 8), "layers": (1, 2), "linformer_k": 4, "linformer_min_tokens": 64},
     "stylegan2": {"channel_max": 8},
@@ -26,7 +26,7 @@ def make_snapshot(path: Path, family: str = "styleformer", *, c_dim: int = 0, da
     config = override(PRESETS["tiny"], {f"generator.{name}": value for name, value in changes.items()})
     small_d = {"discriminator.channel_base": 64, "discriminator.mapping_layers": 2, "data.path": data}
     config = resolve(override(config, small_d), Environment(img_shape=(3, 8, 8), c_dim=c_dim))
-    config = read_config(to_json(config))  # makes an int in a float field a float
+    config = read_config(to_json(config))  # converts an int in a float field to float
     torch.manual_seed(5)
     G, D, G_ema = config.generator.build(), config.discriminator.build(), config.generator.build()
     with torch.no_grad():

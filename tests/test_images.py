@@ -275,7 +275,7 @@ def test_lossy_formats_are_decoded_approximately(name: str, mode: str) -> None:
 
 
 def test_cmyk_jpegs_are_converted_to_rgb() -> None:
-    """Adobe's programs store inverted values, and so does Pillow."""
+    """Adobe's programs and Pillow both store inverted values."""
     flat = np.broadcast_to(np.array([200, 30, 60, 20], np.uint8), (8, 8, 4))
     data = encoded(Image.fromarray(flat.copy(), "CMYK"), "JPEG", quality=100)
     assert b"Adobe" in data
@@ -315,7 +315,7 @@ ROTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def exif_text_chunk(orientation: int, order: str, name: bytes = b"zTXt") -> bytes:
-    """Make the chunk in which ImageMagick writes EXIF data as lines of hexadecimal digits."""
+    """Make a PNG text chunk of EXIF data as lines of hexadecimal digits, in ImageMagick's format."""
     data = b"Exif\0\0" + exif(orientation, order)
     digits = "\n".join(re.findall(".{1,72}", data.hex()))
     text = f"\nexif\n{len(data):8d}\n{digits}\n".encode()
@@ -394,7 +394,7 @@ def test_exif_orientation_is_applied_in_every_format(name: str, order: str) -> N
 
 
 def test_build_check_and_training_apply_the_orientation(tmp_path: Path) -> None:
-    """All orientations of one image become the same image."""
+    """All orientations of an image produce the same dataset image."""
     square = RGB[:, :H]
     folder = tmp_path / "in"
     folder.mkdir()
@@ -427,7 +427,7 @@ def test_build_check_and_training_apply_the_orientation(tmp_path: Path) -> None:
         exif_text_chunk(6, "<", b"tEXt") + exif_text_chunk(8, ">") + exif_text_chunk(5, "<", b"tEXt"),
     ],
 )
-def test_several_orientations_in_a_png_resolve_as_in_pillow(chunks: bytes) -> None:
+def test_conflicting_orientations_in_a_png_resolve_as_in_pillow(chunks: bytes) -> None:
     data = png(packed(RGB.reshape(H, -1), 8), W, 8, 2, chunks)
     with Image.open(io.BytesIO(data)) as image:
         expected = np.asarray(ImageOps.exif_transpose(image))

@@ -1,7 +1,7 @@
-"""The code of the CUDA kernels, run thread by thread on this machine's processor (and, marked `gpu`, on a GPU).
+"""CUDA kernels, compiled for the CPU and run thread by thread; tests marked `gpu` also run the kernels on a GPU.
 
-g++ compiles the .cu files with cuda_on_cpu.h in place of CUDA: indexing and arithmetic are those of the GPU. Inputs and
-outputs are surrounded by NaN guards: a read out of bounds shows in the result, a write out of bounds destroys a guard.
+g++ compiles the .cu files with cuda_on_cpu.h in place of CUDA; indexing and arithmetic match the GPU. NaN guards
+surround inputs and outputs: an out-of-bounds read shows up in the result, an out-of-bounds write destroys a guard.
 The undefined-behaviour sanitizer reports overflows and misaligned vector accesses.
 """
 
@@ -47,7 +47,7 @@ class Target:
 
 def compile_for_host(library: Path, *flags: str) -> Path:
     if shutil.which("g++") is None:
-        pytest.skip("g++ is not here to compile the kernels for this processor")
+        pytest.skip("compiling the kernels for the CPU requires g++")
     sources = [str(source) for source in custom_ops.SOURCES]
     command = [
         "g++",
@@ -79,7 +79,7 @@ def target(request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) ->
         kernels = custom_ops.load()
         assert kernels is not None, custom_ops.why_not()
         yield Target(kernels=kernels, device="cuda")
-    assert "runtime error" not in capfd.readouterr().err, "see the sanitizer's report above"
+    assert "runtime error" not in capfd.readouterr().err, "see the sanitizer report above"
 
 
 def guarded(x: Tensor, offset: int = 0) -> Tensor:
@@ -122,12 +122,12 @@ def assert_equal(y: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 # shape, dimension of the bias, channels last
-PLACES: list[tuple[tuple[int, ...], int, bool]] = [
+BIAS_CASES: list[tuple[tuple[int, ...], int, bool]] = [
     ((2, 3, 5, 7), 1, False),  # rows of odd length: vectors span channels
-    ((3, 5, 1, 2), 1, False),  # several channels in a vector
-    ((2, 4, 4, 8), 1, False),  # whole vectors per channel
+    ((3, 5, 1, 2), 1, False),  # several channels per vector
+    ((2, 4, 4, 8), 1, False),  # several vectors per channel
     ((2, 3, 5, 7), 1, True),
-    ((2, 16, 3, 3), 1, True),  # the bias in vectors
+    ((2, 16, 3, 3), 1, True),  # bias read as vectors
     ((2, 3, 5, 7), 0, False),
     ((2, 3, 5, 7), 3, True),
     ((2, 3, 5, 7), 2, True),
@@ -146,7 +146,7 @@ PLACES: list[tuple[tuple[int, ...], int, bool]] = [
 def test_bias_act(act: str, dtype: torch.dtype, offset: int, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward, first and second derivative, against autograd through the reference in float64."""
     alpha = ACTIVATIONS[act].alpha
-    for number, (shape, dim, channels_last) in enumerate(PLACES):
+    for number, (shape, dim, channels_last) in enumerate(BIAS_CASES):
         clamp = (None, 0.7)[number % 2]
         gain = (1.3, -0.6, 1.0)[number % 3]
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -205,7 +205,7 @@ def test_bias_act_with_other_alphas(target: Target) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bias_act_detects_clamping_after_rounding(dtype: torch.dtype, target: Target) -> None:
-    """bfloat16 has no 0.4: y of a clamped value is 0.40039 or just below 0.4; its gradient must be zero."""
+    """0.4 is not representable in bfloat16: a clamped y is 0.40039 or just below 0.4, and the gradient must be zero."""
     x = torch.tensor([[-30.0, -0.1, 0.1, 30.0]], dtype=dtype, device=target.device)
     for clamp in (0.4, 0.7, 1.1, 3.3, 256.0 / 3):
         y = bias_act_module.launch(target.kernels, 0, x * 10, None, None, None, 1, "lrelu", 0.9, 1.0, clamp)
@@ -360,7 +360,7 @@ def test_the_kernel_and_python_agree_on_activation_indices() -> None:
     assert [name.strip().lower() for name in names[:-1]] == list(ACTIVATIONS)
 
 
-@pytest.mark.skipif(custom_ops.find_nvcc() is None, reason="nvcc is not here")
+@pytest.mark.skipif(custom_ops.find_nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.parametrize(
     "source",
     [
@@ -381,4 +381,4 @@ def test_nvcc_compiles_for_compute_capability_9(source: Path, tmp_path: Path) ->
     assert "torch/" not in source.read_text()
     symbols = subprocess.run(["nm", tmp_path / "out.o"], capture_output=True, text=True, check=True).stdout
     assert " T " in symbols
-    assert not re.search(r"\bexit\b", symbols), "host code calls device code, of which nvcc makes an exit"
+    assert not re.search(r"\bexit\b", symbols), "host code calls device code; nvcc compiles the call to exit()"

@@ -1,4 +1,4 @@
-"""Kinds of labels: classes and vectors are distinguished, and networks record which kind they were trained on."""
+"""Kinds of labels: classes and vectors are distinguished, and networks record the kind of their training labels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from training.snapshots.snapshot import Snapshot, load_network, save_network
 
 @pytest.fixture(scope="module")
 def vectors_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write eight images of 16x16 with an age and a temperature each."""
+    """Write eight 16x16 images, each labelled with an age and a temperature."""
     path = tmp_path_factory.mktemp("data") / "vectors.zip"
     labels = []
     with zipfile.ZipFile(path, "w") as archive:
@@ -138,7 +138,7 @@ def test_invalid_label_vectors_are_refused(flags: tuple[str, ...], vectors_zip: 
 
 
 def test_label_vectors_are_refused_by_other_networks(shapes_zip: Path, tmp_path: Path) -> None:
-    """Class networks take class mixtures as vectors; networks without labels take none."""
+    """Networks trained on classes accept vectors as class mixtures; unconditional networks accept no labels."""
     path, out = snapshot_of(tmp_path / "n.pkl", shapes_zip, "classes"), f"--outdir={tmp_path}"
     result = run(f"--network={path}", "--seeds=0", "--class=1", out)
     assert result.exit_code == 0, result.output
@@ -149,22 +149,22 @@ def test_label_vectors_are_refused_by_other_networks(shapes_zip: Path, tmp_path:
     assert "was trained without labels" in refused(f"--network={plain}", "--seeds=0", "--label=1", out)
 
 
-def test_files_without_the_record_are_read(vectors_zip: Path, shapes_zip: Path, tmp_path: Path) -> None:
-    """The dataset decides; without it, a warning states the assumed kind."""
+def test_snapshots_without_a_label_kind_are_read(vectors_zip: Path, shapes_zip: Path, tmp_path: Path) -> None:
+    """The dataset determines the kind; if the dataset is missing, a warning states the assumed kind."""
     by_data = snapshot_of(tmp_path / "data.pkl", vectors_zip, None)
     out = f"--outdir={tmp_path}"
     assert load_network(by_data).labels is None
     assert "labels of this network are vectors" in refused(f"--network={by_data}", "--seeds=0", "--class=0", out)
-    gone = shutil.copy(shapes_zip, tmp_path / "gone.zip")
-    lost = snapshot_of(tmp_path / "lost.pkl", Path(gone), None)
-    Path(gone).unlink()
-    result = run(f"--network={lost}", "--seeds=0", "--class=0", out)
+    data = shutil.copy(shapes_zip, tmp_path / "data.zip")
+    without_data = snapshot_of(tmp_path / "without_data.pkl", Path(data), None)
+    Path(data).unlink()
+    result = run(f"--network={without_data}", "--seeds=0", "--class=0", out)
     assert result.exit_code == 0, result.output
-    assert f"Warning: {lost}: does not state whether labels are classes; assuming 2 classes" in result.output
-    assert "Warning" not in run(f"--network={lost}", "--seeds=0", "--label=0,1", out).output
+    assert f"Warning: {without_data}: does not state whether labels are classes; assuming 2 classes" in result.output
+    assert "Warning" not in run(f"--network={without_data}", "--seeds=0", "--label=0,1", out).output
     tensors, arguments = styleformer(3)
     theirs = write(tmp_path / "theirs.pkl", {"G_ema": module("Generator", tensors, **arguments)})
-    assert legacy.load_network(theirs).label_kind() is None  # its dataset is missing
+    assert legacy.load_network(theirs).label_kind() is None  # the dataset is missing
 
 
 def test_play_uses_one_label_for_vector_networks(vectors_zip: Path, tmp_path: Path) -> None:

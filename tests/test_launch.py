@@ -24,8 +24,8 @@ def free_port() -> int:
         return port
 
 
-# Workers divide the cores of the machine into threads, and results depend on the number of threads bit for bit.
-# One core gives every worker one thread.
+# Workers divide the cores of the machine among their threads, and results are bit-identical only for equal thread
+# counts. On one core, every worker has one thread.
 ON_ONE_CORE = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -51,7 +51,7 @@ def start_agents(outdir: Path, data: Path, kimg: float) -> list[Program]:
 
 
 def test_two_nodes_equal_one_node_with_two_workers(shapes_zip: Path, tmp_path: Path) -> None:
-    """A signal to one node stops both; the same commands then resume the run."""
+    """A signal to one node stops both nodes; the same commands then resume the run."""
     agents = start_agents(tmp_path / "two", shapes_zip, kimg=99)
     try:
         while not any("tick 1 " in agent.output.read_text() for agent in agents):

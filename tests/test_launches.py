@@ -57,7 +57,7 @@ LAUNCHES = {
 def test_launch_counts_per_phase_do_not_grow(case: str, phase: str, count: Count) -> None:
     """Counts may differ by 2 % between versions of PyTorch."""
     row = count(case)[phase]
-    assert row["launches"] == pytest.approx(LAUNCHES[case][phase], rel=0.02), f"most often {row['most']}"
+    assert row["launches"] == pytest.approx(LAUNCHES[case][phase], rel=0.02), f"most frequent: {row['most']}"
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ MISTAKES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 }
 
 
-def run_d_main(mistake: str | None, more: int = 0) -> dict[str, Any]:
+def run_d_main(mistake: str | None, extra: int = 0) -> dict[str, Any]:
     """Count the launches of D_main of `tiny` with a faulty augmentation, or with additional launches."""
     env = Environment(img_shape=(3, 32, 32), c_dim=0, on_gpu=True)
     config = resolve(override(PRESETS["tiny"], {"run.graphs": False, "augment.mode": "noaug"}), env)
@@ -103,7 +103,7 @@ def run_d_main(mistake: str | None, more: int = 0) -> dict[str, Any]:
         trainer = fake.new_trainer(config, env, launches.DEVICE)
 
         def augment(x: Tensor) -> Tensor:
-            for _ in range(more):
+            for _ in range(extra):
                 x = x.cos()
             return MISTAKES[mistake][0](x) if mistake else x
 
@@ -121,7 +121,7 @@ def test_synchronisation_and_device_mixing_are_detected(mistake: str, stub_gpu: 
 
 def test_launches_are_counted(stub_gpu: Executor) -> None:
     """Real and generated images are augmented once each, without gradients with respect to the images."""
-    few, many = (stub_gpu.submit(run_d_main, None, more).result()["launches"] for more in (0, 100))
+    few, many = (stub_gpu.submit(run_d_main, None, extra).result()["launches"] for extra in (0, 100))
     assert many - few == 200
 
 

@@ -204,8 +204,8 @@ def test_labels_of_missing_images_are_noted(tmp_path: Path, extra: list[str], no
     result = run(f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--workers=1")
     assert f"Note: dataset.json has labels of missing images: {note}" in result.stdout
     assert result.exit_code == 0
-    (remark,) = ImageDataset(DatasetConfig(path=str(source))).notes
-    assert remark.endswith(note.rstrip("\n"))
+    (stored_note,) = ImageDataset(DatasetConfig(path=str(source))).notes
+    assert stored_note.endswith(note.rstrip("\n"))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ NEEDS_BUILD: dict[str, tuple[dict[str, bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", NEEDS_BUILD)
-def test_folders_that_need_a_build_get_the_build_command(tmp_path: Path, kind: str) -> None:
+def test_unbuilt_folders_are_refused_with_the_build_command(tmp_path: Path, kind: str) -> None:
     files, message = NEEDS_BUILD[kind]
     source = write_files(tmp_path / "my set", files)
     result = run("check", str(source))
@@ -293,7 +293,7 @@ def test_folders_that_need_a_build_get_the_build_command(tmp_path: Path, kind: s
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.tar.gz", "x.npz", "train-images-idx3-ubyte.gz"])
-def test_files_that_need_a_build_get_the_build_command(tmp_path: Path, name: str) -> None:
+def test_unbuilt_files_are_refused_with_the_build_command(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     result = run("check", str(tmp_path / name))
     assert result.exit_code == 2

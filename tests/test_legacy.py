@@ -151,7 +151,7 @@ def test_a_foreign_discriminator_equals_the_reference(name: str, tmp_path: Path)
     D = module(
         "Discriminator",
         tensors,
-        frozen=("weight",),  # as Freeze-D leaves them
+        frozen=("weight",),  # as after training with Freeze-D
         c_dim=c_dim,
         img_resolution=16,
         img_channels=2,
@@ -175,10 +175,12 @@ def test_a_foreign_discriminator_equals_the_reference(name: str, tmp_path: Path)
     state = {key: x for key, x in arrays(tensors, names).items() if not key.endswith("resample_filter")}
     img = 3 * torch.randn(4, 2, 16, 16, generator=torch.Generator().manual_seed(3))
     c = torch.eye(3)[[0, 2, 1, 0]] if c_dim else None
-    wanted = ref_stylegan2_discriminator(img.double().numpy(), None if c is None else c.double().numpy(), state, config)
+    expected = ref_stylegan2_discriminator(
+        img.double().numpy(), None if c is None else c.double().numpy(), state, config
+    )
     logits = snapshot.D(img, c).double().numpy()
-    assert np.abs(logits - wanted).max() <= 1e-4 * np.abs(wanted).max()
-    assert np.ptp(wanted) > 0.002
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert np.ptp(expected) > 0.002
     assert width == snapshot.D.cmap_dim
 
 
@@ -193,7 +195,7 @@ def discriminator_tensors(config: StyleGAN2DiscriminatorConfig) -> Tensors:
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> Path:
+def full_snapshot(tmp_path: Path) -> Path:
     """Snapshot with G, D, G_ema and an augmentation pipe."""
     config = StyleGAN2DiscriminatorConfig(img_channels=3, img_size=(16, 16), channel_base=48, channel_max=8)
     kwargs: dict[str, Any] = {"c_dim": 0, "img_resolution": 16, "img_channels": 3, "conv_clamp": 256}
@@ -204,8 +206,8 @@ def whole(tmp_path: Path) -> Path:
     return write(tmp_path / "network-snapshot-000120.pkl", content)
 
 
-def test_a_foreign_snapshot_can_be_saved_as_our_own(whole: Path, tmp_path: Path) -> None:
-    snapshot = legacy.load_network(whole)
+def test_a_foreign_snapshot_can_be_saved_in_the_native_format(full_snapshot: Path, tmp_path: Path) -> None:
+    snapshot = legacy.load_network(full_snapshot)
     config = snapshot.config
     assert (snapshot.nimg, snapshot.ada_p, config.augment.pipe, config.augment.mode) == (120_000, 0.25, "bgc", "ada")
     assert (config.data.path, config.data.mirror, config.preset) == ("their.zip", True, "foreign")
@@ -228,7 +230,7 @@ def test_pickle_protocols_and_both_numpy_names_are_read(protocol: int, numpy_cor
     assert legacy.load_network(path).G_ema.img_shape == (3, 16, 16)
 
 
-def test_our_own_snapshots_are_read_as_well() -> None:
+def test_native_snapshots_are_read_too() -> None:
     shapes = Path(__file__).parent.parent / "docs" / "shapes.pkl"
     ours, same = legacy.load_network(shapes), training.snapshots.snapshot.load_network(shapes)
     assert ours.config == same.config
@@ -236,7 +238,7 @@ def test_our_own_snapshots_are_read_as_well() -> None:
         legacy.load_network("missing.pkl")
 
 
-def test_the_reader_of_our_own_names_legacy_for_others(tmp_path: Path) -> None:
+def test_the_native_reader_suggests_legacy_for_other_files(tmp_path: Path) -> None:
     theirs = write(tmp_path / "n.pkl", {"G_ema": stylegan2_module()})
     for path in (theirs, tmp_path):  # a pickle, a folder
         with pytest.raises(UserError, match=f"{path}: not a snapshot file of this project: legacy.load_network "):
@@ -244,8 +246,8 @@ def test_the_reader_of_our_own_names_legacy_for_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_not_finite_are_refused(whole: Path, tmp_path: Path, value: float) -> None:
-    snapshot, path = legacy.load_network(whole), tmp_path / "n.pkl"
+def test_weights_that_are_not_finite_are_refused(full_snapshot: Path, tmp_path: Path, value: float) -> None:
+    snapshot, path = legacy.load_network(full_snapshot), tmp_path / "n.pkl"
     snapshot.D.epilogue.fc.bias[3] = value
     save_network(path, config=snapshot.config, D=snapshot.D, G_ema=snapshot.G_ema)
     refused(path, "D: epilogue.fc.bias contains non-finite values", "use an earlier snapshot")
@@ -256,7 +258,7 @@ def test_weights_that_are_not_finite_are_refused(whole: Path, tmp_path: Path, va
 
 GENERATOR_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown argument": ({"magnitude_ema_beta": 0.999}, "G_ema: unknown argument magnitude_ema_beta"),
-    "names for a terminal": ({"a\n\033[2J": 1}, "unknown argument a\\n\\x1b[2J"),
+    "control characters": ({"a\n\033[2J": 1}, "unknown argument a\\n\\x1b[2J"),
     "many": ({f"argument {i}": 1 for i in range(9000)}, "unknown argument argument 0, argument 1, "),
     "nested unknown argument": ({"mapping_kwargs": {"x": 1}}, "G_ema.mapping_kwargs: unknown argument x"),
     "other learning rate": ({"mapping_kwargs": {"num_layers": 2, "lr_multiplier": 0.1}}, "lr_multiplier=0.1"),
@@ -265,8 +267,8 @@ GENERATOR_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no noise": ({"synthesis_kwargs": {"use_noise": False}}, "use_noise=False"),
     "other filter": ({"synthesis_kwargs": {"resample_filter": [1, 2, 1]}}, "resample_filter=[1, 2, 1]"),
     "architecture": ({"synthesis_kwargs": {"architecture": "dense"}}, "architecture='dense'"),
-    "a tensor for a number": ({"z_dim": torch.zeros(3)}, "z_dim=of type Tensor"),
-    "no number": ({"z_dim": None}, "z_dim=None"),
+    "a tensor instead of a number": ({"z_dim": torch.zeros(3)}, "z_dim=of type Tensor"),
+    "None instead of a number": ({"z_dim": None}, "z_dim=None"),
     "huge": ({"z_dim": 10**9}, "z_dim=1000000000"),
     "endless": ({"mapping_kwargs": {"num_layers": 10**9}}, "num_layers=1000000000"),
     "size": ({"img_resolution": 48}, "not of 48"),
@@ -283,7 +285,7 @@ def test_unsupported_generator_arguments_are_refused_by_name(name: str, tmp_path
     refused(write(tmp_path / "n.pkl", {"G_ema": stylegan2_module(**changes)}), text)
 
 
-def test_missing_unknown_and_wrong_tensors_are_refused(tmp_path: Path) -> None:
+def test_missing_unknown_and_mismatched_tensors_are_refused(tmp_path: Path) -> None:
     shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
     kwargs = STYLEGAN2_ARGUMENTS
     tensors = draw(shapes)
@@ -302,7 +304,7 @@ def test_missing_unknown_and_wrong_tensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_shared_tensor_is_refused(tmp_path: Path) -> None:
-    """If blocks could share their matrices, a file of a megabyte could describe networks that fill all memory."""
+    """If blocks could share matrices, a 1 MB file could describe networks that fill all memory."""
     shapes = mapping_shapes(Z, 0, W, LAYERS) | stylegan2_shapes(16, 48, 5, W, 3, "skip")
     tensors = draw(shapes)
     G_ema = module("Generator", tensors, **STYLEGAN2_ARGUMENTS)
@@ -312,7 +314,7 @@ def test_a_shared_tensor_is_refused(tmp_path: Path) -> None:
     refused(write(tmp_path / "n.pkl", {"G_ema": G_ema}), "mapping.fc0.bias and mapping.fc1.bias are the same tensor")
 
 
-def test_files_of_other_systems_are_identified(tmp_path: Path) -> None:
+def test_files_of_other_code_bases_are_identified(tmp_path: Path) -> None:
     alias_free = module("Generator", {"synthesis.input.weight": torch.zeros(2, 2)}, z_dim=Z)
     refused(write(tmp_path / "n.pkl", {"G_ema": alias_free}), "StyleGAN3")
     array = Call(Name("numpy.core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), (0,), b"b"))

@@ -1,4 +1,4 @@
-"""One program at a time in a run's folder."""
+"""Lock of a run folder: only one program at a time can use the folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dnnlib.config import UserError, WriteError
 from dnnlib.util import FolderLock
 
 ROOT = Path(__file__).parent.parent
-# Takes the lock of a folder, forks a process that outlives it (as decoding workers do), and waits.
+# Lock a folder, fork a child that outlives its parent (as decoding workers do), and wait.
 HOLDER = f"""
 PATIENCE = {PATIENCE}
 import os, sys, time
@@ -44,7 +44,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     assert process.stdout
     assert process.stdout.readline() == "locked\n"
     yield process
-    os.killpg(process.pid, signal.SIGKILL)  # the forked process
+    os.killpg(process.pid, signal.SIGKILL)  # including the forked child
     process.wait(PATIENCE)
     process.stdout.close()
 
@@ -52,14 +52,14 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_folder_is_locked_until_its_process_dies(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     with FolderLock() as lock, pytest.raises(UserError, match=rf"in use by .*process {holder.pid} on .*stop it"):
         lock.acquire(tmp_path)
-    holder.kill()  # but not the process forked by it
+    holder.kill()  # the forked child keeps running
     holder.wait(PATIENCE)
     with FolderLock() as lock:
         lock.acquire(tmp_path)
     assert (tmp_path / FolderLock.NAME).read_text().startswith(f"process {os.getpid()} on ")
 
 
-def test_a_file_system_without_locks_gets_a_warning(
+def test_a_file_system_without_locks_causes_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_locks(*args: object) -> None:
@@ -74,7 +74,7 @@ def test_a_file_system_without_locks_gets_a_warning(
 
 
 def test_a_run_active_elsewhere_is_refused(shapes_zip: Path, tmp_path: Path) -> None:
-    """The run is unchanged: its log is not truncated although the state is older."""
+    """The run is unchanged: the log is not truncated although the state is older."""
     short = [*SMALL, "--tick=0.016", "--snap=1", "--metrics=none", "--device=cpu", "--resume=latest"]
     arguments = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *short]
     assert CliRunner().invoke(train.main, [*arguments, "--kimg=0.016"]).exit_code == 0

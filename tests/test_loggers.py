@@ -60,7 +60,7 @@ def read_records(run_dir: Path) -> Iterator[tuple[str, Any]]:
             _, length, kind = struct.unpack("<IHB", data[place : place + 7])
             whole += data[place + 7 : place + 7 + length]
             place += 7 + length
-            if kind in (1, 4):  # a whole record, or the last part of one
+            if kind in (1, 4):  # a complete record, or its last part
                 record = wandb_internal_pb2.Record.FromString(whole)  # type: ignore[attr-defined]
                 yield record.WhichOneof("record_type"), record
                 whole = b""
@@ -148,7 +148,7 @@ def test_tensorboard_has_no_duplicate_ticks_after_a_kill(shapes_zip: Path, tmp_p
     (state,) = run_dir.glob("training-state-*.pt")
     earlier = state.read_bytes()
     assert run_training(shapes_zip, tmp_path, "--kimg=0.064", *options).exit_code == 0
-    state.write_bytes(earlier)  # as after a kill before the last state was written
+    state.write_bytes(earlier)  # as if killed before the last state was written
     result = run_training(shapes_zip, tmp_path, "--kimg=0.064", *options)
     assert "at kimg 0.032" in result.output, result.output
     steps = [event.step for event in EventAccumulator(str(run_dir)).Reload().Scalars("Loss/D/loss")]
@@ -161,17 +161,19 @@ class Broken:
     def __init__(self, run_dir: Path, config: Any, nimg: int) -> None:
         self.calls = 0
 
-    def add(self, figures: Any, nimg: int) -> None:
+    def add(self, values: Any, nimg: int) -> None:
         raise RuntimeError("the service\nhas gone")
 
-    def add_image(self, name: str, picture: Any, nimg: int) -> None:
+    def add_image(self, name: str, image: Any, nimg: int) -> None:
         raise ConnectionError("no route")
 
     def close(self, succeeded: bool) -> None:
         raise TimeoutError("too late")
 
 
-def test_a_failing_logger_stops_nothing_else(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_logger_stops_neither_training_nor_others(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setitem(loggers._CLASSES, "wandb", Broken)
     result = run_training(shapes_zip, tmp_path, f"--kimg={LENGTH}", "--metrics=none", "--log=wandb,tensorboard")
@@ -187,16 +189,16 @@ def test_a_failing_logger_stops_nothing_else(shapes_zip: Path, tmp_path: Path, m
 def test_tensorboard_loses_only_events_of_a_full_disk(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The writer's thread handles the error; otherwise the thread dies with a traceback and nothing more is written."""
+    """The writer thread handles the error; an unhandled error would kill the thread, and later events would be lost."""
     full: list[int] = []
     write = RecordWriter.write
 
-    def write_if_there_is_room(self: RecordWriter, data: bytes) -> None:
+    def write_unless_full(self: RecordWriter, data: bytes) -> None:
         if full:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, data)
 
-    monkeypatch.setattr(RecordWriter, "write", write_if_there_is_room)
+    monkeypatch.setattr(RecordWriter, "write", write_unless_full)
     with loggers.Loggers(("tensorboard",), tmp_path, small_config(shapes_zip)) as chosen:
         for nimg in range(6):
             full[:] = [1] if nimg in (2, 3) else []
@@ -265,7 +267,7 @@ def test_no_logger_runs_by_default(shapes_zip: Path, tmp_path: Path) -> None:
     assert (run_dir / "stats.jsonl").exists()
 
 
-def documented_figures() -> dict[str, str]:
+def documented_keys() -> dict[str, str]:
     """Return the table of stats.jsonl in docs/running.md as {name pattern: rest of the row}."""
     text = (Path(__file__).parent.parent / "docs" / "running.md").read_text()
     section = text[text.index("## stats.jsonl") : text.index("## Several processes")]
@@ -294,7 +296,7 @@ def test_stats_jsonl_keys_equal_the_documented_keys(shapes_zip: Path, tmp_path: 
             tick = json.loads(line)
             found.update(tick)
             assert all(set(value) == {"mean", "std", "num"} for value in tick.values() if isinstance(value, dict))
-    patterns = documented_figures()
+    patterns = documented_keys()
     assert {name for name in found if not any(re.fullmatch(pattern, name) for pattern in patterns)} == set()
     unseen = {pattern for pattern in patterns if not any(re.fullmatch(pattern, name) for name in found)}
     assert {pattern for pattern in unseen if "on GPUs only" not in patterns[pattern]} == set()

@@ -50,15 +50,15 @@ def test_r1_differentiates_by_the_image_before_augmentation() -> None:
 
 
 def test_path_length_of_a_linear_generator_has_its_closed_form() -> None:
-    """Each of the num_ws styles has the gradient A^T y, so a path length is |A^T y| for the drawn y."""
+    """Each of the num_ws styles has the gradient A^T y, so a path length is |A^T y| for the sampled y."""
     gan = make_gan()
     img, c = batch(6)
     torch.manual_seed(9)
     terms = path_length(gan, img, c, weight=2.0, decay=0.25)
 
     torch.manual_seed(9)
-    torch.randn(3, 3)  # z of half of the batch
-    torch.randint(10, [3])  # its labels
+    torch.randn(3, 3)  # z for half of the batch
+    torch.randint(10, [3])  # labels for that half
     y = torch.randn(3, 2, H, W, dtype=torch.float64) / math.sqrt(H * W)
     A = gan.G.A.detach().requires_grad_(True)
     lengths = (y.reshape(3, -1) @ A).norm(dim=1)
@@ -67,24 +67,24 @@ def test_path_length_of_a_linear_generator_has_its_closed_form() -> None:
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-9)
     assert terms.means["pl_mean"].item() == pytest.approx(lengths.mean().item(), rel=1e-9)
     terms.loss.backward()
-    expected.backward()  # the gradient also flows through this batch's share of the mean
+    expected.backward()  # gradients also flow through this batch's share of the running mean
     torch.testing.assert_close(gan.G.A.grad, A.grad)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
-def test_style_mixing_swaps_styles_from_a_uniform_cutoff_on(probability: float) -> None:
+def test_style_mixing_cutoffs_are_uniform(probability: float) -> None:
     gan = make_gan(style_mixing=probability)
     z, c = torch.ones(1, 3), torch.zeros(1, 0)
-    cuts = []
+    cutoffs = []
     torch.manual_seed(0)
     for _ in range(400):
         ws, mean_w = gan.sample_styles(z, c)
         assert torch.equal(mean_w, torch.full([3], 2.0, dtype=torch.float64))  # the mean of the first z only
         kept = (ws[0] == 2).all(dim=1)
-        cut = int(kept.sum())
-        assert kept[:cut].all()
-        cuts.append(cut)
-    mixed = [cut for cut in cuts if cut < 5]
+        cutoff = int(kept.sum())
+        assert kept[:cutoff].all()
+        cutoffs.append(cutoff)
+    mixed = [cutoff for cutoff in cutoffs if cutoff < 5]
     assert abs(len(mixed) / 400 - probability) < 0.08
     if probability:
         counts = torch.bincount(torch.tensor(mixed), minlength=5)[1:5]

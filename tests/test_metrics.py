@@ -31,7 +31,7 @@ from metrics.sampling import (
     to_uint8,
 )
 
-# The distance.
+# Sliced Wasserstein distance.
 
 
 def test_wasserstein_1d_equals_scipy() -> None:
@@ -70,7 +70,7 @@ def test_uniform_images_match_the_closed_form() -> None:
 
 
 def numpy_distance(real: np.ndarray, fake: np.ndarray, seed: int) -> dict[str, float]:
-    """Sliced Wasserstein distance in float64, image by image; only the random numbers are shared."""
+    """Sliced Wasserstein distance in float64, image by image; shares only the random numbers with the tested code."""
 
     def blur(image: np.ndarray) -> np.ndarray:
         taps = np.array([1, 4, 6, 4, 1]) / 16
@@ -122,7 +122,9 @@ def test_swd_grows_with_noise_and_ignores_contrast() -> None:
     assert distances[-1] > 3 * distances[0] > 0
 
     faint = images // 2
-    invariant = sw.sliced_wasserstein(2 * faint, faint + 20)["mean"]  # each set is normalised by its own statistics
+    invariant = sw.sliced_wasserstein(2 * faint, faint + 20)[
+        "mean"
+    ]  # each set is normalised by the statistics of the set
     assert invariant < 0.5 < distances[0]  # not 0: rounding to integers differs between the contrasts
 
 
@@ -196,9 +198,9 @@ def test_swd_does_not_depend_on_the_batch_size() -> None:
 
 @pytest.mark.parametrize("size", [32, 96])
 def test_swd_does_not_depend_on_the_number_of_processes(size: int) -> None:
-    """Three shards of images, joined as by `gathered`, and three shards of directions."""
+    """Merge three shards of images as `gathered` does, and use three shards of directions."""
     sets = [natural_images(10, (1, size, size), seed=seed) for seed in (1, 2)]
-    joined = []
+    merged = []
     for images in sets:
         shares = []
         for rank in range(3):
@@ -206,7 +208,7 @@ def test_swd_does_not_depend_on_the_number_of_processes(size: int) -> None:
             share = sw.PatchSet(positions, (1, size, size), seed=0, device=images.device)
             share.add(positions, images[positions.start : positions.stop])
             shares.append(share.levels[0])
-        joined.append(
+        merged.append(
             sw.PatchLevel(
                 whole=shares[0].whole,
                 values=torch.cat([share.values for share in shares]),
@@ -217,7 +219,7 @@ def test_swd_does_not_depend_on_the_number_of_processes(size: int) -> None:
     directions = sw.random_directions(0, 0, 1)
     parts = [shard(sw.DIRECTIONS, rank, 3) for rank in range(3)]
     distances = torch.cat(
-        [sw.level_distances(joined[0], joined[1], directions[:, :, part.start : part.stop]) for part in parts]
+        [sw.level_distances(merged[0], merged[1], directions[:, :, part.start : part.stop]) for part in parts]
     )
     whole = sw.sliced_wasserstein(*sets)[str(size)]
     assert 1000 * float(distances.mean()) == pytest.approx(whole, rel=1e-9)
@@ -237,7 +239,7 @@ def test_random_rows_are_a_function_of_the_position() -> None:
     assert len(whole.unique()) == 400
 
 
-# Images, real and generated.
+# Real and generated images.
 
 
 def test_fakes_are_generated_from_standard_normal_latents() -> None:

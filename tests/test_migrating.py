@@ -61,11 +61,11 @@ OURS: dict[str, click.Command] = {
     "dataset_tool.py": dataset_tool.build,
     "legacy.py": legacy.main.commands["convert"],
 }
-SNAPSHOTS = {"train.py": "--resume", "legacy.py": "--source"}  # flags that take a snapshot; --network elsewhere
+SNAPSHOTS = {"train.py": "--resume", "legacy.py": "--source"}  # flag for the snapshot, if not --network
 
 
 def section(title: str) -> str:
-    """Return the text between a heading and the next."""
+    """Return the text between a heading and the next heading."""
     return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
@@ -80,7 +80,7 @@ def flags_of(command: click.Command) -> set[str]:
 
 
 @pytest.mark.parametrize("script", THEIRS)
-def test_every_foreign_flag_is_listed_with_its_real_status(script: str) -> None:
+def test_every_foreign_flag_is_listed_with_its_actual_status(script: str) -> None:
     statuses = table(f"`{script}`")
     assert statuses.keys() == set(THEIRS[script].split())
     known = flags_of(OURS[script])
@@ -91,7 +91,7 @@ def test_every_foreign_flag_is_listed_with_its_real_status(script: str) -> None:
 
 @pytest.mark.parametrize("script", [script for script in OURS if script != "dataset_tool.py"])
 def test_rows_about_snapshots_match_the_flags(script: str) -> None:
-    """test_foreign_tools.py tests that these flags take URLs and foreign files."""
+    """test_foreign_tools.py tests that these flags accept URLs and foreign files."""
     flag = SNAPSHOTS.get(script, "--network")
     (option,) = (option for option in OURS[script].params if flag in option.opts)
     assert "URL" in option.make_metavar(click.Context(OURS[script]))
@@ -149,7 +149,7 @@ def test_foreign_training_commands_run_unchanged(tmp_path: Path) -> None:
 def test_foreign_image_commands_run_unchanged(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Commands share a folder; the last one reads the output of projector.py, here run for few steps without LPIPS."""
+    """Commands share a folder; the last one reads the output of projector.py, run for a few steps without LPIPS."""
     monkeypatch.chdir(tmp_path)
     plain = exploration_helpers.make_snapshot(tmp_path / "plain.pkl", shapes_zip, "stylegan2")
     classes = exploration_helpers.make_snapshot(tmp_path / "classes.pkl", shapes_zip, "stylegan2", c_dim=2)
@@ -191,7 +191,7 @@ def test_noresume_is_explained(shapes32_zip: Path, tmp_path: Path) -> None:
     assert (result.exit_code, "omit --resume for that" in result.stderr) == (2, True), result.output
 
 
-def test_a_file_by_the_name_of_a_published_network_is_a_file(
+def test_a_local_file_takes_precedence_over_a_published_name(
     shapes32_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -205,7 +205,7 @@ def resume(name: str, data: Path, outdir: Path) -> Result:
 
 
 def test_the_python_names_on_the_page_exist() -> None:
-    """Expressions in the first column exist if their status is same or changed, and do not if it is refused."""
+    """Expressions in the first column exist unless their status is `refused`."""
     page = section("In Python")
     rows = re.findall(r"^\| `(.*?)`(.*?) \| (\w+) \|", page, re.MULTILINE)
     G = load_network(ROOT / "docs" / "shapes.pkl").G_ema

@@ -51,7 +51,7 @@ def test_neighbouring_positions_give_independent_numbers() -> None:
     assert correlation.abs().max() < 5 / 10_000**0.5
 
 
-def test_derive_seed_fills_the_range_that_manual_seed_takes() -> None:
+def test_derive_seed_fills_the_range_of_manual_seed() -> None:
     seeds = [misc.derive_seed("phase", i) for i in range(4000)]
     assert all(0 <= seed < 2**63 for seed in seeds)
     for bit in range(63):  # each bit is set in half of the seeds; 6 standard deviations are 190
@@ -83,7 +83,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def test_an_unnamed_user_gets_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_name_is_named_by_uid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "someone")
     misc.name_user()
     assert os.environ["LOGNAME"] == "someone"
@@ -94,7 +94,7 @@ def test_an_unnamed_user_gets_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["LOGNAME"] == getpass.getuser() == "uid_54321"
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator that is tuned is glibc's")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is tuned")
 def test_tune_allocator_keeps_big_buffers() -> None:
     def faults(mode: str) -> int:
         command = [sys.executable, "-c", PAGE_FAULTS, mode]
@@ -104,7 +104,7 @@ def test_tune_allocator_keeps_big_buffers() -> None:
 
 
 @pytest.mark.parametrize("system", ["darwin", "win32"])
-def test_tune_allocator_does_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+def test_tune_allocator_does_nothing_on_other_systems(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
     def refuse(name: str | None) -> None:
         raise AssertionError("the C library was opened")
 
@@ -120,7 +120,7 @@ def test_tune_allocator_does_nothing_with_another_libc(monkeypatch: pytest.Monke
 
 
 class Net(nn.Module):
-    """A module with a shared weight, a buffer, a tuple as output and a submodule without tensors."""
+    """A module with a shared weight, a buffer, a tuple output and a submodule without tensors."""
 
     mean: Tensor
 

@@ -57,7 +57,7 @@ def test_every_combination_trains(scenes: Path, match: tuple[str, str, str, str]
     assert {phase.name for phase in trainer.phases} == expected
     networks = trainer.G, trainer.D, trainer.ema.module
     before = [flat_parameters(network) for network in networks]
-    train_steps(trainer, 2)  # raises an error where anything is not finite
+    train_steps(trainer, 2)  # raises an error if any value is not finite
     for old, new in zip(before, map(flat_parameters, networks), strict=True):
         assert new.isfinite().all()
         assert (new != old).float().mean() > 0.5

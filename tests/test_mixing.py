@@ -1,4 +1,4 @@
-"""generate.py mix: choice of styles, groups of styles, and the images."""
+"""generate.py mix: selection of styles, style groups, and the mixed images."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def test_style_groups_are_thirds_of_the_resolutions() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_styles_grid_is_that_of_its_first_reader(family: str) -> None:
-    """The first layer that reads a style has a feature map of that grid, or returns the image."""
+def test_the_grid_of_a_style_matches_its_first_layer(family: str) -> None:
+    """The first layer that reads a style has a feature map of this grid or returns the image."""
     config, model = FAMILIES[family], make_model(family)
     assert len(config.style_grids) == config.num_ws
-    readers: dict[int, int] = {}  # style -> number of tokens or pixels of the first layer that reads it
+    sizes: dict[int, int] = {}  # style -> number of tokens or pixels in the first layer that reads the style
     ws = torch.arange(config.num_ws).float()[None, :, None].expand(1, -1, config.w_dim)
 
-    def note(module: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    def record_size(module: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         size = out.shape[1] if out.ndim == 3 else out.shape[2] * out.shape[3]
-        readers.setdefault(int(args[1][0, 0]), size)
+        sizes.setdefault(int(args[1][0, 0]), size)
 
     for module in model.G.synthesis.modules():
         if type(module).__name__ in ("EncoderBlock", "ModulatedConv"):
-            module.register_forward_hook(note)
+            module.register_forward_hook(record_size)
     model.G.synthesis(ws)
-    assert readers == {index: h * w for index, (h, w) in enumerate(config.style_grids[:-1])}
+    assert sizes == {index: h * w for index, (h, w) in enumerate(config.style_grids[:-1])}
     assert config.style_grids[-1] == config.img_size
 
 
@@ -61,7 +61,7 @@ def test_styles_are_chosen_by_number_range_and_name() -> None:
             choose_styles(text, 6, groups)
 
 
-def test_mix_takes_the_chosen_styles_from_the_columns() -> None:
+def test_mix_copies_the_chosen_styles_from_the_columns() -> None:
     rows, cols = torch.randn(2, 5, 3), torch.randn(4, 5, 3)
     mixed = mix(rows, cols, (1, 3))
     for r in range(2):
@@ -96,7 +96,7 @@ def test_the_command_writes_mixtures_and_a_grid(family: str, shapes_zip: Path, t
     assert len(list(out.iterdir())) == 7
 
 
-def test_mixing_all_styles_gives_the_image_of_the_column(shapes_zip: Path, tmp_path: Path) -> None:
+def test_mixing_all_styles_reproduces_the_image_of_the_column(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
     output = run_ok("mix", f"--network={network}", "--rows=1", "--cols=7", "--styles=0-4", f"--outdir={tmp_path}")
     assert "1 mixture in" in output

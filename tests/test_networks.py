@@ -73,7 +73,7 @@ def test_published_models_have_their_parameter_counts(config: StyleformerConfig,
 
 @pytest.mark.parametrize("name", ["ffn", "norm-after", "no-style", "no-residual", "depth16", "depth64"])
 def test_ablations_have_the_expected_parameter_counts(name: str) -> None:
-    """Count by hand from the preset; C and C' are the widths before and after a block."""
+    """Counts derived by hand from the preset; C and C' are the widths before and after a block."""
     config = PRESETS[f"ablation-{name}"].generator
     blocks = [(256, 64), (64, 64), (64, 64), (64, 16), (16, 16), (16, 16), (16, 16)]
     more = {
@@ -115,7 +115,7 @@ def test_each_block_reads_its_own_style() -> None:
     close(G.synthesis(ws), ref_styleformer(ws.numpy(), state, TINY, noise=True))
 
 
-def test_linformer_projects_grids_from_min_tokens_on() -> None:
+def test_linformer_projects_grids_of_at_least_min_tokens() -> None:
     G = VARIANTS["linformer"].build()
     shapes = [tuple(p.shape) for name, p in G.named_parameters() if name.endswith("token_projection")]
     assert shapes == [(5, 24), (5, 24), (5, 96)]

@@ -29,7 +29,7 @@ SCRIPTS = {
     "dataset_tool.py": dataset_tool.main,
     "report.py": report.main,
 }
-# Options appended to those of the cells, to make the run short.
+# Options appended to each command to keep the run short.
 SMALLER = {
     "train.py": [*SMALL, "--g_dict=32,16,16", "--num_layers=1,1,1", "--tick=0.016", "--snap=1", "--device=cpu"],
     "dataset_tool.py": ["--max-images=64", "--workers=1"],
@@ -55,7 +55,7 @@ class Notebook:
                 exec(source, self.scope)
             self.scope |= {name: value for name, value in self.replaced.items() if name in self.scope}
             return
-        assert magic == source.splitlines(), "a cell is Python or commands, not both"
+        assert magic == source.splitlines(), "a cell must not mix Python and commands"
         for line in magic:
             words = shlex.split(re.sub(r"\{(\w+)\}", lambda match: str(self.scope[match[1]]), line[1:]))
             if words[0] == "python":

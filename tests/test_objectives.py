@@ -80,7 +80,7 @@ def test_hinge_and_linear_losses_have_their_closed_forms() -> None:
 
 
 def test_wasserstein_loss_of_a_linear_critic_has_its_closed_form() -> None:
-    """The gradient of <a, x> is a everywhere. The penalty differentiates after augmentation, so it has no factor 5."""
+    """The gradient of <a, x> is a everywhere; the penalty is computed after augmentation, so the factor 5 is absent."""
     gan, (img, c) = make_gan(augment=lambda x: 5 * x), batch()
     fake_logits, real_logits = gan.D(5 * drawn(gan, 6, c), c), gan.D(5 * img, c)
     terms = discriminator_wgan(gan, img, c, gp_weight=10.0, drift_weight=0.5)
@@ -98,7 +98,7 @@ def test_wasserstein_loss_of_a_linear_critic_has_its_closed_form() -> None:
 
 
 class Recorder(nn.Module):
-    """D(x) = |x|^2 / 2, whose gradient is x; records its inputs."""
+    """Discriminator D(x) = |x|^2 / 2, with gradient x, that records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def test_relativistic_losses_compare_pairs_of_images() -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_only_classifiers_report_signs_of_fake_logits(objective: str) -> None:
-    """If D compares pairs, its logits have no zero level, so the signs of its logits have no meaning."""
+    """The logits of a relativistic D have no zero level, so their signs have no meaning."""
     parameters = [nn.Parameter(torch.zeros(1))]
     updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
     phases = build_phases(make_gan(), settings(objective).fit(32, 6), updater, updater)
@@ -180,7 +180,7 @@ def test_only_classifiers_report_signs_of_fake_logits(objective: str) -> None:
 
 
 class LabelledG(LinearG):
-    """Generator whose image depends on the label only."""
+    """Generator of images that depend only on the label."""
 
     c_dim = 1
 
@@ -212,7 +212,7 @@ def test_compared_images_have_the_same_labels(loss: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("objective", ["logistic", "hinge", "wgangp-eps"])
-def test_the_batch_of_the_generator_can_be_larger(objective: str) -> None:
+def test_the_generator_batch_can_be_larger(objective: str) -> None:
     gan = replace(make_gan(), D=Recorder())
     parameters = [nn.Parameter(torch.zeros(1))]
     updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
@@ -276,7 +276,7 @@ def test_n_critic_sets_the_intervals_of_the_phases(objective: str, expected: lis
 
 
 def test_g_is_updated_every_n_critic_steps_and_ema_counts_images(shapes_zip: Path) -> None:
-    """The half-life of the EMA is a number of images, so it does not depend on n_critic."""
+    """The half-life of the EMA is measured in images and does not depend on n_critic."""
     trainer = new_trainer(
         every_phase_config(shapes_zip, loss__n_critic=3, ema__kimg=0.1, ema__rampup=None, augment__mode="noaug")
     )
@@ -301,7 +301,7 @@ def test_there_is_no_weight_decay() -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])
-def test_gradient_clipping_equals_that_of_torch(max_norm: float) -> None:
+def test_gradient_clipping_matches_torch(max_norm: float) -> None:
     ours, theirs = ([nn.Parameter(torch.zeros(n)) for n in (3, 70)] for _ in range(2))
     updater = build_updater(ours, AdamConfig(lr=0.1, clip_norm=max_norm), None)
     torch.manual_seed(0)
@@ -330,7 +330,7 @@ def test_clipping_does_not_hide_infinite_gradients() -> None:
 
 @pytest.mark.parametrize("name", ["w_avg", "real_sign", "loss"])
 def test_steps_with_infinite_batch_means_are_skipped(shapes_zip: Path, name: str) -> None:
-    """An infinite value, here in the first of two micro-batches, would stay in a running mean for ever."""
+    """An infinite value, here in the first of two micro-batches, would stay in a running mean forever."""
     trainer = new_trainer(every_phase_config(shapes_zip, run__nan="skip"))
     phase = next(phase for phase in trainer.phases if phase.name == "D_main")
     factors = iter([float("inf"), 0.0, 1.0, 1.0])
@@ -386,7 +386,7 @@ def objective_config(data: Path, objective: str, **changes: Any) -> TrainConfig:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_step_of_g_leaves_no_gradients_in_d(shapes_zip: Path, objective: str) -> None:
-    """D's step is the same with and without a step of G before it."""
+    """A preceding step of G does not change the step of D."""
 
     def run_d_main(trainer: Trainer, *, after_g: bool) -> Tensor:
         img, c = next(trainer._batches())
@@ -449,8 +449,8 @@ def test_two_processes_compute_the_same_penalties_as_one(shapes_zip: Path, toget
             torch.testing.assert_close(two[part][name], x, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
 
 
-# Side of the images and options with which an objective learns to draw scenes. wgangp-eps uses both networks of
-# TransGAN and its n_critic, with higher learning rates than the paper because the training is short.
+# Image size and options to learn scenes with each objective. wgangp-eps uses both networks and n_critic of TransGAN,
+# with higher learning rates than in the paper because the training is short.
 SMALL_TRANSGANS = [
     "--gen=transgan",
     "--base=4",
@@ -467,7 +467,7 @@ SMALL_TRANSGANS += [
     "--set=g_optimizer.clip_norm=5",
     "--set=d_optimizer.clip_norm=5",
 ]
-LEARNING: dict[str, tuple[int, list[str]]] = {
+SCENE_OPTIONS: dict[str, tuple[int, list[str]]] = {
     "wgangp-eps": (
         8,
         [*SMALL_TRANSGANS, "--set=loss.n_critic=4", "--batch=16", "--glr=0.001", "--dlr=0.002", "--kimg=28"],
@@ -477,9 +477,9 @@ LEARNING: dict[str, tuple[int, list[str]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", LEARNING)
+@pytest.mark.parametrize("objective", SCENE_OPTIONS)
 def test_objectives_with_penalties_halve_the_distance_to_data(tmp_path: Path, objective: str) -> None:
-    side, options = LEARNING[objective]
+    side, options = SCENE_OPTIONS[objective]
     untrained, trained = distances_to_scenes(tmp_path, side, f"--loss={objective}", *options, "--tick=28")
     assert trained <= untrained / 2
 

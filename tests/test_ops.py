@@ -43,7 +43,7 @@ def scipy_upfirdn2d(
     flip_filter: bool = False,
     gain: float = 1.0,
 ) -> np.ndarray:
-    """The definition, step by step in float64: place the samples, pad or crop, convolve, keep every down-th."""
+    """Definition in float64, step by step: insert zeros, pad or crop, convolve, keep every `down`-th sample."""
     up_x, up_y = (up, up) if isinstance(up, int) else up
     down_x, down_y = (down, down) if isinstance(down, int) else down
     sides = (padding,) * 4 if isinstance(padding, int) else padding
@@ -85,7 +85,7 @@ def test_upfirdn2d_matrix_equals_scipy(case: str, shape: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2), (3, 2), (2, 5)])
 def test_upfirdn2d_agrees_with_scipy_upfirdn(up: int, down: int) -> None:
-    """scipy.signal.upfirdn along each axis is the case of full padding."""
+    """scipy.signal.upfirdn along each axis corresponds to full padding."""
     x, f = image(1, 2, 11, 8), torch.tensor(SEPARABLE[6])
     full = (5, 5 - (up - 1))  # SciPy inserts no zeros after the last sample
     expected = scipy.signal.upfirdn(f.numpy(), x.numpy(), up, down, axis=-1)
@@ -317,7 +317,7 @@ def test_bias_act_refuses_invalid_arguments(kwargs: dict[str, object], message: 
         bias_act(image(2, 3, 4), **kwargs)  # type: ignore[arg-type]
 
 
-# The operators as registered with torch.library. On a CPU they run the reference, so registration, shapes and
+# Operators registered with torch.library. On a CPU they run the reference, so registration, shapes and
 # derivatives are tested here; test_kernels.py tests the kernels that replace the reference on a GPU.
 
 
@@ -407,7 +407,7 @@ def test_bias_gradient_sums_in_float32() -> None:
 
 
 def test_piecewise_linear_activations_keep_only_their_output() -> None:
-    """The input can be freed because the next layer keeps the output anyway."""
+    """The input can be freed: the next layer keeps the output anyway."""
     x, b = image(2, 3), image(3).requires_grad_()
     for act, alpha, gain, kept in (
         ("lrelu", 0.2, 1.0, 1),
@@ -428,7 +428,7 @@ def operators_in(graph: torch.fx.GraphModule) -> list[str]:
 
 @pytest.fixture
 def operators_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the public functions call the registered operators as on a GPU; here these run the reference."""
+    """Make the public functions call the registered operators as on a GPU; here, the operators run the reference."""
     monkeypatch.setattr(custom_ops, "use_kernels", lambda impl, x: True)
 
 
@@ -522,7 +522,7 @@ def test_bias_act_on_gpu(act: str, dtype: torch.dtype, tolerance: float) -> None
             b.requires_grad_()
             grad = image(*shape, seed=2).to("cuda", dtype)
             x64, b64 = (tensor.detach().double().cpu().requires_grad_() for tensor in (x, b))
-            # no value is near the clamp, so rounding moves none across it
+            # no value is close enough to the clamp for rounding to matter
             y = bias_act(x, b, dim=dim, act=act, clamp=50.0, impl="cuda")
             y64 = bias_act(x64, b64, dim=dim, act=act, clamp=50.0)
             assert y.dtype == dtype

@@ -48,7 +48,7 @@ class Linear:
 
 
 class SquaredDistance(DetectorSetup):
-    """Setup that replaces LPIPS by the squared distance of images."""
+    """Setup that replaces LPIPS with the squared distance of images."""
 
     def prepare(self, role: str) -> None: ...
 
@@ -91,7 +91,7 @@ def test_steps_in_z_follow_great_circles() -> None:
     """At t = 0, a step has length |b| - |a| along a, and |a| times the angle between a and b perpendicular to a.
 
     For standard normal a, b in 4 dimensions: E[(|b| - |a|)^2] = 2 (4 - 9 pi / 8), E|a|^2 = 4, and the squared angle
-    has the mean pi^2/3 - 1/2. On straight lines, E|b - a|^2 would be 8.
+    has the mean pi^2/3 - 1/2. With linear interpolation, E|b - a|^2 would be 8.
     """
     walk = path_length.Walk(space="z", at_end=True, crop=False)
     G = Linear()
@@ -108,7 +108,7 @@ def test_path_length_does_not_depend_on_the_batch_size() -> None:
 
 
 def test_tf32_is_disabled_while_metrics_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TF32 is enabled globally, as by a snapshot of --allow-tf32, disabled inside metrics and enabled again after."""
+    """TF32 is enabled globally (as for a snapshot with --allow-tf32), disabled during metrics, and then restored."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     seen: list[bool] = []
 

@@ -41,7 +41,7 @@ def read(tmp_path: Path, data: bytes) -> Any:
 
 
 def refused(tmp_path: Path, data: bytes, text: str = ".", seconds: float = 5) -> str:
-    """Read a file within little time and memory; return the reason why it, or a part of it, is refused."""
+    """Read a file within tight time and memory limits; return why the file or a part of it is refused."""
     started = time.process_time()
     tracemalloc.start()
     try:
@@ -61,7 +61,7 @@ def refused(tmp_path: Path, data: bytes, text: str = ".", seconds: float = 5) ->
 
 
 def reasons(value: Any) -> list[str]:
-    """Return the reasons of all unreadable values in the contents of a file."""
+    """Return the reasons for all unreadable values in the contents of a file."""
     if isinstance(value, Unreadable):
         return [value.reason]
     if isinstance(value, PickledModule):
@@ -81,7 +81,7 @@ def stored(x: torch.Tensor) -> bytes:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 )
-def test_tensors_are_those_that_torch_wrote(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_tensors_equal_those_saved_by_torch(dtype: torch.dtype, tmp_path: Path) -> None:
     x = (torch.randn(4, 3) * 9).to(dtype)
     content = {"plain": x, "view": x.t()[1:], "parameter": torch.nn.Parameter(torch.randn(2)), "empty": x[:0]}
     for protocol in (2, 3, 4, 5):
@@ -93,7 +93,7 @@ def test_tensors_are_those_that_torch_wrote(dtype: torch.dtype, tmp_path: Path) 
     assert torch.equal(torch.tensor(again.tolist()), torch.tensor(x.flatten().tolist()))
 
 
-def test_plain_values_come_out_as_pickle_reads_them(tmp_path: Path) -> None:
+def test_plain_values_equal_those_read_by_pickle(tmp_path: Path) -> None:
     content = {
         "numbers": [0, 1, -1, 255, 65536, -(2**40), 2**70, 1.5, True, None],
         "text": ["", "é" * 300, "x" * 70_000],
@@ -102,7 +102,7 @@ def test_plain_values_come_out_as_pickle_reads_them(tmp_path: Path) -> None:
         "set": {1, 2, "three"},
         "ordered": collections.OrderedDict([("b", 1), ("a", 2)]),
         "nested": {"a": {"b": [{"c": 1}]}},
-        7: "a number for a key",
+        7: "a number as key",
     }
     for protocol in (2, 3, 4, 5):
         assert read(tmp_path, dumps(content, protocol)) == pickle.loads(dumps(content, protocol))
@@ -118,11 +118,11 @@ CODE: dict[str, Any] = {
     "torch.load": Call(Name("torch", "load"), ("sentinel",)),
     "torch.save": Call(Name("torch", "save"), (1, "sentinel")),
     "dotted": Call(Name("collections", "OrderedDict.fromkeys"), ([1],)),
-    "of an allowed module": Call(Name("torch.storage", "os"), ()),
+    "attribute of an allowed module": Call(Name("torch.storage", "os"), ()),
     "import_module": Call(Name("importlib", "import_module"), ("this",)),
     "rebuild hook": Call(Name("torch._utils", "_rebuild_from_type_v2"), (1,)),
     "numpy load": Call(Name("numpy", "load"), ("sentinel",)),
-    "our own": Call(Name("torch_utils.checkpoint", "write_file"), ("sentinel",)),
+    "function of this project": Call(Name("torch_utils.checkpoint", "write_file"), ("sentinel",)),
     "pickle": Call(Name("pickle", "loads"), (b".",)),
     "codecs": Call(Name("_codecs", "decode"), (b"x", "unicode_escape")),
 }
@@ -156,7 +156,7 @@ def test_code_in_a_nested_stream_is_refused(
 
 
 def storage_stream(*, claimed: int = 2, count: int | None = None, data: bytes = b"\0" * 8, key: Any = None) -> bytes:
-    """Return a handwritten stream of a float tensor: `claimed` elements in the pickle, `count` before the numbers."""
+    """Return a handwritten float tensor stream with `claimed` elements in the pickle, `count` before the data."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj: Any) -> Any:
@@ -180,7 +180,7 @@ def test_the_handwritten_stream_is_valid(tmp_path: Path) -> None:
 
 
 HOSTILE_TENSORS: dict[str, Any] = {
-    "more than there is": tensor(storage_stream(claimed=2**40)),
+    "more elements than data": tensor(storage_stream(claimed=2**40)),
     "huge": tensor(storage_stream(claimed=2**62)),
     "count contradicts": tensor(storage_stream(count=3)),
     "too many bytes": tensor(storage_stream(data=b"\0" * 12)),
@@ -188,7 +188,7 @@ HOSTILE_TENSORS: dict[str, Any] = {
     "no storage": Call(REBUILD, (5, 0, (2,), (1,), False, ())),
     "too few arguments": Call(REBUILD, ()),
     "negative size": tensor(storage_stream(), size=(-2,)),
-    "beyond the numbers": tensor(storage_stream(), size=(3,)),
+    "beyond the storage": tensor(storage_stream(), size=(3,)),
     "offset": tensor(storage_stream(), offset=1),
     "negative offset": tensor(storage_stream(), offset=-1),
     "stride": tensor(storage_stream(), size=(2, 2), stride=(2**39, 1)),
@@ -196,12 +196,12 @@ HOSTILE_TENSORS: dict[str, Any] = {
     "expanded": tensor(storage_stream(), size=(2**39,), stride=(0,)),
     "overflow": tensor(storage_stream(), size=(2**39, 2**39, 2**39), stride=(0, 0, 0)),
     "text": tensor(storage_stream(), size=("2",)),
-    "size of another kind": tensor(storage_stream(), size=[2]),
+    "size is a list": tensor(storage_stream(), size=[2]),
     "dimensions": tensor(storage_stream(), size=(1,) * 1000, stride=(0,) * 1000),
-    "other key": tensor(storage_stream(key=("module", torch.FloatStorage, "0", "cpu", 2, None))),
+    "invalid key": tensor(storage_stream(key=("module", torch.FloatStorage, "0", "cpu", 2, None))),
     "view": tensor(storage_stream(key=("storage", torch.FloatStorage, "0", "cpu", 2, ("1", 0, 2)))),
     "type": tensor(storage_stream(key=("storage", "float", "0", "cpu", 2, None))),
-    "number for bytes": Call(LOAD, (5,)),
+    "number instead of bytes": Call(LOAD, (5,)),
     "parameter": Call(Name("torch._utils", "_rebuild_parameter"), ("x", True, ())),
 }
 
@@ -225,7 +225,7 @@ HOSTILE_CALLS: dict[str, Any] = {
     "object type": Call(Name("numpy", "dtype"), ("O8", False, True)),
     "type list": Call(Name("numpy", "dtype"), ([("a", "O")],)),
     "short scalar": Call(Name("numpy._core.multiarray", "scalar"), (Call(Name("numpy", "dtype"), ("f8",)), b"1234")),
-    "scalar of no type": Call(Name("numpy._core.multiarray", "scalar"), ("f8", b"12345678")),
+    "scalar without dtype": Call(Name("numpy._core.multiarray", "scalar"), ("f8", b"12345678")),
     "state of a set": Call(Name("builtins", "set"), ([1],), {"__class__": 1}),
     "state of a module": Call(
         PERSISTENT, ({"type": "class", "version": 6, "class_name": "f", "state": {}},), {"__class__": 1}
@@ -256,8 +256,8 @@ BYTES: dict[str, tuple[bytes, str]] = {
     "long text": (PROTO + b"\x8d" + struct.pack("<Q", 2**60) + b"x.", "damaged"),
     "long bytes": (PROTO + b"\x8e" + struct.pack("<Q", 2**62) + b"x.", "damaged"),
     "long number": (PROTO + b"\x8b" + struct.pack("<i", 2**31 - 1) + b"x.", "damaged"),
-    "memo far away, unread": (PROTO + b"K\x01r\xff\xff\xff\x7f0.", "one value"),
-    "memo that is not there": (PROTO + b"j\xff\xff\xff\x7f.", "does not have"),
+    "unused memo with a large index": (PROTO + b"K\x01r\xff\xff\xff\x7f0.", "one value"),
+    "missing memo": (PROTO + b"j\xff\xff\xff\x7f.", "does not have"),
     "2 GB of bytes": (PROTO + b"B" + struct.pack("<I", 2**31) + b"x.", "damaged"),
     "2 GB of text": (PROTO + b"X" + struct.pack("<I", 2**31) + b"x.", "damaged"),
     "nothing": (PROTO + b".", "one value"),
@@ -276,7 +276,7 @@ BYTES: dict[str, tuple[bytes, str]] = {
     "protocol 9": (b"\x80\x09K\x01.", "protocol"),
     "trailing data": (PROTO + b"K\x01.x", "follows"),
     "empty": (b"", "empty"),
-    "STRING, whose escapes would be read": (PROTO + b"S'\\e'\n.", "instruction STRING"),
+    "STRING with an escape": (PROTO + b"S'\\e'\n.", "instruction STRING"),
     "GET": (PROTO + b"g1\n.", "instruction GET"),
 }
 
@@ -327,7 +327,7 @@ def test_byte_bombs_written_as_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_colliding_keys_are_refused(tmp_path: Path) -> None:
-    """Python hashes integers modulo 2^61 - 1; n keys with equal hashes take n^2 comparisons."""
+    """Python hashes integers modulo 2^61 - 1; n keys with equal hashes need O(n^2) comparisons."""
     keys = [number * (2**61 - 1) for number in range(30_000)]
     items = PROTO + b"}(" + b"".join(dumps(key, 3)[2:-1] + b"N" for key in keys) + b"u."
     refused(tmp_path, items, "a key that is larger")
@@ -357,13 +357,13 @@ def test_other_contents_are_dropped_and_reported(tmp_path: Path) -> None:
         assert reasons(found["float key"]) == ["a key of type float, expected text or a whole number"]
 
 
-def test_a_byte_order_holds_for_every_use_of_a_dtype(tmp_path: Path) -> None:
+def test_a_byte_order_applies_to_every_use_of_a_dtype(tmp_path: Path) -> None:
     numbers = [Call(Name("numpy._core.multiarray", "scalar"), (BIG_ENDIAN, bytes(7) + b"@")) for _ in range(2)]
     assert len(reasons(read(tmp_path, dumps(numbers)))) == 2
 
 
 def test_state_dicts_and_dict_subclasses_are_read(tmp_path: Path) -> None:
-    """Both are dicts with a state that holds no needed information."""
+    """Both are dicts; the additional state of the object is not needed."""
     layer = torch.nn.Linear(2, 2)
     torch.save(layer.state_dict(), tmp_path / "weights.pth")
     assert describe_torch_file(tmp_path / "weights.pth") == "a bare state_dict, without the arguments of the network"
@@ -374,7 +374,7 @@ def test_state_dicts_and_dict_subclasses_are_read(tmp_path: Path) -> None:
     assert read(tmp_path, dumps(theirs)) == {"a": 1}
 
 
-def test_additions_of_forks_may_be_large_or_odd(tmp_path: Path) -> None:
+def test_extra_values_of_forks_may_be_large_or_unusual(tmp_path: Path) -> None:
     content = {"a": 1, "integer": 10**700, "expanded": torch.zeros(1).expand(10**7), "z": [0.5] * 600_000}
     found = read(tmp_path, dumps(content))
     assert (found["integer"], len(found["z"])) == (10**700, 600_000)
@@ -382,8 +382,8 @@ def test_additions_of_forks_may_be_large_or_odd(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", [REBUILD, Name("torch._utils", "_rebuild_parameter"), Name("their", "thing")])
-def test_calls_with_many_arguments_cost_little(call: Name, tmp_path: Path) -> None:
-    """Every reference to a tuple would copy the tuple otherwise."""
+def test_calls_with_many_arguments_are_cheap(call: Name, tmp_path: Path) -> None:
+    """A reader that copies a tuple for every reference would be slow."""
     big = dumps(tuple(range(50_000)))[2:-1] + b"r\x63\x00\x00\x000"
     name = f"c{call.module}\n{call.name}\n".encode()
     shape = name + b"(K\x00K\x00j\x63\x00\x00\x00j\x63\x00\x00\x00\x89NtRa"
@@ -392,13 +392,13 @@ def test_calls_with_many_arguments_cost_little(call: Name, tmp_path: Path) -> No
         refused(tmp_path, PROTO + big + b"]" + instructions * 20_000 + b".", seconds=3)
 
 
-def test_long_names_cost_little(tmp_path: Path) -> None:
+def test_long_names_are_cheap(tmp_path: Path) -> None:
     text = dumps("x" * 1_000_000)[2:-1].split(b"\x94")[0] + b"r\x63\x00\x00\x000"
     name = b"j\x63\x00\x00\x00j\x63\x00\x00\x00\x93a"
     refused(tmp_path, PROTO + text + b"]" + name * 50_000 + b".", "longer than any", seconds=3)
 
 
-def test_modules_with_long_names_take_little_memory() -> None:
+def test_modules_with_long_names_use_little_memory() -> None:
     top = PickledModule("Layer", {"_parameters": {}, "_buffers": {}, "_modules": {}})
     for level in range(90):
         top = PickledModule("Layer", {"_parameters": {}, "_buffers": {}, "_modules": {f"{level:0100}": top}})
@@ -415,7 +415,7 @@ def test_compressed_archives_are_not_unpacked(tmp_path: Path) -> None:
 
 
 def test_wrappers_and_copies_of_modules_are_read(tmp_path: Path) -> None:
-    """DataParallel is pickled as a plain object; persistence and EasyDict are in a package of another project."""
+    """DataParallel is pickled as a plain object; other projects have their own copies of persistence and EasyDict."""
     inner = module_with({})
     state = {"_parameters": {}, "_buffers": {}, "_modules": {"module": inner}}
     for module_name, name in (("data_parallel", "DataParallel"), ("distributed", "DistributedDataParallel")):
@@ -467,11 +467,11 @@ def test_truncated_and_corrupt_files_are_refused(tmp_path: Path) -> None:
     rng = random.Random(0)
     outcomes = collections.Counter[str]()
     for _ in range(1000):
-        damaged = bytearray(data)
+        corrupt = bytearray(data)
         for _ in range(rng.randint(1, 3)):
-            damaged[rng.randrange(len(data))] = rng.randrange(256)
+            corrupt[rng.randrange(len(data))] = rng.randrange(256)
         try:
-            read(tmp_path, bytes(damaged))
+            read(tmp_path, bytes(corrupt))
             outcomes["read"] += 1  # a bit flip within a number or a string
         except UserError:
             outcomes["refused"] += 1

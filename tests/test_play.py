@@ -1,4 +1,4 @@
-"""generate.py play: requests get the results of the other commands; invalid requests get status 400."""
+"""generate.py play: results equal those of the other commands; invalid requests are answered with status 400."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def get(port: int, address: str, **headers: str) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
         connection.request("GET", address, headers=headers)
-        answer = connection.getresponse()
-        return answer.status, answer.read()
+        response = connection.getresponse()
+        return response.status, response.read()
     finally:
         connection.close()
 
 
-def ask(port: int, path: str, **query: Any) -> Any:
+def request_json(port: int, path: str, **query: Any) -> Any:
     status, body = get(port, f"/{path}?{urlencode(query)}")
     assert status == 200, body
     return json.loads(body)
@@ -79,8 +79,8 @@ def test_images_equal_those_of_the_commands() -> None:
     styles = model.G.style_groups["coarse"]
     plain, mixed = model.images(ws[:3]), model.images(mix(ws[:3], ws[3:], styles)[:, 0])
     with served(Player(make_model())) as port:
-        found = ask(port, "images", seed=4, count=3, trunc=0.7)["images"]
-        also_mixed = ask(port, "images", seed=4, count=3, trunc=0.7, other=9, styles="coarse")["images"]
+        found = request_json(port, "images", seed=4, count=3, trunc=0.7)["images"]
+        also_mixed = request_json(port, "images", seed=4, count=3, trunc=0.7, other=9, styles="coarse")["images"]
     for uris, images in ((found, plain), (also_mixed, mixed)):
         assert len(uris) == 3
         for uri, img in zip(uris, images, strict=True):
@@ -106,12 +106,14 @@ def test_images_are_cached_and_generated_in_one_batch(monkeypatch: pytest.Monkey
     assert {img.untyped_storage().nbytes() for img in player.images.values()} == {3 * 32 * 32}
 
 
-def test_the_class_comes_from_the_request() -> None:
+def test_the_request_selects_the_class() -> None:
     G = build(StyleGAN2Config(z_dim=16, w_dim=12, c_dim=3, resolutions=4, channel_base=64))
     model = Model(G=G, device=torch.device("cpu"), c=label_of(3, 2))
     expected = model.images(model.map(seed_latents([5], 16)))[0]
     with served(Player(model)) as port:
-        assert np.array_equal(decoded(ask(port, "images", **{"seed": 5, "class": 2})["images"][0]), as_pixels(expected))
+        assert np.array_equal(
+            decoded(request_json(port, "images", **{"seed": 5, "class": 2})["images"][0]), as_pixels(expected)
+        )
         for query in ("seed=5", "seed=5&class=3"):
             assert get(port, f"/images?{query}")[0] == 400
         status, body = get(port, "/attention?seed=5&class=1&x=0&y=0")
@@ -123,12 +125,12 @@ def test_attention_maps_equal_those_of_the_command() -> None:
     records, _ = record(model, model.styles_of([3]))
     maps = attention_maps(records, 0, torch.tensor([[7, 20]]), size).maps
     with served(Player(model)) as port:
-        position, *found = ask(port, "attention", seed=3, x=7, y=20)["maps"]
-        moved = ask(port, "attention", seed=4, x=7, y=20)["maps"]
-        picture = enlarged(decoded(ask(port, "images", seed=3)["images"][0]))
+        position, *found = request_json(port, "attention", seed=3, x=7, y=20)["maps"]
+        moved = request_json(port, "attention", seed=4, x=7, y=20)["maps"]
+        sheet = enlarged(decoded(request_json(port, "images", seed=3)["images"][0]))
     assert [one["block"] for one in found] == list(maps)
     for one in found:
-        assert np.array_equal(decoded(one["image"]), overlay(picture, maps[one["block"]].mean(axis=0)[0]))
+        assert np.array_equal(decoded(one["image"]), overlay(sheet, maps[one["block"]].mean(axis=0)[0]))
     assert tuple(decoded(position["image"])[20 * 3 - 2, 7 * 3]) == (0, 255, 255)
     assert moved[1] != found[0]
 
@@ -180,12 +182,12 @@ def test_invalid_requests_are_answered_with_400() -> None:
         assert get(port, "/", Host=f"localhost:{port}")[0] == 200
 
 
-def ask_raw(port: int, *lines: str) -> tuple[int, str]:
-    """Send these lines as the head of a request; return the status and the whole response."""
+def request_raw(port: int, *lines: str) -> tuple[int, str]:
+    """Send a request with these header lines; return the status and the full response."""
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-        answer = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode("latin-1")
-    return int(answer.split()[1]), answer
+        response = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode("latin-1")
+    return int(response.split()[1]), response
 
 
 FOREIGN_HOSTS = [
@@ -221,15 +223,15 @@ def test_requests_from_other_pages_are_refused() -> None:
     with served(player) as port:
         for path in ("/", "/images?seed=0", "/attention?seed=0&x=0&y=0"):
             for host in FOREIGN_HOSTS:
-                assert ask_raw(port, f"GET {path} HTTP/1.1", f"Host: {host}")[0] == 403, host
+                assert request_raw(port, f"GET {path} HTTP/1.1", f"Host: {host}")[0] == 403, host
             for line in FROM_ELSEWHERE:
-                assert ask_raw(port, f"GET {path} HTTP/1.1", "Host: localhost", line)[0] == 403, line
-        assert ask_raw(port, "GET /images?seed=0 HTTP/1.0")[0] == 403
+                assert request_raw(port, f"GET {path} HTTP/1.1", "Host: localhost", line)[0] == 403, line
+        assert request_raw(port, "GET /images?seed=0 HTTP/1.0")[0] == 403
         assert not player.images
         for host in OWN_HOSTS:
-            assert ask_raw(port, "GET /images?seed=0 HTTP/1.1", f"Host: {host}")[0] == 200, host
+            assert request_raw(port, "GET /images?seed=0 HTTP/1.1", f"Host: {host}")[0] == 200, host
         for line in FROM_HERE:
-            assert ask_raw(port, "GET / HTTP/1.1", "Host: localhost", line)[0] == 200, line
+            assert request_raw(port, "GET / HTTP/1.1", "Host: localhost", line)[0] == 200, line
 
 
 def test_a_link_may_open_only_the_page() -> None:
@@ -248,23 +250,23 @@ def test_a_link_may_open_only_the_page() -> None:
             ("localhost", "/attention?seed=0&x=0&y=0", window, 403),
             ("evil.example", "/", window, 403),
         ):
-            assert ask_raw(port, f"GET {path} HTTP/1.1", f"Host: {host}", *lines)[0] == status, (path, lines)
+            assert request_raw(port, f"GET {path} HTTP/1.1", f"Host: {host}", *lines)[0] == status, (path, lines)
     assert not player.images
 
 
 def test_other_pages_cannot_frame_or_read_the_page() -> None:
     with served(Player(make_model())) as port:
         for path in ("/", "/images?seed=0", "/images", "/nothing"):
-            answer = ask_raw(port, f"GET {path} HTTP/1.1", "Host: localhost")[1]
+            response = request_raw(port, f"GET {path} HTTP/1.1", "Host: localhost")[1]
             for line in (
                 "X-Frame-Options: DENY",
                 "Cross-Origin-Resource-Policy: same-origin",
                 "frame-ancestors 'none'",
             ):
-                assert line in answer, path
-            assert "Access-Control" not in answer
+                assert line in response, path
+            assert "Access-Control" not in response
         for method in ("POST", "PUT", "DELETE", "OPTIONS", "HEAD"):
-            assert ask_raw(port, f"{method} / HTTP/1.1", "Host: localhost")[0] == 501
+            assert request_raw(port, f"{method} / HTTP/1.1", "Host: localhost")[0] == 501
 
 
 def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,11 +274,11 @@ def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, capsys: 
     with monkeypatch.context() as patch:
         patch.setattr("exploration.play.IDLE_TIMEOUT", 0.1)
         with served(player) as port:
-            for said in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: loc"):
+            for sent in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: loc"):
                 with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
-                    connection.sendall(said)
+                    connection.sendall(sent)
                     assert connection.recv(1) == b""
-    with served(player) as port:  # with enough time to send a request
+    with served(player) as port:  # now with the default timeout
         assert get(port, "/")[0] == 200
     assert capsys.readouterr().err == ""
 
@@ -291,7 +293,7 @@ def test_a_failed_request_gets_an_error_response(error: Exception, monkeypatch: 
             patch.setattr(Model, "images", failing)
             status, body = get(port, "/images?seed=0")
         assert (status, json.loads(body)) == (500, {"error": "CUDA out of memory."})
-        assert len(ask(port, "images", seed=0)["images"]) == 1
+        assert len(request_json(port, "images", seed=0)["images"]) == 1
 
 
 def test_the_page_shows_only_supported_controls() -> None:
@@ -326,11 +328,11 @@ def test_the_command_serves_until_ctrl_c_and_names_a_port_in_use(
     assert (result.exit_code, f"--port={port}: cannot be used" in result.output) == (2, True)
 
 
-def seen_by_a_browser(model: Model, script: str) -> Any:
-    """Return the result of a script on the loaded page; `until` is a predicate to wait for."""
+def run_in_browser(model: Model, script: str) -> Any:
+    """Run a script on the loaded page and return the result; the script can wait with `until(predicate)`."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
-        pytest.skip("no Chromium on this machine")
+        pytest.skip("requires Chromium")
     probe = """<script>
       const until = async done => { while (!done()) await new Promise(go => setTimeout(go, 20)); };
       (async () => {
@@ -366,13 +368,13 @@ def test_a_browser_shows_mixing_and_attention() -> None:
         await until(() => !("maps" in waiting));
         const maps = document.querySelectorAll("#maps img").length;
         return [maps, pixel, $("caption").textContent, $("problem").textContent];"""
-    maps, pixel, what, problem = seen_by_a_browser(make_model(), script)
+    maps, pixel, caption, problem = run_in_browser(make_model(), script)
     assert (maps, pixel, problem) == (5, [16, 1], "")  # the query position, and four blocks
-    assert "with styles coarse of seed 2" in what
+    assert "with styles coarse of seed 2" in caption
 
 
 def test_a_browser_hides_mixing_without_styles() -> None:
-    """TransGAN has one style, so shift-click selects too. Two clicks on the arrow advance two pages."""
+    """TransGAN has one style, so a shift-click selects like a click. Two clicks on the arrow advance two pages."""
     script = """
         $("after").click();
         $("after").click();
@@ -380,5 +382,5 @@ def test_a_browser_hides_mixing_without_styles() -> None:
         cells[2].onclick({shiftKey: true});
         await until(() => !("large" in waiting));
         return [$("caption").textContent, other, cells[2].className];"""
-    what, other, kind = seen_by_a_browser(model_of(TRANSGAN), script)
-    assert (what.partition(".")[0], other, kind) == ("Seed 50", None, "chosen")
+    caption, other, kind = run_in_browser(model_of(TRANSGAN), script)
+    assert (caption.partition(".")[0], other, kind) == ("Seed 50", None, "chosen")

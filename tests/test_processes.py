@@ -19,8 +19,8 @@ from training.health import Diversity
 from training.training_loop import Tick, Trainer
 
 STEPS = 6
-# All phases and a changing ADA p. Adam's epsilon is large: with the usual value the first steps are the signs of the
-# gradients, which rounding flips where gradients are small.
+# All phases and a changing ADA p. Adam's epsilon is large: with the usual value, the first steps are the signs of the
+# gradients, and rounding flips the signs of small gradients.
 CONFIG = {
     "loss__pl_weight": 2.0,
     "loss__pl_interval": 2,
@@ -36,21 +36,21 @@ CONFIG = {
 
 
 def _train(config: TrainConfig, path: Path) -> None:
-    """Train and write the results: the state, the values of both ticks, and metrics of G_ema."""
+    """Train, and write the state, the values of both ticks, and the metrics of G_ema."""
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cpu"))
     trainer.augment.p.fill_(0.5)
     trainer.total_nimg = STEPS * trainer.batch_size
     trainer.tick_nimg = trainer.total_nimg // 2
-    figures: dict[str, list[float]] = {}
+    statistics: dict[str, list[float]] = {}
 
-    def note(trainer: Trainer, tick: Tick) -> None:
+    def record(trainer: Trainer, tick: Tick) -> None:
         for name, stat in tick.stats.items():
-            figures[f"{tick.number} {name}"] = [stat.mean, stat.std, stat.count]
+            statistics[f"{tick.number} {name}"] = [stat.mean, stat.std, stat.count]
         if distributed.is_main():
             values = ("Progress/augment", "Images/diversity")
-            figures[f"{tick.number} values"] = [tick.values[name] for name in values]
+            statistics[f"{tick.number} values"] = [tick.values[name] for name in values]
 
-    trainer.hooks = [Diversity(), OnTick(note)]
+    trainer.hooks = [Diversity(), OnTick(record)]
     trainer.train()
     context = build_context(trainer)
     results: dict[str, float] = {}
@@ -58,7 +58,7 @@ def _train(config: TrainConfig, path: Path) -> None:
         results |= result.results
     if distributed.is_main():
         state = trainer.capture()["parts"] | {"state": trainer.state.nimg}
-        write_file(path, "result", 1, {"state": state, "figures": figures, "metrics": results})
+        write_file(path, "result", 1, {"state": state, "statistics": statistics, "metrics": results})
 
 
 def result(config: TrainConfig, tmp_path: Path) -> dict[str, Any]:
@@ -72,10 +72,10 @@ def result(config: TrainConfig, tmp_path: Path) -> dict[str, Any]:
 def test_results_do_not_depend_on_the_number_of_processes(
     shapes_zip: Path, tmp_path: Path, processes: int, batch: int
 ) -> None:
-    """Micro-batches of 4: three on one process or one on each of three; four on one or two on each of two.
+    """Micro-batches of 4: three on one process or one on each of three; four on one process or two on each of two.
 
     Weights differ by 2e-7 after four steps. After six steps, rounding can flip the sign of a unit of D at many pixels
-    of a uniform background and so change a bias by 1e-5.
+    of a uniform background and thereby change a bias by 1e-5.
     """
     one, more = (
         result(small_config(shapes_zip, **CONFIG, batch_size=batch, run__num_gpus=count), tmp_path)
@@ -88,11 +88,11 @@ def test_results_do_not_depend_on_the_number_of_processes(
         assert torch.equal(more["state"]["ada"][name], x), name
     assert float(one["state"]["ada"]["p"]) not in (0, 0.5, 1)  # p has changed
     assert more["state"]["state"] == one["state"]["state"] == STEPS * batch
-    assert more["figures"].keys() == one["figures"].keys()
-    for name, figures in one["figures"].items():
+    assert more["statistics"].keys() == one["statistics"].keys()
+    for name, statistics in one["statistics"].items():
         compared = 2 if "Gradients/" in name else 3  # each process logs the norm of the averaged gradient
-        assert more["figures"][name][:compared] == pytest.approx(figures[:compared], rel=1e-3, abs=1e-4), name
+        assert more["statistics"][name][:compared] == pytest.approx(statistics[:compared], rel=1e-3, abs=1e-4), name
     assert (
-        one["figures"]["1 Loss/signs/real"][2] == 3 * batch
+        one["statistics"]["1 Loss/signs/real"][2] == 3 * batch
     )  # real images since the previous tick, over all processes
     assert more["metrics"] == pytest.approx(one["metrics"], rel=1e-3)

@@ -1,4 +1,4 @@
-"""Programs for --detector: archives that would execute code on loading are refused, valid ones are read."""
+"""Detector programs (--detector): archives that would execute code are refused; valid archives are read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Parts = dict[str, bytes]
 Change = Callable[[Parts], None]
 
 
-class Harm:
+class Exploit:
     """An object that creates a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def changed(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], Path]:
-    """Write the program with some of its parts changed to the current folder."""
+    """Write a modified copy of the program into the current folder."""
     monkeypatch.chdir(tmp_path)
 
     def write(change: Change, compression: int = zipfile.ZIP_STORED) -> Path:
@@ -63,12 +63,12 @@ def changed(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     return write
 
 
-def part(name: str, content: bytes) -> Change:
+def with_part(name: str, content: bytes) -> Change:
     return lambda parts: parts.update({name: content})
 
 
-def model(change: Callable[[Any], object]) -> Change:
-    """Change the graph."""
+def with_graph(change: Callable[[Any], object]) -> Change:
+    """Apply a change to the graph."""
 
     def apply(parts: Parts) -> None:
         document = json.loads(parts["models/model.json"])
@@ -78,8 +78,8 @@ def model(change: Callable[[Any], object]) -> Change:
     return apply
 
 
-def everywhere(key: str, value: Any) -> Change:
-    """Give every value of a key in the graph."""
+def with_value(key: str, value: Any) -> Change:
+    """Set all occurrences of a key in the graph to a value."""
 
     def apply(item: Any) -> None:
         for one in item.values() if isinstance(item, dict) else item if isinstance(item, list) else ():
@@ -87,10 +87,10 @@ def everywhere(key: str, value: Any) -> Change:
         if isinstance(item, dict) and key in item:
             item[key] = value
 
-    return model(apply)
+    return with_graph(apply)
 
 
-def renamed(old: str, new: str) -> Change:
+def with_renamed(old: str, new: str) -> Change:
     """Replace a name everywhere in the graph."""
 
     def apply(parts: Parts) -> None:
@@ -100,40 +100,40 @@ def renamed(old: str, new: str) -> Change:
     return apply
 
 
-def called(target: str, text: str = "mkdir pwned") -> Change:
-    """Add a call of another function with a string at the start of the graph."""
+def with_call(target: str, text: str = "mkdir pwned") -> Change:
+    """Add a call of another function, with a string argument, at the start of the graph."""
     argument = {"name": "self", "arg": {"as_string": text}, "kind": 1}
     node = {"target": target, "inputs": [argument], "outputs": [], "metadata": {}, "name": "x"}
     node["is_hop_single_tensor_return"] = None  # type: ignore[assignment]
-    return model(lambda document: document["graph_module"]["graph"]["nodes"].insert(0, node))
+    return with_graph(lambda document: document["graph_module"]["graph"]["nodes"].insert(0, node))
 
 
-def payload(folder: str, name: str, content: bytes, *, use_pickle: bool = True) -> Change:
-    """Add the description of a tensor that is a pickle."""
-    place = f"data/{folder}/model_{folder}_config.json"
+def with_payload(folder: str, name: str, content: bytes, *, use_pickle: bool = True) -> Change:
+    """Add a pickle file and its description as a tensor."""
+    path = f"data/{folder}/model_{folder}_config.json"
 
     def apply(parts: Parts) -> None:
-        document = json.loads(parts[place])
+        document = json.loads(parts[path])
         document["config"]["more"] = {
             "path_name": name,
             "is_param": False,
             "use_pickle": use_pickle,
             "tensor_meta": None,
         }
-        parts[place] = json.dumps(document).encode()
+        parts[path] = json.dumps(document).encode()
         parts[f"data/{folder}/{name}"] = content
 
     return apply
 
 
-def older(parts: Parts) -> None:
-    """Hide an archive of the older format, which torch tries if the newer one fails, among the files."""
+def older_format(parts: Parts) -> None:
+    """Add an archive of the older format, which torch tries if the newer format fails."""
     document = json.loads(parts.pop("models/model.json"))
     document["guards_code"] = [f"{CODE} is None"]
     parts["^version"] = b"8.20"
     parts["^serialized_exported_program.json"] = json.dumps(document).encode()
     for name in ("state_dict", "constants", "example_inputs"):
-        parts[f"^serialized_{name}.pt"] = saved((Harm(),))
+        parts[f"^serialized_{name}.pt"] = saved((Exploit(),))
 
 
 def tree(document: Any, spec: dict[str, Any]) -> None:
@@ -141,72 +141,102 @@ def tree(document: Any, spec: dict[str, Any]) -> None:
 
 
 FACTORY = json.dumps({"default_factory_module": "os", "default_factory_name": "getcwd", "dict_context": "[]"})
-PICKLE = saved((Harm(),))
+PICKLE = saved((Exploit(),))
 ATTACKS: dict[str, tuple[Change, str]] = {
-    "sample inputs": (part("data/sample_inputs/model.pt", PICKLE), "sample_inputs/model.pt holds more than"),
-    "sample inputs, old pickle": (part("data/sample_inputs/model.pt", pickle.dumps(Harm())), "holds more than tensors"),
-    "weights in one file": (part("data/weights/model.pt", PICKLE), "data/weights/model.pt holds more"),
-    "constants in one file": (part("data/constants/model.pt", PICKLE), "data/constants/model.pt holds more"),
-    "a pickled weight": (payload("weights", "weight_9", PICKLE), "data/weights/weight_9 holds more"),
-    "a pickled constant": (payload("constants", "tensor_9", PICKLE), "data/constants/tensor_9 holds more"),
-    "an opaque object": (payload("constants", "opaque_obj_0", pickle.dumps(Harm())), "is not part of a program"),
-    "a script object": (payload("constants", "custom_obj_0", PICKLE), "custom_obj_0 is not part of a program"),
-    "a part elsewhere": (payload("weights", "../extra/x", PICKLE), "is not part of a program"),
-    "a weight that says it is none": (
-        payload("weights", "x", b"", use_pickle=False),
+    "sample inputs": (
+        with_part("data/sample_inputs/model.pt", PICKLE),
+        "sample_inputs/model.pt holds more than",
+    ),
+    "sample inputs, old pickle": (
+        with_part("data/sample_inputs/model.pt", pickle.dumps(Exploit())),
+        "holds more than tensors",
+    ),
+    "weights in one file": (
+        with_part("data/weights/model.pt", PICKLE),
+        "data/weights/model.pt holds more",
+    ),
+    "constants in one file": (
+        with_part("data/constants/model.pt", PICKLE),
+        "data/constants/model.pt holds more",
+    ),
+    "a pickled weight": (with_payload("weights", "weight_9", PICKLE), "data/weights/weight_9 holds more"),
+    "a pickled constant": (with_payload("constants", "tensor_9", PICKLE), "data/constants/tensor_9 holds more"),
+    "an opaque object": (
+        with_payload("constants", "opaque_obj_0", pickle.dumps(Exploit())),
+        "is not part of a program",
+    ),
+    "a script object": (
+        with_payload("constants", "custom_obj_0", PICKLE),
+        "custom_obj_0 is not part of a program",
+    ),
+    "a path outside its folder": (with_payload("weights", "../extra/x", PICKLE), "is not part of a program"),
+    "a weight without a pickle": (
+        with_payload("weights", "x", b"", use_pickle=False),
         "data/weights/x is not part",
     ),
-    "a compiled library": (part("data/aotinductor/model/model.so", b"\x7fELF"), "is not part of a program"),
-    "a wrapper to compile": (part("data/aotinductor/model/wrapper.cpp", b"int x;"), "is not part of a program"),
-    "another model": (part("models/other.json", b"{}"), "models/other.json is not part"),
-    "an executorch program": (part("data/executorch/x.pte", b""), "is not part of a program"),
-    "an expression": (everywhere("expr_str", CODE), "which is not an expression of sizes"),
-    "an expression with a text": (everywhere("expr_str", f"Max('{CODE[:-1]}')"), "which is not an expression of sizes"),
-    "an expression without end": (
-        everywhere("expr_str", "Pow(Integer(9), Pow(Integer(9), Integer(9)))"),
+    "a compiled library": (
+        with_part("data/aotinductor/model/model.so", b"\x7fELF"),
+        "is not part of a program",
+    ),
+    "C++ source": (with_part("data/aotinductor/model/wrapper.cpp", b"int x;"), "is not part of a program"),
+    "another model": (with_part("models/other.json", b"{}"), "models/other.json is not part"),
+    "an executorch program": (with_part("data/executorch/x.pte", b""), "is not part of a program"),
+    "an expression": (with_value("expr_str", CODE), "which is not an expression of sizes"),
+    "an expression with a string": (
+        with_value("expr_str", f"Max('{CODE[:-1]}')"),
+        "which is not an expression of sizes",
+    ),
+    "an endless expression": (
+        with_value("expr_str", "Pow(Integer(9), Pow(Integer(9), Integer(9)))"),
         "not an expression",
     ),
-    "a power of powers": (everywhere("expr_str", "Pow(Pow(Pow(9, 8), 8), 8)"), "which is not an expression of sizes"),
-    "attributes": (everywhere("expr_str", "s0.__class__.__mro__"), "which is not an expression of sizes"),
-    "a lambda": (everywhere("expr_str", "(lambda: 1)()"), "which is not an expression of sizes"),
-    "a condition": (everywhere("guards_code", [f"{CODE} is None"]), "which is not an expression of sizes"),
-    "a condition with a method": (everywhere("guards_code", ["L['images'].tofile('x')"]), "not an expression of sizes"),
-    "os.system": (called("torch.os.system"), "'torch.os.system', which is not a permitted operator"),
-    "torch.load": (called("torch.load", "x.pt"), "'torch.load', which is not a permitted operator"),
+    "a power of powers": (with_value("expr_str", "Pow(Pow(Pow(9, 8), 8), 8)"), "which is not an expression of sizes"),
+    "attributes": (with_value("expr_str", "s0.__class__.__mro__"), "which is not an expression of sizes"),
+    "a lambda": (with_value("expr_str", "(lambda: 1)()"), "which is not an expression of sizes"),
+    "a condition": (with_value("guards_code", [f"{CODE} is None"]), "which is not an expression of sizes"),
+    "a condition with a method": (with_value("guards_code", ["L['images'].tofile('x')"]), "not an expression of sizes"),
+    "os.system": (with_call("torch.os.system"), "'torch.os.system', which is not a permitted operator"),
+    "torch.load": (with_call("torch.load", "x.pt"), "'torch.load', which is not a permitted operator"),
     "operator.attrgetter": (
-        called("_operator.attrgetter"),
+        with_call("_operator.attrgetter"),
         "'_operator.attrgetter', which is not a permitted operator",
     ),
-    "an operator that writes": (called("torch.ops.aten.save.default", "pwned"), "which is not a permitted operator"),
+    "an operator that writes": (with_call("torch.ops.aten.save.default", "pwned"), "which is not a permitted operator"),
     "an operator that maps a file": (
-        called("torch.ops.aten.from_file.default", "pwned"),
+        with_call("torch.ops.aten.from_file.default", "pwned"),
         "which is not a permitted operator",
     ),
-    "an operator of others": (
-        called("torch.ops.evil.run.default"),
+    "an operator of another library": (
+        with_call("torch.ops.evil.run.default"),
         "'torch.ops.evil.run.default', which is not a permitted operator",
     ),
-    "an operator that is none": (called("torch.ops.aten.__init__.__globals__"), "which is not a permitted operator"),
-    "an extension": (called("#ext:run"), "'#ext:run', which is not a permitted operator"),
-    "a script object's method": (called("torch.ops.higher_order.call_torchbind"), "which is not a permitted operator"),
-    "a Triton kernel": (
-        called("torch.ops.higher_order.triton_kernel_wrapper_functional"),
+    "an attribute, not an operator": (
+        with_call("torch.ops.aten.__init__.__globals__"),
         "which is not a permitted operator",
     ),
-    "a name": (renamed("images", f"images={CODE}"), "which is not a valid name"),
-    "a name in quotes": (renamed("p_mix", f'p"); {CODE} #'), "which is not a valid name"),
-    "a class": (model(lambda d: d.update(class_fqn="os.system")), "an object of a custom class"),
+    "an extension": (with_call("#ext:run"), "'#ext:run', which is not a permitted operator"),
+    "a script object's method": (
+        with_call("torch.ops.higher_order.call_torchbind"),
+        "which is not a permitted operator",
+    ),
+    "a Triton kernel": (
+        with_call("torch.ops.higher_order.triton_kernel_wrapper_functional"),
+        "which is not a permitted operator",
+    ),
+    "a name": (with_renamed("images", f"images={CODE}"), "which is not a valid name"),
+    "a name in quotes": (with_renamed("p_mix", f'p"); {CODE} #'), "which is not a valid name"),
+    "a class": (with_graph(lambda d: d.update(class_fqn="os.system")), "an object of a custom class"),
     "a factory": (
-        model(lambda d: tree(d, {"type": "collections.defaultdict", "context": FACTORY, "children_spec": []})),
+        with_graph(lambda d: tree(d, {"type": "collections.defaultdict", "context": FACTORY, "children_spec": []})),
         "'collections.defaultdict', not tuples",
     ),
     "a name among the inputs": (
-        model(lambda d: tree(d, {"type": "builtins.dict", "context": json.dumps([CODE]), "children_spec": []})),
+        with_graph(lambda d: tree(d, {"type": "builtins.dict", "context": json.dumps([CODE]), "children_spec": []})),
         "which is not a valid name",
     ),
-    "an older archive": (older, "holds no program|cannot be loaded: not a torch.export archive"),
-    "no JSON": (part("models/model.json", b"{"), "models/model.json holds Expecting"),
-    "JSON without end": (part("models/model.json", b"[" * 100_000), "nested too deep"),
+    "an archive of the older format": (older_format, "holds no program|cannot be loaded: not a torch.export archive"),
+    "invalid JSON": (with_part("models/model.json", b"{"), "models/model.json holds Expecting"),
+    "deeply nested JSON": (with_part("models/model.json", b"[" * 100_000), "nested too deep"),
 }
 
 
@@ -224,19 +254,19 @@ def test_programs_that_would_execute_code_are_refused(
 
 
 def test_only_names_that_torch_resolves_are_restricted(changed: Callable[..., Path]) -> None:
-    """A tensor named `metadata` hides nothing; stack traces and extra files are allowed."""
-    free = everywhere("metadata", {"stack_trace": f"line 1\n{CODE}", "torch_fn": "a';b"})
-    extra = part("extra/notes.txt", pickle.dumps(Harm(), 0))
+    """Stack traces and extra files are allowed; a size named `metadata` is still checked."""
+    free = with_value("metadata", {"stack_trace": f"line 1\n{CODE}", "torch_fn": "a';b"})
+    extra = with_part("extra/notes.txt", pickle.dumps(Exploit(), 0))
     features, logits = load_program(changed(lambda parts: (free(parts), extra(parts))), CPU)(IMAGES)
     assert (tuple(features.shape), logits is not None) == ((2, 6), True)
     assert not Path("pwned").exists()
-    hidden = model(lambda d: d["graph_module"]["graph"]["sym_int_values"].update(metadata={"expr_str": CODE}))
+    hidden = with_graph(lambda d: d["graph_module"]["graph"]["sym_int_values"].update(metadata={"expr_str": CODE}))
     with pytest.raises(UserError, match="not an expression of sizes"):
         programs.check(changed(hidden))
 
 
 def test_compressed_archives_are_refused(changed: Callable[..., Path]) -> None:
-    bomb = part("extra/zeros", bytes(1 << 20))
+    bomb = with_part("extra/zeros", bytes(1 << 20))
     with pytest.raises(UserError, match="is compressed or has overlapping parts"):
         programs.check(changed(bomb, zipfile.ZIP_DEFLATED))
 
@@ -245,7 +275,7 @@ def test_compressed_archives_are_refused(changed: Callable[..., Path]) -> None:
 def test_torch_executes_no_code_even_without_the_check(
     kind: str, changed: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The setting that lets torch.load read everything is disabled for the call and restored afterwards."""
+    """The environment variable that disables weights_only is unset for the call and restored afterwards."""
     monkeypatch.setenv(programs.FORCE_NO_WEIGHTS_ONLY, "1")
     monkeypatch.setattr(programs, "check", lambda path: None)
     with suppress(pickle.UnpicklingError):  # torch may skip entries it cannot read
@@ -277,7 +307,7 @@ class Larger(nn.Module):
 
 @pytest.mark.parametrize("has_attention", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_valid_programs_are_read(tmp_path: Path, has_attention: bool) -> None:
-    """Programs with symbolic sizes and conditions on them give the values of the module."""
+    """Programs with symbolic sizes and conditions on sizes return the same values as the module."""
     torch.manual_seed(0)
     module = Larger(has_attention=has_attention).eval()
     auto = torch.export.Dim.AUTO

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def test_schedules_follow_the_stylegan2_paper() -> None:
-    """1000 steps: the rate rises over the first 50 and falls over the last 250; latent noise ends after 750."""
+    """1000 steps: the learning rate rises over the first 50 and falls over the last 250; latent noise until 750."""
     config = ProjectionConfig()
     assert [config.rate_at(t / 1000) for t in (0, 25, 50, 400, 750)] == pytest.approx([0, 0.05, 0.1, 0.1, 0.1])
     assert config.rate_at(0.875) == pytest.approx(0.1 * (0.5 + 0.5 * math.cos(math.pi / 2)))
@@ -98,10 +98,10 @@ def test_projection_recovers_generated_images(family: str, fix_noise: bool) -> N
     config = ProjectionConfig(num_steps=150, fix_noise=fix_noise, num_samples=500)
     w_avg, _ = projection.mean_and_spread(model, config.num_samples)
     with torch.no_grad():
-        goals = model.G.synthesis(model.styles_of((4, 5, 6)))
-        *_, last = project(model, goals, pixel_distance, config)
+        targets = model.G.synthesis(model.styles_of((4, 5, 6)))
+        *_, last = project(model, targets, pixel_distance, config)
         start, end = (
-            pixel_distance(goals)(model.G.synthesis(ws)) for ws in (w_avg.expand(3, model.G.num_ws, -1), last.ws)
+            pixel_distance(targets)(model.G.synthesis(ws)) for ws in (w_avg.expand(3, model.G.num_ws, -1), last.ws)
         )
     assert (end < start / 4).all()
     assert (end / start).median() < 1 / 10
@@ -111,14 +111,14 @@ def test_projection_recovers_generated_images(family: str, fix_noise: bool) -> N
 
 
 def test_projected_images_are_independent_of_each_other() -> None:
-    """A projection alone and in a batch agree up to rounding if the image has the same index."""
+    """Projecting an image alone or in a batch gives equal results up to rounding if the image has the same index."""
     model = make_model()
     with torch.no_grad():
-        goals = model.G.synthesis(model.styles_of((4, 5)))
+        targets = model.G.synthesis(model.styles_of((4, 5)))
     config = ProjectionConfig(num_steps=5, space="w+", num_samples=100)
-    *_, both = project(model, goals, pixel_distance, config)
-    *_, alone = project(model, goals[1:], pixel_distance, config, first=1)
-    *_, other = project(model, goals[1:], pixel_distance, config, first=7)
+    *_, both = project(model, targets, pixel_distance, config)
+    *_, alone = project(model, targets[1:], pixel_distance, config, first=1)
+    *_, other = project(model, targets[1:], pixel_distance, config, first=7)
     torch.testing.assert_close(both.ws[1:], alone.ws, rtol=1e-3, atol=1e-3)
     assert (other.ws - alone.ws).abs().max() > 0.01
     assert not torch.equal(both.ws[:, 0], both.ws[:, 1])
@@ -132,9 +132,9 @@ def test_features_of_programs_have_gradients(kind: str, tmp_path: Path) -> None:
         path = script_program(tmp_path / "d.pt", detector)
     else:
         path = export_program(tmp_path / "d.pt2", detector, uint8)
-    goals = (uint8.float() - 128) / 127.5
-    img = (goals + 0.2 * torch.randn(goals.shape)).requires_grad_()
-    distances = feature_distance(path, CPU)(goals)(img)
+    targets = (uint8.float() - 128) / 127.5
+    img = (targets + 0.2 * torch.randn(targets.shape)).requires_grad_()
+    distances = feature_distance(path, CPU)(targets)(img)
     f, g = detector((img * 127.5 + 128).clamp(0, 255))[0], detector(uint8)[0]
     torch.testing.assert_close(distances, (f - g).square().sum(dim=1) / g.square().sum(dim=1))
     distances.sum().backward()
@@ -160,19 +160,19 @@ class WithoutGradient(nn.Module):
 
 class OnlyUint8(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
-        assert images.dtype == torch.uint8, "wants uint8"
+        assert images.dtype == torch.uint8, "expects uint8"
         return images.flatten(1).float()
 
 
 def test_stylegan_programs_work_and_unsuitable_ones_are_refused(tmp_path: Path) -> None:
-    goals, img = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
-    lpips = feature_distance(script_program(tmp_path / "vgg.pt", StyleganVgg16()), CPU)(goals)(img)
-    expected = ((lpips_input(img, False) - lpips_input(goals, False)) / 100).square().sum(dim=(1, 2, 3))
+    targets, img = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    lpips = feature_distance(script_program(tmp_path / "vgg.pt", StyleganVgg16()), CPU)(targets)(img)
+    expected = ((lpips_input(img, False) - lpips_input(targets, False)) / 100).square().sum(dim=(1, 2, 3))
     torch.testing.assert_close(lpips, expected)
     for module, message in ((WithoutGradient(), "have no gradient"), (OnlyUint8(), "fails on float images")):
         path = script_program(tmp_path / "x.pt", module)
         with pytest.raises(UserError, match=rf"{message}.*use --loss=pixels"):
-            feature_distance(path, CPU)(goals)
+            feature_distance(path, CPU)(targets)
 
 
 def test_lpips_equals_the_metric_and_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +293,7 @@ def test_project_accepts_programs_and_images_of_any_mode(mode: int, shapes_zip: 
         assert not np.array_equal(file["w"][0, 0], file["w"][0, 1])
 
 
-def test_projector_equals_project_with_other_names(
+def test_projector_py_equals_project_with_other_option_names(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"

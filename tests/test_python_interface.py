@@ -119,7 +119,7 @@ RESOLUTIONS = {
 def test_a_script_for_stylegan2_ada_runs(
     name: str, shapes_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The image equals that of generate.py, truncation follows the formula, optimising w and noise lowers the loss."""
+    """The image equals generate.py's, truncation follows the formula, and optimising w and noise lowers the loss."""
     network = make_network(name, tmp_path, shapes_zip)
     found = run_script(network, tmp_path / "script")
     G = found["G"]
@@ -182,7 +182,7 @@ def test_any_binary_file_object_is_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "net.zip", "w") as archive:
         archive.writestr("folder/net.pkl", content)
     (tmp_path / "offset.bin").write_bytes(b"head" + content)
-    wanted = legacy.load_network(path).G_ema.state_dict()
+    expected = legacy.load_network(path).G_ema.state_dict()
     with (
         open(path, "rb") as plain,
         open(tmp_path / "offset.bin", "rb") as offset,
@@ -193,7 +193,7 @@ def test_any_binary_file_object_is_read(tmp_path: Path) -> None:
         offset.read(4)
         for f in (plain, plain, offset, unpacked, member, io.BytesIO(content)):
             found = legacy.load_network_pkl(f).G_ema.state_dict()  # type: ignore[arg-type]
-            assert all(torch.equal(found[key], x) for key, x in wanted.items())
+            assert all(torch.equal(found[key], x) for key, x in expected.items())
 
 
 def test_files_that_are_not_snapshots_are_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         yield site
 
 
-def test_open_url_opens_paths_and_addresses(site: Site, tmp_path: Path) -> None:
+def test_open_url_opens_paths_and_urls(site: Site, tmp_path: Path) -> None:
     path = tmp_path / "a file.bin"
     path.write_bytes(b"content")
     site.files["/file.bin"] = b"from the web"

@@ -1,4 +1,4 @@
-"""report.py: charts equal the files, corrupt records give warnings, and the page is self-contained."""
+"""report.py: charts match the files, corrupt records cause warnings, and the page is self-contained."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def run_report(*arguments: str | Path) -> Result:
 
 
 @pytest.fixture
-def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the rendering of charts, for tests of other parts."""
+def _without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip chart rendering in tests of other parts."""
     monkeypatch.setattr(report, "draw", lambda chart: drawing.RenderedChart(chart, b"", ()))
 
 
@@ -85,7 +85,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def charts(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the hover data of each chart's lines, by the chart's title."""
+        """Return the hover data of the lines of each chart, by title."""
         shown = [attributes for _, attributes in self.tags if "data-lines" in attributes]
         return {str(chart["aria-label"]): json.loads(str(chart["data-lines"])) for chart in shown}
 
@@ -119,18 +119,20 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
         {"label": "swd5k", "colour": "#0072B2", "kimg": [0, 4, 8], "seconds": [0, 60, 120], "values": [100, 98, 96]}
     ]
     assert text.count('class="panel"') == 2 * len(charts)
-    assert all(f'data-{name}="' in text for name in re.findall(r"dataset\.(\w+)", text))  # as the script reads them
+    assert all(
+        f'data-{name}="' in text for name in re.findall(r"dataset\.(\w+)", text)
+    )  # attributes that the script reads
     assert "(best 96 at 8 kimg)" in text
     assert "<td>96 at 8 kimg</td><td>96</td>" in text
     for kimg in (0, 4, 8):
         assert images[f"{run.name}: generated at kimg {kimg}"].size == (768, 768)
     assert f"{run.name}: real images" in images
     for name in ("metric-swd5k", "losses", "augment", "gradients", "signs", "regularisers", "others"):
-        with Image.open(run / "report" / f"{name}.png") as picture:
-            assert picture.size[0] == 1210
+        with Image.open(run / "report" / f"{name}.png") as image:
+            assert image.size[0] == 1210
 
 
-@pytest.mark.usefixtures("_undrawn")
+@pytest.mark.usefixtures("_without_charts")
 @pytest.mark.parametrize("mode", ["L", "RGBA"])
 def test_grids_of_any_channels_are_shown(tmp_path: Path, mode: str) -> None:
     run = make_run(tmp_path / "run", mode=mode)
@@ -145,12 +147,12 @@ def test_grids_of_any_channels_are_shown(tmp_path: Path, mode: str) -> None:
 
 
 def lines_of(monkeypatch: pytest.MonkeyPatch, *runs: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Record the lines plotted in the left half of each chart's PNG: kimg and values by colour and dashes."""
+    """Return the lines plotted in the left half of each PNG chart: kimg and values by colour and dashes."""
     from matplotlib.figure import Figure
 
     drawn: dict[str, dict[str, np.ndarray]] = {}
 
-    def note(figure: Figure, *args: object, **kwargs: object) -> None:
+    def record(figure: Figure, *args: object, **kwargs: object) -> None:
         if figure.get_suptitle():
             drawn[figure.get_suptitle()] = {
                 f"{line.get_color()} {line.get_linestyle()}": np.asarray(line.get_xydata())
@@ -158,18 +160,18 @@ def lines_of(monkeypatch: pytest.MonkeyPatch, *runs: Path) -> dict[str, dict[str
                 if line.get_marker() != "*"
             }
 
-    monkeypatch.setattr(Figure, "savefig", note)
+    monkeypatch.setattr(Figure, "savefig", record)
     monkeypatch.setattr(drawing, "_inline", str)
     for chart in find_charts([read_run(run, run.name) for run in runs]):
         drawing.draw(chart)
     return drawn
 
 
-def test_the_curves_of_one_run_equal_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_curves_of_a_run_equal_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = lines_of(monkeypatch, make_run(tmp_path / "run", ticks=5))
     assert drawn["Metric swd5k: lower is better"]["#0072B2 -"].tolist() == [[0, 100], [4, 98], [8, 96]]
     losses = drawn["Losses of G and D"]
-    assert losses["#0072B2 -"].tolist() == [[2, 3], [4, 4], [6, 5], [8, 6]]  # D, because names are sorted
+    assert losses["#0072B2 -"].tolist() == [[2, 3], [4, 4], [6, 5], [8, 6]]  # D first: names are sorted
     assert losses["#D55E00 -"].tolist() == [[2, 2], [4, 3], [6, 4], [8, 5]]
     assert drawn["Augmentation probability p"]["#0072B2 -"][:, 1].tolist() == pytest.approx([0, 0.01, 0.02, 0.03, 0.04])
     assert next(iter(drawn["Other statistics"].values())).tolist() == [
@@ -177,7 +179,7 @@ def test_the_curves_of_one_run_equal_its_log(tmp_path: Path, monkeypatch: pytest
         [4, 8],
         [6, 9],
         [8, 10],
-    ]  # no name is dropped
+    ]  # unknown names are plotted too
     assert not any("Timing" in title or "timestamp" in title for title in drawn)
 
 
@@ -252,7 +254,7 @@ def test_the_best_metric_value_is_marked(
     assert (f"at {best} kimg" in chart.legend()[0].label) == (best is not None)
 
 
-@pytest.mark.usefixtures("_undrawn")
+@pytest.mark.usefixtures("_without_charts")
 def test_a_folder_of_runs_reports_all_of_them(tmp_path: Path) -> None:
     make_run(tmp_path / "long", ticks=9)
     make_run(tmp_path / "short", ticks=3)
@@ -266,8 +268,8 @@ def test_a_folder_of_runs_reports_all_of_them(tmp_path: Path) -> None:
     assert "4 of 20" in text
 
 
-@pytest.mark.usefixtures("_undrawn")
-def test_kimg_are_printed_in_full(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_without_charts")
+def test_kimg_values_are_printed_in_full(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=1)
     (run / "stats.jsonl").write_text('{"Progress/kimg": 12345.6}\n')
     (run / "training_options.json").write_text('{"run": {"total_kimg": 250000}}')
@@ -292,7 +294,7 @@ def test_the_time_of_a_metric_is_interpolated_at_its_kimg(tmp_path: Path) -> Non
     assert math.isnan(curve.seconds[3])  # a snapshot newer than the truncated log
 
 
-@pytest.mark.usefixtures("_undrawn")
+@pytest.mark.usefixtures("_without_charts")
 def test_corrupt_records_are_skipped_with_a_warning(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", side=160)
     with (run / "stats.jsonl").open("a") as file:
@@ -325,7 +327,7 @@ def test_corrupt_records_are_skipped_with_a_warning(tmp_path: Path) -> None:
     assert math.isnan(read.total_kimg)
 
 
-@pytest.mark.usefixtures("_undrawn")
+@pytest.mark.usefixtures("_without_charts")
 def test_a_run_that_has_just_started_is_reported(tmp_path: Path) -> None:
     begun, empty = tmp_path / "a", make_run(tmp_path / "b", ticks=1, grids=())
     begun.mkdir()
@@ -342,7 +344,7 @@ def test_a_run_that_has_just_started_is_reported(tmp_path: Path) -> None:
     assert set(page.charts()) == {"Metric swd5k: lower is better", "Augmentation probability p"}
 
 
-@pytest.mark.usefixtures("_undrawn")
+@pytest.mark.usefixtures("_without_charts")
 def test_folders_that_are_not_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, problem in ((tmp_path, "neither a run"), (tmp_path / "no", "no such folder")):
         result = run_report(path)
@@ -358,7 +360,7 @@ def test_folders_that_are_not_runs_are_refused(tmp_path: Path, monkeypatch: pyte
     assert "matplotlib is not installed: pip install '.[metrics]'" in run_report(run).output
 
 
-@pytest.mark.usefixtures("_undrawn")
+@pytest.mark.usefixtures("_without_charts")
 def test_the_report_is_written_to_outdir(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "runs" / "a", ticks=2), make_run(tmp_path / "others" / "b", ticks=2)
     for arguments, folder in (
@@ -371,7 +373,7 @@ def test_the_report_is_written_to_outdir(tmp_path: Path) -> None:
         shutil.rmtree(folder / "report")
 
 
-@pytest.mark.usefixtures("_undrawn")
+@pytest.mark.usefixtures("_without_charts")
 def test_long_series_of_grids_are_thinned(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=2, grids=())
     for kimg in range(1, 30):
@@ -387,7 +389,7 @@ def test_long_series_of_grids_are_thinned(tmp_path: Path) -> None:
     assert len([name for name in images if "generated at" in name]) == 6
 
 
-@pytest.mark.usefixtures("_undrawn")
+@pytest.mark.usefixtures("_without_charts")
 def test_warnings_and_environment_of_a_run_are_listed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=2)
     warning = "Warning: D tells <nothing>"
@@ -402,7 +404,7 @@ def test_warnings_and_environment_of_a_run_are_listed(tmp_path: Path) -> None:
     assert "<tr><td>run</td><td>4.0</td><td>cpu</td><td></td><td>?</td></tr>" in text
 
 
-@pytest.mark.usefixtures("_undrawn")
+@pytest.mark.usefixtures("_without_charts")
 def test_unexpected_files_are_reported(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=2)
     for name in ("stats.jsonl", "log.txt", "fakes000004.png"):
@@ -414,8 +416,8 @@ def test_unexpected_files_are_reported(tmp_path: Path) -> None:
     assert "fakes000004.png: cannot be read" in result.output
 
 
-@pytest.mark.usefixtures("_undrawn")
-def test_odd_names_and_numbers_are_shown(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_without_charts")
+def test_unusual_names_and_numbers_are_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / os.fsdecode(b"$body \xff"), ticks=2)
     nested, long = '{"a": ' * 5000 + "1" + "}" * 5000, "1" * 400
     with (run / "stats.jsonl").open("a") as file:
@@ -438,8 +440,8 @@ def test_names_are_not_parsed_as_formulas(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=2)
     (run / "metric-swd5k.jsonl").rename(run / "metric-a$b_$c.jsonl")
     runs = [read_run(run, name) for name in ("cost$5_vs_$10", os.fsdecode(b"\xff"))]
-    picture = drawing.draw(next(find_charts(runs)))
-    assert ">a$b_$c</text>" in picture.panels[0].svg
+    image = drawing.draw(next(find_charts(runs)))
+    assert ">a$b_$c</text>" in image.panels[0].svg
 
 
 def test_lines_are_visually_distinct(tmp_path: Path) -> None:
@@ -463,7 +465,7 @@ def test_a_run_is_shown_once(tmp_path: Path) -> None:
     assert find_runs([run, run.parent / ".." / "runs", tmp_path / "runs" / "newest"]) == [run]
 
 
-def test_a_repeated_warning_is_among_the_last(tmp_path: Path) -> None:
+def test_a_repeated_warning_is_listed_by_its_last_occurrence(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=1)
     warnings = [f"Warning: {i}\n" for i in (0, *range(25), 0)]
     (run / "log.txt").write_text("".join(warnings))
@@ -474,7 +476,7 @@ def test_a_repeated_warning_is_among_the_last(tmp_path: Path) -> None:
 def test_a_browser_shows_every_chart_and_reacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
-        pytest.skip("no Chromium on this machine")
+        pytest.skip("requires Chromium")
     run = make_run(tmp_path / "run", ticks=3)
     monkeypatch.setattr(drawing, "draw_png", lambda chart: b"")  # the page uses SVG
     assert run_report(run).exit_code == 0

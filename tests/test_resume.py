@@ -1,4 +1,4 @@
-"""The rule of resuming (training/resume.py): the saved configuration with the options of the command line."""
+"""Resuming (training/resume.py): command-line options are applied to the saved configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def new(data: Path, tmp_path: Path) -> Callable[..., RunRequest]:
-    """Return a function that builds the request of a command line with TEXTS and further options."""
+    """Return a function that builds the RunRequest of a command line with TEXTS and further options."""
 
     def make(resume: str | Path | None = None, preset: str | None = "tiny", **changes: Any) -> RunRequest:
         texts = {"data.path": str(data), **TEXTS} | changes.pop("texts", {})
@@ -43,7 +43,7 @@ def new(data: Path, tmp_path: Path) -> Callable[..., RunRequest]:
 
 
 def save(start: Start, number: int = 0, **changes: Any) -> Path:
-    """Write the files of a run that --resume reads before the training state."""
+    """Write a run folder with its options file and an empty training state."""
     assert start.outdir
     run_dir = start.outdir / f"{number:05d}-run"
     run_dir.mkdir(parents=True)
@@ -114,17 +114,17 @@ def test_other_changes_are_refused_without_override(
 
     latest = choose_start(new("latest", preset, texts=texts))
     assert latest.run_dir is None
-    warned = capsys.readouterr().err
-    assert f"--override resumes {run_dir}" in warned
-    assert change in warned
+    warnings = capsys.readouterr().err
+    assert f"--override resumes {run_dir}" in warnings
+    assert change in warnings
 
     for resume in (run_dir, "latest"):
-        told = choose_start(new(resume, preset, texts=texts, override=True))
-        assert told.run_dir == run_dir
+        overridden = choose_start(new(resume, preset, texts=texts, override=True))
+        assert overridden.run_dir == run_dir
         assert change in capsys.readouterr().err
         name, _, value = change.partition(": ")
         assert json.dumps(value.split(" -> ")[1].strip("'")) is not None
-        config: Any = told.config
+        config: Any = overridden.config
         for part in name.split("."):
             config = getattr(config, part)
         assert str(list(config) if isinstance(config, tuple) else config) == value.split(" -> ")[1].strip("'")
@@ -171,24 +171,24 @@ def test_runs_of_other_families_or_data_do_not_match(
 
 
 def test_micro_batches_follow_the_number_of_processes(new: Callable[..., RunRequest]) -> None:
-    """A micro-batch size is kept while it divides the batch of a process."""
+    """The micro-batch size stays if it divides the batch size per process."""
     start = choose_start(new(texts={"batch_size": "32", "run.batch_gpu": "8"}))
     assert start.config.run.batch_gpu == 8
     run_dir = save(start)
 
-    def share(**texts: str) -> Any:
+    def batch_gpu_of(**texts: str) -> Any:
         return choose_start(
             new(run_dir, texts={f"run.{name}": text for name, text in texts.items()})
         ).config.run.batch_gpu
 
-    assert share() == 8
-    assert share(num_gpus="2") == 8
-    assert share(num_gpus="8") == 4
-    assert share(num_gpus="2", batch_gpu="4") == 4
-    assert share(batch_gpu="16") == 16
+    assert batch_gpu_of() == 8
+    assert batch_gpu_of(num_gpus="2") == 8
+    assert batch_gpu_of(num_gpus="8") == 4
+    assert batch_gpu_of(num_gpus="2", batch_gpu="4") == 4
+    assert batch_gpu_of(batch_gpu="16") == 16
 
 
-def test_automatic_choices_are_made_anew_on_another_machine(new: Callable[..., RunRequest]) -> None:
+def test_automatic_settings_adapt_to_another_machine(new: Callable[..., RunRequest]) -> None:
     """A run that used CUDA graphs on a GPU can resume on a CPU."""
     start = choose_start(new())
     run_dir = save(start, **{"run.graphs": True})
@@ -197,7 +197,7 @@ def test_automatic_choices_are_made_anew_on_another_machine(new: Callable[..., R
         choose_start(new(run_dir, texts={"run.graphs": "true"}))
 
 
-def test_a_state_starts_a_new_run_of_its_configuration(new: Callable[..., RunRequest], monkeypatch: Any) -> None:
+def test_a_state_starts_a_new_run_with_its_configuration(new: Callable[..., RunRequest], monkeypatch: Any) -> None:
     start = choose_start(new(texts={"loss.r1_gamma": "3"}))
     state = save(start) / "training-state-000000.pt"
     monkeypatch.setattr("training.resume.Checkpoint.read", lambda path: {"config": to_json(start.config)})
@@ -209,7 +209,7 @@ def test_a_state_starts_a_new_run_of_its_configuration(new: Callable[..., RunReq
         choose_start(RunRequest(outdir=start.outdir, resume=str(state), texts={"loss.r1_gamma": "4"}))
 
 
-def test_missing_options_of_a_new_run_are_named(tmp_path: Path) -> None:
+def test_missing_options_of_a_new_run_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="missing option --data"):
         choose_start(RunRequest(outdir=tmp_path))
     with pytest.raises(UserError, match="missing option --data"):

@@ -70,7 +70,7 @@ def train_steps(trainer: Trainer, steps: int) -> None:
 
 
 @contextmanager
-def no_room() -> Iterator[None]:
+def full_disk() -> Iterator[None]:
     """Limit file sizes so that the kernel refuses writes, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
@@ -85,18 +85,18 @@ def test_a_state_is_written_as_copied(shapes_zip: Path, tmp_path: Path, monkeypa
     saver = new_saver(tmp_path, trainer.config)
     train_steps(trainer, 1)
     expected = digest(trainer.capture()["parts"])
-    go_on = threading.Event()
+    may_write = threading.Event()
     write = Checkpoint.write
 
     def write_later(path: Path, payload: dict[str, Any]) -> None:
-        assert go_on.wait(PATIENCE)
+        assert may_write.wait(PATIENCE)
         write(path, payload)
 
     monkeypatch.setattr(Checkpoint, "write", write_later)
     saver.save(trainer, snapshot=False)
     train_steps(trainer, 2)  # the writer is still blocked
     assert not (tmp_path / "training-state-000000.pt").exists()
-    go_on.set()
+    may_write.set()
     saver.finish()
     assert digest(Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]) == expected
     assert digest(trainer.capture()["parts"]) != expected
@@ -185,15 +185,15 @@ def test_nothing_is_copied_while_a_write_is_in_flight(
 
 
 def test_job_errors_are_raised_and_full_disks_reported() -> None:
-    def broken(error: Exception) -> None:
+    def fail(error: Exception) -> None:
         raise error
 
     writer = BackgroundWriter()
-    writer.submit(lambda: broken(WriteError("f: the disk is full")))
+    writer.submit(lambda: fail(WriteError("f: the disk is full")))
     writer.submit(lambda: None)
     assert [str(error) for error in writer.join()] == ["f: the disk is full"]
     assert writer.join() == []
-    writer.submit(lambda: broken(TypeError("ours")))
+    writer.submit(lambda: fail(TypeError("ours")))
     with pytest.raises(TypeError, match="ours"):
         writer.join()
 
@@ -205,7 +205,7 @@ def test_training_continues_when_the_disk_is_full(
     saver = new_saver(tmp_path, trainer.config)
     grids = hooks.ImageGrids(tmp_path, 100, Loggers((), tmp_path, trainer.config))
     trainer.hooks = [hooks.Snapshots(saver, 1), hooks.JsonLog(tmp_path), grids]
-    with no_room(), pytest.raises(WriteError, match="cannot be written"):  # replaced by the files of the last step
+    with full_disk(), pytest.raises(WriteError, match="cannot be written"):  # only the last failure stops the run
         train_steps(trainer, 2)
     assert {path.name for path in tmp_path.iterdir() if path.stat().st_size} == {FolderLock.NAME}
     train_steps(trainer, 1)
@@ -215,7 +215,7 @@ def test_training_continues_when_the_disk_is_full(
         assert f"{name}: cannot be written" in messages
     assert "File too large); earlier files are intact; training continues" in messages
     saver.saved_nimg = 0
-    with no_room():
+    with full_disk():
         saver.save(trainer, snapshot=False)
         with pytest.raises(WriteError, match="cannot be written"):
             saver.finish()
@@ -285,10 +285,10 @@ def test_an_unwritable_folder_stops_the_run_with_a_rescued_state(
         saver.check_folder(trainer)
 
 
-def test_a_folder_taken_by_another_run_is_not_written_to(
+def test_a_folder_used_by_another_run_is_not_written_to(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder was moved and a new run took its name, or its lock was deleted and a second run continued it."""
+    """The folder was moved and a new run took its name, or the lock was deleted and a second run continued the run."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     trainer = new_trainer(shapes_zip)
     (tmp_path / "run").mkdir()
@@ -304,7 +304,7 @@ def test_a_folder_taken_by_another_run_is_not_written_to(
     assert Checkpoint.read(state)["parts"]["state"]["step"] == 0
 
 
-def test_a_deleted_lock_is_taken_again(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_deleted_lock_is_acquired_again(shapes_zip: Path, tmp_path: Path) -> None:
     trainer = new_trainer(shapes_zip)
     saver = new_saver(tmp_path, trainer.config)
     (tmp_path / FolderLock.NAME).unlink()
@@ -312,7 +312,7 @@ def test_a_deleted_lock_is_taken_again(shapes_zip: Path, tmp_path: Path) -> None
     assert saver.folder.lock.holds(tmp_path)
 
 
-def test_copies_and_folders_named_like_states_are_left_alone(shapes_zip: Path, tmp_path: Path) -> None:
+def test_copies_and_folders_named_like_states_are_not_touched(shapes_zip: Path, tmp_path: Path) -> None:
     trainer = new_trainer(shapes_zip, run__keep_last=1, run__keep_every=1)
     names = ["training-state-000000-backup.pt", "training-state-best.pt", "training-state-000003.pt.old"]
     for name in names:
@@ -327,7 +327,7 @@ def test_copies_and_folders_named_like_states_are_left_alone(shapes_zip: Path, t
     assert [path.name for path in list_states(tmp_path)] == ["training-state-000008.pt"]
 
 
-def test_a_full_disk_costs_only_log_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_loses_only_log_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with TeeLog(tmp_path / "log.txt") as log:
         log.file.close()
         log.file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
@@ -370,7 +370,7 @@ def test_the_last_states_are_kept_and_some_permanently(last: int, every: float |
 
 
 def test_corrupt_newer_states_do_not_count_as_kept(shapes_zip: Path, tmp_path: Path) -> None:
-    """A run resumed from an earlier state would otherwise delete the states it writes."""
+    """Otherwise, a run resumed from an earlier state would delete its own new states."""
     trainer = new_trainer(shapes_zip, run__keep_last=1)
     for kimg in (7, 9):
         (tmp_path / f"training-state-{kimg:06d}.pt").write_bytes(b"damaged")

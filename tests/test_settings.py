@@ -92,7 +92,7 @@ def test_the_help_names_the_families_of_a_field(option: ConfigOption) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_the_help_names_all_choices(option: ConfigOption) -> None:
-    """The help is written by hand because it is shown without loading the configuration."""
+    """The help text is written by hand, so that --help does not load the configuration."""
     part, _, name = (option.field or "").partition(".")
     choices: tuple[str, ...] = ()
     for config in configs_with(option.field or ""):
@@ -128,8 +128,8 @@ def fields_of_presets() -> Iterator[tuple[type, Any, Any]]:
                             yield type(part), field, value
 
 
-def typed(value: Any, field: Any) -> str:
-    """Return a value as a user types it."""
+def as_text(value: Any, field: Any) -> str:
+    """Return a value as text for the command line."""
     if value is None:
         return "auto" if field.metadata.get("auto") else "none"
     if isinstance(value, tuple):
@@ -140,7 +140,7 @@ def typed(value: Any, field: Any) -> str:
 def test_every_preset_value_round_trips_through_text() -> None:
     seen = set()
     for config, field, value in fields_of_presets():
-        text = typed(value, field)
+        text = as_text(value, field)
         if field.name in ("base", "img_size") and value is not None:
             text = "x".join(map(str, value))
         assert parse_field(config, field, text) == value, (field.name, text)
@@ -257,5 +257,5 @@ def test_no_page_or_message_names_a_removed_flag() -> None:
             assert not pattern.findall(file.read_text()), file
 
 
-def test_hints_come_from_the_class() -> None:
+def test_hints_returns_the_field_types_of_a_class() -> None:
     assert hints(type(PRESETS["auto"]))["seed"] is int

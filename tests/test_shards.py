@@ -45,7 +45,7 @@ def open_shards(path: Path) -> ShardSource:
 
 
 def samples(extension: str, labels: list[Any]) -> list[tuple[str, bytes]]:
-    """Make samples of an image, a caption and a label, which alternately precedes and follows the image."""
+    """Make samples of an image, a caption and a label; the label alternately precedes and follows the image."""
     files = []
     for k, label in enumerate(labels):
         members = [(f"a/{k:03}.png", PNGS[k % N]), (f"a/{k:03}.txt", b"a caption")]
@@ -60,7 +60,7 @@ def samples(extension: str, labels: list[Any]) -> list[tuple[str, bytes]]:
 CAPTIONS = [f"a/{k:03}.txt" for k in range(N)]
 LABELS: dict[str, tuple[str, list[Any], Any, Any]] = {  # extension, contents -> labels, class names
     "numbers": ("cls", [0, 1, 2, 1, 0], [0, 1, 2, 1, 0], None),
-    "numbers in lines": ("cls", [b"3\n", b" 4 ", b"0", b"0", b"7\r\n"], [3, 4, 0, 0, 7], None),
+    "numbers with line breaks": ("cls", [b"3\n", b" 4 ", b"0", b"0", b"7\r\n"], [3, 4, 0, 0, 7], None),
     "names": ("cls", ["dog", "cat", "dog", "öwl", "cat"], [1, 0, 1, 2, 0], ["cat", "dog", "öwl"]),
     "names and numbers": ("CLS", ["7", "cat", "7", "7", "cat"], [0, 1, 0, 0, 1], ["7", "cat"]),
     **{
@@ -88,12 +88,12 @@ INVALID_LABELS: dict[str, tuple[str, list[Any], list[str]]] = {
     "missing label": ("cls", [0, None, 1, None, 1], ["sample 'a/001' has no label", "2 of 5"]),
     "negative": ("cls", [0, -3, 1, 0, 0], ["sample 'a/001'", "-3"]),
     "not UTF-8": ("cls", [b"\xff\xfe", 0, 0, 0, 0], ["'a/000.cls' cannot be read"]),
-    "no JSON": ("json", ["{"] * N, ["'a/000.json' cannot be read"]),
+    "invalid JSON": ("json", ["{"] * N, ["'a/000.json' cannot be read"]),
     "deep JSON": ("json", ["[" * 10_000] * N, ["'a/000.json' cannot be read"]),
     "large": ("cls", [bytes(2 << 20)] * N, ["'a/000.cls' has 2097152 bytes"]),
     "several": ("json", [json.dumps({"label": [k, 3]}) for k in range(N)], ["several labels", "[0, 1, 0, 1]"]),
     "several in a list": ("json", [json.dumps({"labels": [k, 3]}) for k in range(N)], ["several labels"]),
-    "several in a text": ("cls", ["1 2"] * N, ["'a/000': label [1, 2]: several labels", "[0, 1, 0, 1]"]),
+    "several in a string": ("cls", ["1 2"] * N, ["'a/000': label [1, 2]: several labels", "[0, 1, 0, 1]"]),
     "several with commas": ("label", ["1, 2", "3,4", "1", "2", "3"], ["'a/002': label 1"]),
     "several in lines": ("cls", ["0\n5"] * N, ["several labels"]),
     "more dots": ("05.0.cls", ["0"] * N, ["'a/000.05.0.cls'", "without dots in the names"]),
@@ -130,7 +130,7 @@ def test_labels_apart_from_their_images_are_refused(tmp_path: Path, kind: str, s
     named_alike = [
         *images,
         *[(f"labels/{name}", data) for name, data in labels],
-    ]  # a folder makes these members separate samples
+    ]  # members in another folder are separate samples
     assert open_shards(write(tmp_path / "set.tar", named_alike)).left_out == {
         "samples without an image": ["labels/0", "labels/1", "labels/2"]
     }
@@ -376,7 +376,7 @@ MEMBERS = {
 @pytest.mark.parametrize("kind", MEMBERS)
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
 def test_links_and_special_members_are_counted(tmp_path: Path, kind: str, suffix: str) -> None:
-    """The images behind such members are missing in the dataset; the user can unpack the archive."""
+    """The images of such members are missing from the dataset; the user can unpack the archive."""
     member_type, listed = MEMBERS[kind]
     path = tmp_path / f"set.{suffix}"
     for images in (PNGS[:2], []):
@@ -408,7 +408,7 @@ def make_tar(names: Iterable[int]) -> bytes:
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
 @pytest.mark.parametrize("blocks", range(8))
 def test_truncated_archives_are_refused(tmp_path: Path, pack: Callable[[bytes], bytes], blocks: int) -> None:
-    """Each image takes two blocks of 512 bytes. The end of a member is not the end of the archive."""
+    """Each image occupies two blocks of 512 bytes. The end of a member is not the end of the archive."""
     path = tmp_path / "set.tar"
     whole = make_tar(range(4))
     path.write_bytes(pack(whole[: 512 * blocks]))

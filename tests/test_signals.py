@@ -30,12 +30,12 @@ def new_trainer(data: Path) -> Trainer:
 
 
 def at_step(step: int, number: signal.Signals) -> OnStep:
-    """A hook that signals its own process."""
+    """Return a hook that signals its own process."""
     return OnStep(lambda trainer: signal.raise_signal(number) if trainer.state.step == step else None)
 
 
-def test_sigusr1_saves_and_sigterm_saves_and_stops(shapes_zip: Path, tmp_path: Path) -> None:
-    trainer, straight = new_trainer(shapes_zip), new_trainer(shapes_zip)
+def test_sigusr1_saves_and_sigterm_also_stops(shapes_zip: Path, tmp_path: Path) -> None:
+    trainer, reference = new_trainer(shapes_zip), new_trainer(shapes_zip)
     before = signal.getsignal(signal.SIGTERM)
     saver = new_saver(tmp_path, trainer.config)
     seen: list[int] = []
@@ -43,7 +43,7 @@ def test_sigusr1_saves_and_sigterm_saves_and_stops(shapes_zip: Path, tmp_path: P
     def stop_at_step_4(trainer: Trainer) -> None:
         trainer.is_stopped = trainer.state.step == 4
 
-    def look(trainer: Trainer) -> None:
+    def record_saved(trainer: Trainer) -> None:
         saver.writer.join()
         if list(tmp_path.glob("*.pt")):
             seen.append(Checkpoint.read(tmp_path / "training-state-000000.pt")["parts"]["state"]["nimg"])
@@ -51,19 +51,19 @@ def test_sigusr1_saves_and_sigterm_saves_and_stops(shapes_zip: Path, tmp_path: P
     signals = Signals()
     requests = hooks.Requests(saver, signals)
     with signals:
-        trainer.hooks = [at_step(2, signal.SIGUSR1), at_step(4, signal.SIGTERM), requests, OnStep(look)]
+        trainer.hooks = [at_step(2, signal.SIGUSR1), at_step(4, signal.SIGTERM), requests, OnStep(record_saved)]
         trainer.train()
         signals.stop = 0
     assert signal.getsignal(signal.SIGTERM) is before
     assert seen == [32, 32, 64]
     assert trainer.is_stopped
-    straight.hooks = [OnStep(stop_at_step_4)]
-    straight.train()
-    ours, theirs = trainer.capture()["parts"], straight.capture()["parts"]
+    reference.hooks = [OnStep(stop_at_step_4)]
+    reference.train()
+    ours, theirs = trainer.capture()["parts"], reference.capture()["parts"]
     assert digest({**ours, "state": ours["state"]["nimg"]}) == digest({**theirs, "state": theirs["state"]["nimg"]})
 
 
-def test_a_signal_before_the_first_step_waits_for_a_state(shapes_zip: Path, tmp_path: Path) -> None:
+def test_a_signal_before_the_first_step_is_handled_after_it(shapes_zip: Path, tmp_path: Path) -> None:
     trainer = new_trainer(shapes_zip)
     saver = new_saver(tmp_path, trainer.config)
     with Signals() as signals:
@@ -77,33 +77,33 @@ def test_a_signal_before_the_first_step_waits_for_a_state(shapes_zip: Path, tmp_
 
 
 def test_a_tick_interrupted_by_a_signal_is_logged_in_full(shapes_zip: Path, tmp_path: Path) -> None:
-    """The log includes skipped updates: D breaks at the second of the four steps, before the signal."""
+    """The log includes skipped updates: D diverges at the second of four steps, before the signal."""
     ticks: list[Tick] = []
 
-    def spoil(trainer: Trainer) -> None:
+    def diverge(trainer: Trainer) -> None:
         with torch.no_grad():
             trainer.D.epilogue.out.bias.fill_(float("nan") if trainer.state.step == 1 else 0.0)
 
-    def note(trainer: Trainer, tick: Tick) -> None:
+    def record(trainer: Trainer, tick: Tick) -> None:
         if not tick.is_first:
             ticks.append(tick)
 
     config = override(small_config(shapes_zip), {"run.nan": "skip", "run.tick_kimg": 0.064, "run.total_kimg": 0.064})
-    straight, first, second = (Trainer(config, ImageDataset(config.data), torch.device("cpu")) for _ in range(3))
-    straight.hooks = [OnStep(spoil), OnTick(note)]
-    straight.train()
+    reference, first, second = (Trainer(config, ImageDataset(config.data), torch.device("cpu")) for _ in range(3))
+    reference.hooks = [OnStep(diverge), OnTick(record)]
+    reference.train()
     saver = new_saver(tmp_path, config)
     with Signals() as signals:
-        first.hooks = [OnStep(spoil), at_step(2, signal.SIGTERM), hooks.Requests(saver, signals)]
+        first.hooks = [OnStep(diverge), at_step(2, signal.SIGTERM), hooks.Requests(saver, signals)]
         first.train()
         signals.stop = 0
     saver.finish()
     second.resume(tmp_path / "training-state-000000.pt")
-    second.hooks = [OnStep(spoil), OnTick(note)]
+    second.hooks = [OnStep(diverge), OnTick(record)]
     second.train()
-    whole, resumed = ticks
-    assert whole.stats == resumed.stats
-    assert whole.stats["Loss/G/loss"].count == 3
+    uninterrupted, resumed = ticks
+    assert uninterrupted.stats == resumed.stats
+    assert uninterrupted.stats["Loss/G/loss"].count == 3
     for tick in ticks:
         skipped = {name: count for name, count in tick.values.items() if name.startswith("Skipped/")}
         assert skipped == {"Skipped/D_main": 1, "Skipped/G_main": 1}
@@ -144,10 +144,8 @@ def test_only_a_second_sigint_exits_at_once(
 def test_ctrl_c_interrupts_a_running_operator(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python's own handler, which sets `stop`, runs only after C code returns; here it waits for a condition."""
-    monkeypatch.setattr(
-        signal, "getsignal", lambda number: signal.SIG_DFL
-    )  # SIGINT is ignored in the background of a shell
+    """Python runs the handler that sets `stop` only after C code returns; here, the C code waits for a condition."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # shells ignore SIGINT in background jobs
     seen: list[tuple[bool, int]] = []
     c = ctypes.CDLL(None)
     mutex, condition = ctypes.create_string_buffer(256), ctypes.create_string_buffer(256)
@@ -155,8 +153,8 @@ def test_ctrl_c_interrupts_a_running_operator(
     c.pthread_cond_init(condition, None)
     c.pthread_mutex_lock(mutex)
 
-    def press(signals: Signals) -> None:
-        c.pthread_mutex_lock(mutex)  # held by the main thread until it waits, and needed again to continue
+    def press_ctrl_c(signals: Signals) -> None:
+        c.pthread_mutex_lock(mutex)  # the main thread releases the mutex while waiting, and needs it to continue
         os.kill(os.getpid(), signal.SIGINT)
         deadline = time.monotonic() + PATIENCE
         while signals.interrupted == math.inf and time.monotonic() < deadline:
@@ -166,7 +164,7 @@ def test_ctrl_c_interrupts_a_running_operator(
         c.pthread_mutex_unlock(mutex)
 
     with Signals() as signals:
-        thread = threading.Thread(target=press, args=[signals])
+        thread = threading.Thread(target=press_ctrl_c, args=[signals])
         thread.start()
         c.pthread_cond_wait(condition, mutex)
         thread.join(PATIENCE)
@@ -175,7 +173,7 @@ def test_ctrl_c_interrupts_a_running_operator(
     assert "Ctrl-C: stopping" in capsys.readouterr().err
 
 
-def test_an_inherited_ignored_signal_stays_ignored() -> None:
+def test_signals_ignored_by_the_parent_stay_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Signals() as signals:
@@ -189,23 +187,23 @@ def test_an_inherited_ignored_signal_stays_ignored() -> None:
 
 
 def in_two_processes(folder: Path, data: Path) -> None:
-    """Signal only the second process, at a time of its own."""
-    heard = {}
+    """Signal only the second process, between the steps at which processes agree."""
+    requests = {}
     with Signals() as signals:
         for step in range(1, 2 * INTERVAL + 1):
             if distributed.rank() == 1 and step in (1, INTERVAL + 2):
                 signal.raise_signal(signal.SIGUSR1 if step == 1 else signal.SIGTERM)
             request = signals.agree(step)
             if request.save or request.stop:
-                heard[step] = [request.save, request.stop]
+                requests[step] = [request.save, request.stop]
         signals.stop = 0
-        (folder / f"{distributed.rank()}.json").write_text(json.dumps(heard))
+        (folder / f"{distributed.rank()}.json").write_text(json.dumps(requests))
 
 
 def test_all_processes_act_on_a_signal_at_the_same_step(together: Path) -> None:
     expected = {str(INTERVAL): [True, None], str(2 * INTERVAL): [False, int(signal.SIGTERM)]}
-    heard = [json.loads((together / "test_signals" / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert heard == [expected, expected]
+    requests = [json.loads((together / "test_signals" / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert requests == [expected, expected]
 
 
 def test_data_loader_processes_survive_a_group_signal(shapes_zip: Path) -> None:
@@ -219,7 +217,7 @@ def test_data_loader_processes_survive_a_group_signal(shapes_zip: Path) -> None:
     assert worker.pid
     for number in Signals.HANDLED:
         os.kill(worker.pid, number)
-    ahead = 8  # more batches than are prefetched
+    count = 8  # exceeds the prefetched batches
     expected = batches(dataset, seed=0, position=4, batch_size=4)
-    for _ in range(ahead):
+    for _ in range(count):
         assert torch.equal(next(stream)[0], next(expected)[0])

@@ -1,4 +1,4 @@
-"""Images whose size or kind does not fit the networks: the error messages, and whether their advice works."""
+"""Errors for images of unsuitable size or kind: the messages, and whether their advice works."""
 
 from __future__ import annotations
 

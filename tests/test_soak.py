@@ -1,4 +1,4 @@
-"""A run of thousands of steps uses no more memory, files or threads at its end than at its start."""
+"""Long runs: memory, open files and threads do not grow over thousands of steps."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Training steps against a second implementation of their equations: gradients by autograd, everything else by hand.
 
-Other tests compare one training with another and cannot notice a term that is missing in both.
+Other tests compare two training runs and cannot detect a term that is missing in both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from training.networks import execution
 from training.training_loop import Trainer
 
 SEED, BATCH, MICRO, STEPS = 7, 8, 4, 3
-# Every number is distinct and differs from its default, so that a mix-up is noticed.
+# All values are distinct and differ from the defaults, so the test detects mix-ups.
 GAMMA, R1_INTERVAL, PL_WEIGHT, PL_INTERVAL, PL_DECAY, MIXING = 8.0, 2, 5.0, 3, 0.03, 0.7
 G_LR, D_LR, G_BETAS, D_BETAS, EPS = 0.0013, 0.007, (0.3, 0.97), (0.2, 0.95), 1e-2
 EMA_KIMG, ADA_KIMG, ADA_INTERVAL, ADA_TARGET, W_AVG_RATE = 0.05, 0.4, 3, 0.55, 0.07

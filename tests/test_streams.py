@@ -56,7 +56,7 @@ print("the end", flush=True)
 
 @contextmanager
 def failing(kind: str) -> Iterator[int]:
-    """Yield a descriptor whose writes fail: full disk, closed pipe, or closed terminal."""
+    """Yield a file descriptor on which writes fail: full disk, closed pipe, or closed terminal."""
     if kind == "full":
         descriptor = os.open("/dev/full", os.O_WRONLY)
     else:
@@ -71,7 +71,7 @@ def failing(kind: str) -> Iterator[int]:
 def run(
     code: str, *arguments: str, closed: str = "", stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python code as a program whose streams `closed` are closed by the shell, as in `>&-`."""
+    """Run Python code as a program; `closed` are shell redirections that close streams, e.g. `>&-`."""
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=ROOT, text=True, check=False, stdout=stdout, stderr=stderr)
 
@@ -131,7 +131,7 @@ def test_training_continues_without_a_stream_and_logs_it_once(
 
 
 def test_a_slow_reader_of_a_non_blocking_pipe_gets_everything() -> None:
-    """A terminal set to non-blocking by another program temporarily refuses output that does not fit."""
+    """A non-blocking terminal, set by another program, temporarily refuses output that exceeds the free space."""
     source, sink = os.pipe()
     os.set_blocking(sink, False)
     with subprocess.Popen([sys.executable, "-c", SCRIPT, "--lines=12000"], cwd=ROOT, stdout=sink) as process:

@@ -110,7 +110,7 @@ def test_the_parameter_count_is_the_sum_of_both_parts() -> None:
     both = StyleformerCConfig(widths=(512, 256, 256), layers=(1, 2, 2), resolutions=6, channel_base=16384)
     styleformer = count(StyleformerConfig(widths=both.widths, layers=both.layers))
     large, small = (count(StyleGAN2Config(resolutions=n, channel_base=16384)) for n in (7, 4))  # 256 and 32 px
-    inputs_of_first_conv = (512 - 256) * (256 * 9 + 513)  # the StyleGAN2 has 512 channels at 32 px, here it is 256
+    inputs_of_first_conv = (512 - 256) * (256 * 9 + 513)  # StyleGAN2 has 512 channels at 32 px, this network 256
     assert count(both) == styleformer + large - small - inputs_of_first_conv
     assert count(dataclasses.replace(both, mapping_layers=8)) - count(both) == mapping(6)
 

@@ -134,7 +134,7 @@ def test_blank_images_have_bounded_gradients() -> None:
     assert 0 < norms[0] < 5 * norms[1]
 
 
-def test_freeze_d_layers_are_listed_from_the_image_on() -> None:
+def test_freeze_d_layers_are_listed_from_the_image_side() -> None:
     D = build(TINY)
     known = {module: name for name, module in D.named_modules()}
     names = [known[layer] for layer in D.layers_from_image()]

@@ -279,7 +279,7 @@ def test_each_folder_is_scanned_once(tmp_path: Path, content: str, monkeypatch: 
 
 
 def save(folder: Path, table: Any, **state: Any) -> None:
-    """Write the files of `Dataset.save_to_disk`: two tables, whose order is in state.json."""
+    """Write the files of `Dataset.save_to_disk`: two tables, listed in order in state.json."""
     files = [{"filename": f"data-0000{k}-of-00002.arrow"} for k in (1, 0)]
     for k in (0, 1):
         write(folder / f"data-0000{k}-of-00002.arrow", table[3 * k : 3 * k + 3])
@@ -327,7 +327,7 @@ def test_snapshots_in_a_hub_cache_are_read(tmp_path: Path, content: str) -> None
         np.testing.assert_array_equal(build(source, tmp_path / f"{source.name}.zip")[0][0], PIXELS[0])
 
 
-def test_the_larger_kind_of_file_is_read(tmp_path: Path) -> None:
+def test_the_kind_of_file_with_more_bytes_is_read(tmp_path: Path) -> None:
     write(tmp_path / "set" / "metadata.parquet", pa.table({"file_name": ["0.png"]}))
     (tmp_path / "set" / "0.png").write_bytes(encode(random_images(64, 64, 3)))
     assert len(open_tables(tmp_path / "set")) == 1

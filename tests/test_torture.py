@@ -15,9 +15,9 @@ from torch_utils.signals import EXIT_STOPPED
 
 
 def kill_repeatedly(outdir: Path, data: Path, options: list[str], kills: int, loading: float) -> None:
-    """Start a run repeatedly and kill it at random moments; let the last start finish.
+    """Start a run repeatedly and kill the process at random moments; let the last start finish.
 
-    `loading` is the startup time of the program in seconds. One in five kills comes within 1.2 times this time.
+    `loading` is the startup time of the program in seconds. One in five kills occurs within 1.2 times this time.
     """
     moments = random.Random(kills)
     for _ in range(kills):
@@ -55,7 +55,7 @@ def test_a_repeatedly_killed_run_ends_like_an_uninterrupted_run(
 
 
 def test_a_signal_to_the_launcher_reaches_all_processes(shapes_zip: Path, tmp_path: Path) -> None:
-    """A scheduler signals only the launcher. --snap is never reached, so training states come from signals alone."""
+    """A scheduler signals only the launcher. --snap is never reached, so only signals write training states."""
     program = start_training(tmp_path / "runs", shapes_zip, "--gpus=2", "--snap=999", "--kimg=99")
     try:
         program.wait_for("tick 1 ")

@@ -63,7 +63,7 @@ def last_state(run_dir: Path) -> dict[str, Any]:
 def test_under_torchrun_local_rank_0_reports_errors_first(
     monkeypatch: pytest.MonkeyPatch, local_rank: str, waits: list[float]
 ) -> None:
-    """The other processes wait until torchrun ends them, and report errors that only they met."""
+    """Other ranks wait before reporting an error, so torchrun usually kills them first."""
     launch_as(monkeypatch, RANK="2", LOCAL_RANK=local_rank, WORLD_SIZE="4")
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
@@ -108,7 +108,7 @@ def test_a_tilde_is_expanded_after_an_equals_sign(
         (train.main, "--grad_checkpoint", "-", "'-' is not a valid"),
     ],
 )
-def test_a_negative_value_is_not_taken_for_a_flag(program: click.Command, flag: str, value: str, message: str) -> None:
+def test_a_negative_value_is_not_parsed_as_a_flag(program: click.Command, flag: str, value: str, message: str) -> None:
     result = CliRunner().invoke(program, [f"{flag}={value}"])
     assert result.exit_code == 2
     assert f"Invalid value for '{flag[:6]}" in result.stderr
@@ -119,14 +119,14 @@ def test_a_negative_value_is_not_taken_for_a_flag(program: click.Command, flag: 
 def test_the_command_of_the_public_readme_is_accepted(shapes32_zip: Path, tmp_path: Path) -> None:
     arguments = f"--outdir={tmp_path / 'runs'} --data={shapes32_zip} --gpus=1 --batch=32 --cfg=cifar --g_dict=256,64,16"
     output = run_ok(*arguments.split(), "--num_layers=1,2,2", "--depth=32", "-n")
-    plan = json.loads(output)  # the whole of stdout
+    plan = json.loads(output)  # all of stdout
     assert plan["parameters"] == {"G": 1_334_142, "D": 20_720_641}
     config = from_json(TrainConfig, plan["options"])
     assert (config.batch_size, config.loss.r1_gamma, config.run.total_kimg) == (32, 0.01, 100_000)
     assert not (tmp_path / "runs").exists()
 
 
-def test_switches_take_values_as_in_older_commands(shapes32_zip: Path) -> None:
+def test_switches_accept_values_as_in_older_commands(shapes32_zip: Path) -> None:
     arguments = ["--outdir=x", f"--data={shapes32_zip}", "--cfg=cifar", "-n"]
     plan = json.loads(
         run_ok(*arguments, "--mirror=1", "--cond=true", "--fp32", "--nhwc", "--nobench=1", "--allow-tf32=0")
@@ -162,14 +162,14 @@ def test_the_default_metric_is_reported_with_its_reason(shapes32_zip: Path, monk
 
 
 def test_a_run_folder_holds_the_expected_files(shapes_zip: Path, tmp_path: Path) -> None:
-    described = ["--desc=first.try", "--mbstd=32"]
+    extra = ["--desc=first.try", "--mbstd=32"]
     output = run_ok(
         f"--outdir={tmp_path}",
         f"--data={shapes_zip}",
         *SHORT,
         "--metrics=swd100",
         "--set=run.profile_steps=9",
-        *described,
+        *extra,
     )
     (run_dir,) = run_dirs(tmp_path)
     assert run_dir.name == "00000-shapes-tiny-gpus1-batch16-first.try"
@@ -193,21 +193,21 @@ def test_a_run_folder_holds_the_expected_files(shapes_zip: Path, tmp_path: Path)
     metrics = [json.loads(line) for line in (run_dir / "metric-swd100.jsonl").read_text().splitlines()]
     assert [line["kimg"] for line in metrics] == [0.0, 0.032, 0.064]
     written = hashlib.sha256((run_dir / "network-snapshot-000000.pkl").read_bytes()).hexdigest()
-    assert metrics[-1]["snapshot_sha256"] == written  # although written in the background
+    assert metrics[-1]["snapshot_sha256"] == written  # the file that the background writer wrote
     assert "kimg 0.064" in (run_dir / "log.txt").read_text()
-    with Image.open(run_dir / "reals.png") as picture:
-        assert picture.size == (16 * 16, 16 * 16)
+    with Image.open(run_dir / "reals.png") as image:
+        assert image.size == (16 * 16, 16 * 16)
 
 
 def test_resume_latest_continues_the_same_run_exactly(shapes_zip: Path, tmp_path: Path) -> None:
     data = f"--data={shapes_zip}"
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    run_ok(f"--outdir={straight}", data, *SHORT)
-    for kimg in (0.032, 0.064):  # the first call starts a run, the second continues it
+    uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "stopped"
+    run_ok(f"--outdir={uninterrupted}", data, *SHORT)
+    for kimg in (0.032, 0.064):  # the first call starts a run, the second call resumes it
         output = run_ok(f"--outdir={stopped}", data, *SHORT, f"--kimg={kimg}", "--resume=latest")
     assert "Resuming from" in output
     (run_dir,) = run_dirs(stopped)
-    assert digest(last_state(run_dir)) == digest(last_state(run_dirs(straight)[0]))
+    assert digest(last_state(run_dir)) == digest(last_state(run_dirs(uninterrupted)[0]))
     ticks = [json.loads(line)["Progress/kimg"] for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     assert ticks == [0.0, 0.032, 0.064]
 
@@ -237,11 +237,11 @@ def test_transfer_learning_starts_from_a_snapshot(shapes_zip: Path, tmp_path: Pa
     assert options["ema"]["rampup"] is None
     first = load_network(source).G.state_dict()
     then = load_network(run_dir / "network-snapshot-000000.pkl").G.state_dict()
-    assert then["synthesis.const"].sub(first["synthesis.const"]).abs().max() < 0.01  # one step later
+    assert then["synthesis.const"].sub(first["synthesis.const"]).abs().max() < 0.01  # after one step
 
-    misfit = run(f"--outdir={tmp_path / 'c'}", f"--data={shapes_zip}", *SHORT, "--g_dict=64,32", f"--resume={source}")
-    assert misfit.exit_code == 2
-    assert "of the parameters are in the snapshot" in misfit.output
+    mismatch = run(f"--outdir={tmp_path / 'c'}", f"--data={shapes_zip}", *SHORT, "--g_dict=64,32", f"--resume={source}")
+    assert mismatch.exit_code == 2
+    assert "of the parameters are in the snapshot" in mismatch.output
     assert not (tmp_path / "c").exists()
 
 
@@ -334,7 +334,7 @@ def test_a_transferred_run_can_be_resumed(shapes_zip: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_run_resumes_with_another_number_of_processes(shapes_zip: Path, tmp_path: Path) -> None:
-    """The run keeps its batch size under `auto` too, which derives it from the number of GPUs."""
+    """The run keeps its batch size, even with `auto`, which derives the batch size from the number of GPUs."""
     auto = ["--cfg=auto", *SMALL[1:6], "--tick=0.064", "--snap=1", "--metrics=swd60", "--device=cpu"]
     common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *auto]
     run_ok(*common, "--kimg=0.064", "--gpus=2")
@@ -355,7 +355,7 @@ def test_a_truncated_log_does_not_prevent_resuming(shapes_zip: Path, tmp_path: P
     (run_dir,) = run_dirs(tmp_path)
     with (run_dir / "stats.jsonl").open("a") as log:
         log.write('{"Progress/ti')
-    of_images = '{"metric": "fid50k_full", "kimg": null}\n'  # as written by calc_metrics.py beside a folder of images
+    of_images = '{"metric": "fid50k_full", "kimg": null}\n'  # as calc_metrics.py writes for a folder of images
     (run_dir / "metric-fid50k_full.jsonl").write_text(of_images + '{"metric": "fid50k_full", "kimg": 9}\n')
     (tmp_path / "00001-other").mkdir()
     (tmp_path / "00001-other" / "training-state-000000.pt").touch()
@@ -372,7 +372,7 @@ def test_a_run_shorter_than_a_tick_logs_start_and_end(shapes_zip: Path, tmp_path
     first, last = (run_dir / name for name in ("fakes_init.png", "fakes000000.png"))
     assert first.read_bytes() != last.read_bytes()
     assert load_network(run_dir / "network-snapshot-000000.pkl").kimg == 0.064
-    assert (run_dir / "trace.json").exists()  # of the steps that ran
+    assert (run_dir / "trace.json").exists()  # a profile of the completed steps
 
 
 def test_a_profile_of_a_short_run_is_written_or_reported(
@@ -446,16 +446,16 @@ def test_override_resumes_with_other_options(shapes_zip: Path, tmp_path: Path) -
         assert line in refused.stderr
 
     for resume, kimg in (("latest", 0.032), (run_dir, 0.048)):
-        told = run(*common, *other, f"--kimg={kimg}", f"--resume={resume}", "--override")
-        assert told.exit_code == 0, told.output
+        result = run(*common, *other, f"--kimg={kimg}", f"--resume={resume}", "--override")
+        assert result.exit_code == 0, result.output
     assert run_dirs(tmp_path) == [run_dir]
     state = last_state(run_dir)
     assert state["state"]["nimg"] == 48
     assert state["g_optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.003 * 4 / 5)  # lazy regularisation
     assert float(state["ada"]["p"]) == 0.5
     assert json.loads((run_dir / "training_options.json").read_text())["loss"]["r1_gamma"] == 2
-    for misfit in ("--cbase=128", "--freezed=2"):
-        refused = run(*common, *other, misfit, "--kimg=0.064", f"--resume={run_dir}", "--override")
+    for mismatch in ("--cbase=128", "--freezed=2"):
+        refused = run(*common, *other, mismatch, "--kimg=0.064", f"--resume={run_dir}", "--override")
         assert (refused.exit_code, "it was trained with other options" in refused.stderr) == (2, True), refused.output
 
 
@@ -471,10 +471,10 @@ def test_out_of_memory_suggests_disabling_graphs_first(shapes_zip: Path) -> None
 def test_out_of_memory_names_the_flags_that_help(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def too_much(*args: object) -> None:
+    def exceed_memory(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(Trainer, "run_phase", too_much)
+    monkeypatch.setattr(Trainer, "run_phase", exceed_memory)
     result = run(f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT)
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
@@ -496,7 +496,7 @@ def test_out_of_memory_names_the_flags_that_help(
 def test_the_best_state_is_kept_and_starts_a_new_run(
     shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Metric values are 3, 1, 2 and, after a stop, 4: the best stays the second tick, and latest stays the latest."""
+    """Metric values are 3, 1, 2 and, on resume, 4: the best is the second tick; --resume=latest uses the last state."""
     scores = iter([3.0, 1.0, 2.0, 4.0, 0.5])
     compute_all = metrics.registry.compute_all
 
@@ -507,11 +507,11 @@ def test_the_best_state_is_kept_and_starts_a_new_run(
     monkeypatch.setattr(metrics.registry, "compute_all", compute)
     rename, renamed = os.replace, set()
 
-    def note(source: Path, dest: Path) -> None:
+    def record_rename(source: Path, dest: Path) -> None:
         renamed.add(Path(source).name)
         rename(source, dest)
 
-    monkeypatch.setattr(os, "replace", note)
+    monkeypatch.setattr(os, "replace", record_rename)
     common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *SHORT, "--set=run.keep_last=1", "--keep-best"]
     scored = [*common, "--metrics=swd100"]
     run_ok(*scored, "--kimg=0.064")
@@ -524,15 +524,15 @@ def test_the_best_state_is_kept_and_starts_a_new_run(
     output = run_ok(*scored, "--kimg=0.064", f"--resume={best}")
     assert f"Starting from {best} at kimg 0.032" in output
     assert len(renamed) > 6
-    assert all(OWN_PARTIAL.fullmatch(name) for name in renamed)  # a resumed run removes this file after a kill
+    assert all(OWN_PARTIAL.fullmatch(name) for name in renamed)  # names that a resumed run removes after a kill
     new = run_dirs(tmp_path)[1]
     assert last_state(new)["state"]["nimg"] == 64
     assert Checkpoint.read(best)["parts"]["state"]["nimg"] == 32
-    straight = tmp_path / "straight"
-    run_ok(f"--outdir={straight}", f"--data={shapes_zip}", *SHORT)
-    assert digest(last_state(new)) == digest(last_state(run_dirs(straight)[0]))
-    run_ok(*common, "--metrics=none", "--keep-best=0", "--kimg=0.032", f"--resume={best}")  # no steps remain
-    assert last_state(run_dirs(tmp_path)[2])["state"]["nimg"] == 32  # a copy of its own, for --resume=latest
+    uninterrupted = tmp_path / "uninterrupted"
+    run_ok(f"--outdir={uninterrupted}", f"--data={shapes_zip}", *SHORT)
+    assert digest(last_state(new)) == digest(last_state(run_dirs(uninterrupted)[0]))
+    run_ok(*common, "--metrics=none", "--keep-best=0", "--kimg=0.032", f"--resume={best}")  # no steps left
+    assert last_state(run_dirs(tmp_path)[2])["state"]["nimg"] == 32  # the new run has its own copy for --resume=latest
 
     refused = run(*common, "--metrics=none")
     assert (refused.exit_code, "--keep-best=True: needs a metric" in refused.stderr) == (2, True)

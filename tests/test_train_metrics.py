@@ -72,7 +72,7 @@ def test_metrics_run_at_intervals_and_keep_the_best_network(
     assert [line["kimg"] for line in lines(run_dir / "metric-is60.jsonl")] == [0.0, 0.048, 0.064]
     assert [line["kimg"] for line in lines(run_dir / "metric-swd20.jsonl")] == [0.0, 0.016, 0.032, 0.048, 0.064]
     assert [line["snapshot"] for line in fid] == ["network-snapshot-000000.pkl", None, "network-snapshot-000000.pkl"]
-    assert (fid[0]["num_real"], fid[0]["mirror"]) == (256, False)  # all images without flips, unlike the training data
+    assert (fid[0]["num_real"], fid[0]["mirror"]) == (256, False)  # all real images, unflipped, unlike in training
     assert {line["mirror"] for line in lines(run_dir / "metric-swd20.jsonl")} == {True}
     assert fid[0]["detector"] == "small.pt"
 
@@ -98,23 +98,23 @@ def test_metrics_run_at_intervals_and_keep_the_best_network(
 
 
 def test_a_metric_interrupted_by_a_kill_is_computed_on_resume(shapes_zip: Path, tmp_path: Path) -> None:
-    """The kill comes after the training state of a tick is saved and before its metrics are recorded."""
+    """The kill happens after the state of a tick is saved and before the metrics are recorded."""
     arguments = [f"--outdir={tmp_path / 'runs'}", f"--data={shapes_zip}", *SHORT, "--metrics=swd20", "--resume=latest"]
     assert run(*arguments, "--set=run.tick_metrics=swd30").exit_code == 0
     [run_dir] = (tmp_path / "runs").iterdir()
     log, best = run_dir / "metric-swd20.jsonl", run_dir / "network-best-swd20.pkl"
-    whole = lines(log)
-    worse = [line | {"results": {"swd20": 1e9}} for line in whole[:-1]]
+    complete = lines(log)
+    worse = [line | {"results": {"swd20": 1e9}} for line in complete[:-1]]
     log.write_text("".join(json.dumps(line) + "\n" for line in worse))
     best.unlink()
     result = run(*arguments, "--set=run.tick_metrics=swd30")
     assert result.exit_code == 0, result.output
     again = lines(log)[-1]
-    assert [again[key] for key in ("results", "kimg")] == [whole[-1][key] for key in ("results", "kimg")]
-    assert again["snapshot"] == whole[-1]["snapshot"] == "network-snapshot-000000.pkl"
-    assert len(lines(log)) == len(whole)
+    assert [again[key] for key in ("results", "kimg")] == [complete[-1][key] for key in ("results", "kimg")]
+    assert again["snapshot"] == complete[-1]["snapshot"] == "network-snapshot-000000.pkl"
+    assert len(lines(log)) == len(complete)
     assert load_network(best).kimg == 0.064
-    assert len(lines(run_dir / "metric-swd30.jsonl")) == 5  # the other metric was complete
+    assert len(lines(run_dir / "metric-swd30.jsonl")) == 5  # the other metric is not computed again
 
 
 def test_metrics_that_cannot_run_are_refused_before_training(
@@ -226,7 +226,7 @@ def test_held_out_images_are_disjoint_from_training_images(shapes_zip: Path) -> 
 
 
 def test_overfitting_is_computed_from_mean_logits(shapes_zip: Path) -> None:
-    """D returns the mean brightness as its logit, so the mean logits are known."""
+    """The logit of D is the mean brightness, so the mean logits are known."""
     config = DatasetConfig(path=str(shapes_zip), holdout=56)
     training, held_out = ImageDataset(config), ImageDataset(config, held_out=True)
 
@@ -286,7 +286,7 @@ def record(metric: str, number: str, value: float) -> dict[str, Any]:
 def test_the_best_network_ignores_records_of_other_reals(
     shapes_zip: Path, detector_program: Path, tmp_path: Path, with_flips: bool
 ) -> None:
-    """Older versions counted flips in fid<N>_full with --mirror; such values are better and not comparable."""
+    """Older versions counted flips in fid<N>_full with --mirror; such values look better but are not comparable."""
     arguments = [
         f"--outdir={tmp_path / 'runs'}",
         f"--data={shapes_zip}",

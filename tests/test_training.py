@@ -29,7 +29,7 @@ from training.phases import Phase, Updater
 from training.training_loop import Tick, Trainer, TrainState, set_arithmetic
 
 
-def test_resuming_is_exact_to_the_last_bit(shapes_zip: Path, tmp_path: Path) -> None:
+def test_resuming_is_bit_exact(shapes_zip: Path, tmp_path: Path) -> None:
     """One grid has plain attention, the other Linformer."""
     linformer = {"generator__linformer": True, "generator__linformer_min_tokens": 256}
     config = every_phase_config(shapes_zip, data__use_labels=True, data__mirror=True, **linformer)
@@ -104,7 +104,7 @@ def test_a_phase_steps_by_its_weight_times_the_mean_gradient(shapes_zip: Path) -
     assert x.item() == pytest.approx(-5 * img.mean().item())
 
 
-def test_the_ema_gets_the_number_of_images_before_the_batch(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ema_update_receives_nimg_before_the_batch(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = new_trainer(small_config(shapes_zip))
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(trainer.ema, "update", lambda nimg, batch_size: calls.append((nimg, batch_size)))
@@ -112,8 +112,8 @@ def test_the_ema_gets_the_number_of_images_before_the_batch(shapes_zip: Path, mo
     assert calls == [(0, 16), (16, 16), (32, 16)]
 
 
-def spoil(phase: Phase, trainer: Trainer, step: int) -> None:
-    """Make the loss of a phase infinite at a step, but not its statistics."""
+def make_infinite(phase: Phase, trainer: Trainer, step: int) -> None:
+    """Make the loss of a phase infinite at one step; the statistics stay finite."""
     finite = phase.loss
 
     def loss(img: torch.Tensor, c: torch.Tensor) -> LossTerms:
@@ -124,24 +124,24 @@ def spoil(phase: Phase, trainer: Trainer, step: int) -> None:
     phase.loss = loss
 
 
-def test_a_nonfinite_gradient_stops_the_run_before_it_saves(shapes_zip: Path) -> None:
+def test_a_nonfinite_gradient_stops_the_run_before_saving(shapes_zip: Path) -> None:
     trainer = new_trainer(small_config(shapes_zip, run__tick_kimg=0.048))
     trainer.last_snapshot = Path("network-snapshot-000007.pkl")
-    spoil(trainer.phases[1], trainer, step=1)
+    make_infinite(trainer.phases[1], trainer, step=1)
     ticks: list[int] = []
     trainer.hooks = [OnTick(lambda trainer, tick: ticks.append(trainer.state.nimg))]
-    with pytest.raises(UserError, match=r"D_main met .* at step 1 \(kimg 0\.0\).*--resume=network-snapshot-000007"):
+    with pytest.raises(UserError, match=r"D_main .* at step 1 \(kimg 0\.0\).*--resume=network-snapshot-000007"):
         train_steps(trainer, 6)
     assert ticks == [0]
     assert all(x.isfinite().all() for x in trainer.D.state_dict().values())
 
 
 def test_a_nonfinite_step_can_be_skipped(shapes_zip: Path) -> None:
-    """A skipped phase changes nothing, to the last bit; the other phases continue."""
+    """A skipped phase leaves everything bit-identical; the other phases continue."""
     config = every_phase_config(shapes_zip, run__nan="skip", run__tick_kimg=0.008)
     trainer, untouched = new_trainer(config), new_trainer(config)
     untouched.phases = untouched.phases[:2]  # the phases of G
-    spoil(trainer.phases[2], trainer, step=0)
+    make_infinite(trainer.phases[2], trainer, step=0)
     trainer.phases = trainer.phases[:3]
     ticks: list[Tick] = []
     trainer.hooks = [OnTick(lambda trainer, tick: ticks.append(tick))]
@@ -152,7 +152,7 @@ def test_a_nonfinite_step_can_be_skipped(shapes_zip: Path) -> None:
         assert [tick.stats[name].count for tick in ticks[1:]] == counts
 
     again = new_trainer(config)
-    spoil(again.phases[2], again, step=0)
+    make_infinite(again.phases[2], again, step=0)
     again.phases = again.phases[:3]
     train_steps(again, 1)
     for part in ("G", "D", "pl_mean", "ada"):
@@ -294,10 +294,10 @@ def test_times_do_not_depend_on_the_system_clock(shapes_zip: Path, monkeypatch: 
     monkeypatch.setattr("time.time", lambda: float(next(clock)))
     times: list[float] = []
 
-    def note(trainer: Trainer, tick: Tick) -> None:
+    def record_times(trainer: Trainer, tick: Tick) -> None:
         times.extend(value for name, value in tick.values.items() if name.startswith("Timing/"))
 
-    trainer.hooks = [OnTick(note)]
+    trainer.hooks = [OnTick(record_times)]
     train_steps(trainer, 2)
     assert len(times) > 10
     assert all(0 <= value < PATIENCE * 1e6 for value in times)  # the largest unit is milliseconds
@@ -388,14 +388,14 @@ def test_training_on_the_gpu_saves_and_resumes(shapes_zip: Path, tmp_path: Path,
 
 
 @pytest.fixture
-def _default_arithmetic() -> Iterator[None]:
+def _restore_arithmetic() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.usefixtures("_default_arithmetic")
+@pytest.mark.usefixtures("_restore_arithmetic")
 def test_every_phase_has_deterministic_algorithms(shapes_zip: Path) -> None:
-    """This test runs on a CPU; the next one runs on a GPU."""
+    """CPU only; test_resuming_on_the_gpu_is_exact_if_deterministic tests the GPU."""
     config = every_phase_config(shapes_zip, run__deterministic=True)
     set_arithmetic(config)
     assert torch.are_deterministic_algorithms_enabled()
@@ -414,7 +414,7 @@ def test_nondeterministic_pipes_are_refused_on_a_gpu(pipe: str, is_refused: bool
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_default_arithmetic")
+@pytest.mark.usefixtures("_restore_arithmetic")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resuming_on_the_gpu_is_exact_if_deterministic(shapes_zip: Path, tmp_path: Path, precision: str) -> None:
     config = every_phase_config(shapes_zip, run__deterministic=True, precision=precision, augment__pipe="color")
@@ -444,7 +444,7 @@ def test_the_remaining_time_includes_metrics_and_files(
     values = {"Timing/sec_per_kimg": 20.0, "Progress/augment": 0.12, "Resources/cpu_mem_gb": 12.34}
     tick = Tick(1234, 1233, is_first=False, is_last=False, stats=stats, values=values)
     trainer.state = TrainState(nimg=1100, elapsed=3600.0)
-    progress.on_tick(trainer, tick)  # 1 kimg took 60 seconds, of which training took 20
+    progress.on_tick(trainer, tick)  # 1 kimg took 60 seconds, including 20 seconds of training
     line = capsys.readouterr().out
     assert "kimg 1.1 " in line
     assert "left 8m 54s" in line

@@ -39,7 +39,7 @@ def pair(source: Any, target: Any) -> tuple[Any, Any]:
     return build(source, 0), build(target, 1)
 
 
-def test_places_replace_indices_by_grids() -> None:
+def test_places_use_grids_instead_of_indices() -> None:
     assert places(build(D64, 0))["blocks.1.conv0.weight"] == "blocks.32x32.conv0.weight"
     assert places(build(D32, 0))["blocks.0.conv0.weight"] == "blocks.32x32.conv0.weight"
     assert places(build(D32, 0))["fromrgb.0.bias"] == "fromrgb.32x32.bias"
@@ -55,7 +55,7 @@ def test_places_replace_indices_by_grids() -> None:
 @pytest.mark.parametrize("architecture", ["orig", "skip", "resnet"])
 @pytest.mark.parametrize("is_up", [True, False])
 def test_blocks_are_copied_to_the_same_grid(architecture: Any, is_up: bool) -> None:
-    """Indices are counted by hand: block i of the smaller network is block i + 1 of the larger one."""
+    """Indices are counted by hand: block i of the smaller network is block i + 1 of the larger network."""
     small, large = (dataclasses.replace(config, architecture=architecture) for config in (D32, D64))
     source, target = pair(small, large) if is_up else pair(large, small)
     copied = copy_weights(source, target, "D")
@@ -139,7 +139,7 @@ def test_additional_classes_keep_the_old_ones() -> None:
 
 
 def test_an_unconditional_network_can_become_conditional() -> None:
-    """A mapping network whose label weights are zero is the unconditional one."""
+    """With zero label weights, the mapping network equals the unconditional network."""
     G, conditional = pair(G32, dataclasses.replace(G32, c_dim=3))
     copied = copy_weights(G, conditional, "G")
     assert copied.partial == ("mapping.layers.0.weight",)

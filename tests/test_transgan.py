@@ -174,11 +174,11 @@ def test_small_16_bit_heads_are_padded_with_zeros(dtype: torch.dtype, D: int, mo
     fused = F.scaled_dot_product_attention
     sizes: set[int] = set()
 
-    def look(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, **options: Any) -> Tensor:
+    def record_sizes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, **options: Any) -> Tensor:
         sizes.update(x.shape[3] for x in (q, k, v))
         return fused(q, k, v, bias, **options)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record_sizes)
     tokens, bias, expected = small_heads(dtype)
     q, k, v = (split_heads(x, 2) for x in tokens)
     y = attend(q, k, v, bias).transpose(1, 2).flatten(2)
@@ -190,7 +190,7 @@ def test_small_16_bit_heads_are_padded_with_zeros(dtype: torch.dtype, D: int, mo
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_small_16_bit_heads_use_memory_efficient_attention(dtype: torch.dtype) -> None:
     tokens, bias, expected = small_heads(dtype)
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # an error if this kernel cannot run
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # raises an error if this kernel cannot run
         q, k, v = (split_heads(x.cuda(), 2) for x in tokens)
         y = attend(q, k, v, bias.cuda()).transpose(1, 2).flatten(2)
     np.testing.assert_allclose(y.cpu().double().numpy(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
@@ -205,7 +205,7 @@ def test_a_window_as_large_as_the_grid_is_full_attention(use_relative: bool) -> 
 
 
 def test_axis_attention_reaches_every_token_in_two_steps() -> None:
-    """The first step spreads a token's value over its row, the second over all columns."""
+    """The first step spreads the value of a token over the row, the second step over all columns."""
     attention = AxisAttention(2, (3, 5), use_relative=True).double()
     q, k, v = qkv(15, 4)
     v.requires_grad_()
@@ -217,15 +217,15 @@ def test_axis_attention_reaches_every_token_in_two_steps() -> None:
 
 
 def test_nystrom_is_exact_with_all_tokens_as_landmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pseudo-inverse needs enough iterations. Fewer landmarks approximate better than the mean of the values."""
+    """The pseudo-inverse needs enough iterations. With fewer landmarks, the error is below that of the mean value."""
     q, k, v = qkv(16, 8)
     exact = ref_two_heads([q, k, v])
     monkeypatch.setattr(NystromAttention, "ITERATIONS", 20)
     close(NystromAttention(2, 16)(q, k, v), exact)
     smooth = [F.interpolate(x.mT, 64, mode="linear").mT / 4 for x in (q, k, v)]
-    wanted = torch.from_numpy(ref_two_heads(smooth))
-    error = (NystromAttention(2, 16)(*smooth) - wanted).norm()
-    assert error < 0.1 * (smooth[2].mean(dim=1, keepdim=True) - wanted).norm()
+    expected = torch.from_numpy(ref_two_heads(smooth))
+    error = (NystromAttention(2, 16)(*smooth) - expected).norm()
+    assert error < 0.1 * (smooth[2].mean(dim=1, keepdim=True) - expected).norm()
 
 
 def test_pseudo_inverse_equals_that_of_numpy() -> None:
@@ -369,7 +369,7 @@ def test_twice_differentiable_attention_keeps_relative_positions() -> None:
     ("kind", "norm"), [("full", "layer"), ("grid", "token"), ("axis", "token"), ("nystrom", "token")]
 )
 def test_second_derivatives_of_a_block_are_correct(kind: Any, norm: Any) -> None:
-    """Derivatives with respect to the input and all parameters, as R1 and path length need them."""
+    """Derivatives with respect to the input and all parameters, as needed by R1 and path length."""
     config = BlockConfig(num_heads=2, norm=norm, attention=kind, window=2, landmarks=2)
     torch.manual_seed(0)
     attention = config.build_attention((2, 4), is_full=False)
@@ -386,17 +386,17 @@ def test_second_derivatives_of_a_block_are_correct(kind: Any, norm: Any) -> None
     assert torch.autograd.gradcheck(run, (x, others, *parameters), fast_mode=True)
     chosen = [i for i, name in enumerate(names) if "table" in name or name in ("qkv.weight", "cross.kv.weight")]
 
-    def of_few(x: Tensor, *few: Tensor) -> Tensor:
+    def run_chosen(x: Tensor, *chosen_parameters: Tensor) -> Tensor:
         mixed = list(parameters)
-        for i, parameter in zip(chosen, few, strict=True):
+        for i, parameter in zip(chosen, chosen_parameters, strict=True):
             mixed[i] = parameter
         return run(x, others.detach(), *mixed)
 
     with torch.no_grad():
         for parameter in parameters:
             parameter.requires_grad_(False)
-    few = [parameters[i].clone().requires_grad_() for i in chosen]
-    assert torch.autograd.gradgradcheck(of_few, (x, *few), fast_mode=True)
+    chosen_parameters = [parameters[i].clone().requires_grad_() for i in chosen]
+    assert torch.autograd.gradgradcheck(run_chosen, (x, *chosen_parameters), fast_mode=True)
 
 
 def penalty(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
@@ -430,7 +430,7 @@ def count(config: Any) -> int:
         return sum(parameter.numel() for parameter in config.build().parameters())
 
 
-# Published parameter counts in millions; the CelebA presets have none, see docs/transgan.md.
+# Published parameter counts in millions; not published for the CelebA presets, see docs/transgan.md.
 @pytest.mark.parametrize(
     ("preset", "size", "published", "g_count", "d_count"),
     [
@@ -466,8 +466,8 @@ def test_presets_have_the_published_schedule(preset: str) -> None:
     assert (fitted.gp_weight, fitted.drift_weight, fitted.r1_gamma) == (10.0, 1e-3, 0.0)
 
 
-# Settings of the released scripts, for CelebA of the slides: DiffAugment's policy; maximum translation, probabilities
-# of cutout or erase, filter and hue; half-life of the EMA and its ramp-up; norms of G and D; noise in G and D.
+# Settings of the released scripts (CelebA: of the slides): DiffAugment policy; maximum translation, probabilities of
+# cutout or erase, filter and hue; half-life and ramp-up of the EMA; norms of G and D; noise in G and D.
 RECIPES: dict[str, tuple[str, tuple[float, ...], tuple[float, float | None], tuple[str, str], tuple[bool, bool]]] = {
     "cifar": ("translation,cutout,color", (0.2, 0.3, 1, 1), (500, 0.1), ("layer", "layer"), (False, True)),
     "stl10": ("translation,erase,color", (0.2, 0.3, 1, 1), (500, 0.05), ("token", "token"), (False, True)),
@@ -529,7 +529,7 @@ def test_the_docs_list_every_preset_with_parameter_counts() -> None:
 
 @pytest.mark.slow
 def test_options_reproduce_the_rows_of_table_3(tmp_path: Path) -> None:
-    """Compose the rows as the page does: the first four have every departure, each later row one fewer."""
+    """Compose the rows as on the page: rows 1-4 deviate from the preset in all options, each later row in one fewer."""
     (baseline,) = re.findall(r"\| standard attention \| `(.*)` \|", PAGE)
     data = tmp_path / "scenes.zip"
     make = ["--source=shapes", f"--dest={data}", "--max-images=2", "--width=64", "--height=64", "--workers=1"]
@@ -542,8 +542,8 @@ def test_options_reproduce_the_rows_of_table_3(tmp_path: Path) -> None:
         return json.loads(result.stdout)["options"]
 
     rows = [baseline.replace("=full", f"={kind}").split() for kind in ("full", "nystrom", "axis", "grid")]
-    for left_out in ("--set=discriminator.multi_scale=true", "--set=generator.norm=true", "position"):
-        rows.append([option for option in rows[-1] if left_out not in option])
+    for removed in ("--set=discriminator.multi_scale=true", "--set=generator.norm=true", "position"):
+        rows.append([option for option in rows[-1] if removed not in option])
     plans = [plan(row) for row in rows]
     kinds = [(p["generator"]["attention"], p["discriminator"]["attention"]) for p in plans]
     assert kinds == [(kind, kind) for kind in ("full", "nystrom", "axis", "grid", "grid", "grid", "grid")]

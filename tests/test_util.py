@@ -27,7 +27,7 @@ from dnnlib.util import (
 )
 
 
-def strange(folder: Path) -> list[Path]:
+def non_regular_files(folder: Path) -> list[Path]:
     """Return a pipe, a link to a pipe, a socket, a device, a link to a device, and a folder."""
     os.mkfifo(folder / "pipe")
     (folder / "link").symlink_to("pipe")
@@ -40,7 +40,7 @@ def strange(folder: Path) -> list[Path]:
 
 
 def test_non_regular_files_are_refused_without_blocking(tmp_path: Path) -> None:
-    for path in strange(tmp_path):
+    for path in non_regular_files(tmp_path):
         for read in (open_regular, read_json, lambda path: read_regular(path, 9), lambda path: list(read_lines(path))):
             with pytest.raises(OSError, match=path.name) as error:
                 read(path)
@@ -99,7 +99,7 @@ def test_deeply_nested_json_is_refused(start: str, end: str) -> None:
         parse_json(start * (count + 1) + "0" + end * (count + 1))
 
 
-def test_lines_are_read_in_pieces(tmp_path: Path) -> None:
+def test_long_lines_are_read_in_pieces(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"a\n" + b"x" * (3 * MAX_LINE_BYTES) + b"\nb\r\n\nlast")
     assert list(read_lines(path)) == [b"a\n", b"x" * MAX_LINE_BYTES, b"b\r\n", b"\n", b"last"]

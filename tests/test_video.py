@@ -105,7 +105,7 @@ def test_sweeps_follow_their_formulas() -> None:
 
 
 def test_loops_close_smoothly() -> None:
-    """The step from the last frame to the first is about as long as the step before, in w, z and on splines."""
+    """The step from the last frame to the first is about as long as the previous step, in w, in z and on splines."""
     model = make_model()
     timing = Timing(num_keys=3, steps=8, loop=True)
     z = torch.randn(2, 3, 16)

@@ -1,4 +1,4 @@
-"""Files passed to the wrong option: the message identifies the file and names the right option."""
+"""Files passed to the wrong option: the message identifies the file and names the correct option."""
 
 from __future__ import annotations
 
@@ -93,15 +93,18 @@ def test_a_bare_array_is_refused_as_styles(tmp_path: Path) -> None:
     assert "numpy.savez('styles.npz', w=numpy.load(FILE))" in result.output
 
 
-def test_a_run_folder_stands_for_its_newest_snapshot(tmp_path: Path) -> None:
+def test_a_run_folder_selects_its_newest_snapshot(tmp_path: Path) -> None:
     (tmp_path / OPTIONS_FILE).write_text("{}")
     arguments = [f"--network={tmp_path}", "--seeds=0", f"--outdir={tmp_path / 'out'}"]
-    none = CliRunner().invoke(generate.main, arguments)
-    assert (none.exit_code, none.output) == (2, f"Error: {tmp_path}: this run has written no snapshot yet\n")
+    no_snapshot = CliRunner().invoke(generate.main, arguments)
+    assert (no_snapshot.exit_code, no_snapshot.output) == (
+        2,
+        f"Error: {tmp_path}: this run has written no snapshot yet\n",
+    )
     (tmp_path / "network-snapshot-000010.pkl").write_bytes(b"not this one")
     shutil.copy(SHAPES, tmp_path / "network-snapshot-000200.pkl")
-    made = CliRunner().invoke(generate.main, arguments)
-    assert made.exit_code == 0, made.output
+    written = CliRunner().invoke(generate.main, arguments)
+    assert written.exit_code == 0, written.output
     assert (tmp_path / "out" / "seed0000.png").exists()
     info = CliRunner().invoke(legacy.main, ["info", str(tmp_path)])
     assert info.exit_code == 0
@@ -111,24 +114,24 @@ def test_a_run_folder_stands_for_its_newest_snapshot(tmp_path: Path) -> None:
         legacy.load_network(tmp_path / "empty")
 
 
-def test_conversion_needs_no_command(tmp_path: Path) -> None:
+def test_conversion_works_without_a_subcommand(tmp_path: Path) -> None:
     dest = tmp_path / "shapes"
     result = CliRunner().invoke(legacy.main, [f"--source={SHAPES}", f"--dest={dest}"])
     assert (result.exit_code, result.output) == (0, f"Written: {dest}\n")
     assert (dest / "config.json").exists()
 
 
-def test_transfer_learning_mentions_that_the_run_can_resume(shapes_zip: Path, tmp_path: Path) -> None:
+def test_transfer_learning_mentions_a_resumable_state(shapes_zip: Path, tmp_path: Path) -> None:
     config = small_config(shapes_zip)
     networks: dict[str, Any] = {"G": config.generator.build(), "D": config.discriminator.build()}
     snapshot = tmp_path / "network-snapshot-000001.pkl"
     write_file(snapshot, FORMAT, VERSION, capture_network(config=config, G_ema=networks["G"], **networks))
     arguments = [*SMALL, f"--data={shapes_zip}", f"--outdir={tmp_path / 'runs'}", f"--resume={snapshot}", "-n"]
-    alone = CliRunner().invoke(train.main, arguments)
-    assert alone.exit_code == 0, alone.output
-    assert "is next to the snapshot" not in alone.output
+    without_state = CliRunner().invoke(train.main, arguments)
+    assert without_state.exit_code == 0, without_state.output
+    assert "is next to the snapshot" not in without_state.output
     (tmp_path / "training-state-000001.pt").touch()
-    beside = CliRunner().invoke(train.main, arguments)
-    assert beside.exit_code == 0
+    with_state = CliRunner().invoke(train.main, arguments)
+    assert with_state.exit_code == 0
     note = f"training-state-000001.pt is next to the snapshot: to resume that run, give --resume={tmp_path}\n"
-    assert note in beside.stderr
+    assert note in with_state.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-# Each module has a function `in_two_processes(folder, data)` that both processes call, and tests its output.
+# Each module has a function `in_two_processes(folder, data)` that both processes call, and tests of the output.
 MODULES = ("test_training", "test_objectives", "test_auto_batch", "test_signals", "test_custom_ops", "test_hostile_web")
 
 

@@ -1,4 +1,4 @@
-"""Short trainings, everything that they save, and the distance to real images that they reach."""
+"""Short training runs: configurations, saved state, and the distance to real images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.dataset import ImageDataset
 from training.training_loop import Trainer
 
 OBJECTIVES = tuple(loss.OBJECTIVES)
-# Changes that turn a configuration for the logistic objective into one for another objective.
+# Changes to a configuration for the logistic objective, by new objective.
 OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {
     "logistic": {"loss__r1_interval": 3},
     "hinge": {"loss__r1_interval": 3},
@@ -28,7 +28,7 @@ OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {
     "relativistic": {"loss__r1_interval": None},
 }
 
-# Options of train.py for networks that learn to draw scenes within a few thousand images.
+# Options of train.py for networks that learn scenes within a few thousand images.
 SMALL_STYLEGAN2_G = ["--set=generator.channel_base=512", "--set=generator.channel_max=64"]
 SMALL_STYLEGAN2_D = ["--cbase=512", "--set=discriminator.channel_max=64"]
 
@@ -36,7 +36,7 @@ SMALL_STYLEGAN2_D = ["--cbase=512", "--set=discriminator.channel_max=64"]
 def every_phase_config(data: Path, **changes: object) -> TrainConfig:
     """Return a configuration with everything that could depend on how a batch is split.
 
-    It has every phase, several micro-batches, style mixing, and an ADA that moves.
+    The configuration has every phase, several micro-batches, style mixing, and a changing ADA p.
     """
     values: dict[str, Any] = {"batch_size": 8, "run__batch_gpu": 4, "augment__pipe": "bgc", "augment__ada_kimg": 0.2}
     values |= {"loss__pl_weight": 2.0, "loss__pl_interval": 2, "loss__r1_interval": 3, "loss__style_mixing": 0.9}
@@ -53,14 +53,14 @@ def train_steps(trainer: Trainer, steps: int) -> None:
 
 
 def saved_state(trainer: Trainer) -> dict[str, Any]:
-    """Return everything that a training state holds, except the elapsed time."""
+    """Return the contents of a training state except the elapsed time."""
     state = {name: part.state_dict() for name, part in trainer.checkpoint.parts.items()}
     state["state"] = {key: value for key, value in state["state"].items() if key != "elapsed"}
     return state
 
 
 def train_and_save(config: TrainConfig, steps: int, path: Path) -> None:
-    """Train, and save the state with the statistics of a value that is each process's rank, reported twice."""
+    """Train, and save the state with statistics of the rank, which each process reports twice."""
     trainer = new_trainer(config)
     train_steps(trainer, steps)
     statistics = Stats(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""A web server in a thread: files with and without ETag, in parts, cut off, moved; and what Google Drive answers."""
+"""Web server in a thread: files with or without ETag, ranges, truncated responses, redirects, Google Drive pages."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Pages = dict[str, tuple[int, dict[str, str], bytes]]
 
 
 class Site:
-    """Answers with `files` by path, cut off after as many bytes as `breaks` says, and with `pages` as they are."""
+    """Server of `files` and `pages` by path. Each response to a file is truncated to the next length in `breaks`."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.breaks: dict[str, list[int]] = {}
         self.pages: Pages = {}
         self.has_etags = True
-        self.skips = 0  # bytes by which a part begins later than was asked for
-        self.requests: list[tuple[str, str | None]] = []  # path with query, and the range asked for
-        self.confirm: str | None = None  # the token without which Drive shows a page
+        self.skips = 0  # bytes by which a range response starts too late
+        self.requests: list[tuple[str, str | None]] = []  # path with query, Range header
+        self.confirm: str | None = None  # token that Drive requires in place of its page
         site = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -32,7 +32,7 @@ class Site:
                 site.answer(self)
 
             def log_message(self, *_: Any) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -48,7 +48,7 @@ class Site:
         self.thread.join()
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        """Answer a request for a file or a page, else with 404."""
+        """Send the requested page or file, or status 404."""
         self.requests.append((handler.path, handler.headers.get("Range")))
         parts = urlsplit(handler.path)
         page = self.pages.get(handler.path) or self.pages.get(parts.path)
@@ -68,9 +68,9 @@ class Site:
         etag = f'"{hash(data)}"'
         headers = {"Content-Type": "application/octet-stream"} | ({"ETag": etag} if self.has_etags else {})
         start = 0
-        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
-        if asked and handler.headers.get("If-Range") == etag:
-            start = int(asked[1]) + self.skips
+        requested = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        if requested and handler.headers.get("If-Range") == etag:
+            start = int(requested[1]) + self.skips
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         rest = data[start:]
         breaks = self.breaks.get(path, [])
@@ -93,17 +93,17 @@ def send(
 
 @contextmanager
 def answering(answer: bytes, pause: float = 0.0) -> Iterator[str]:
-    """The address of a server that sends these bytes whatever it is asked, one by one with a pause after each."""
-    over = threading.Event()
+    """Yield the URL of a server that answers every request with these bytes; with `pause`, one byte at a time."""
+    stopped = threading.Event()
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             while self.rfile.readline().strip():
-                """Up to the end of the request."""
+                """Skip the rest of the request."""
             with suppress(OSError):
                 for piece in [answer[i : i + 1] for i in range(len(answer))] if pause else [answer]:
                     self.wfile.write(piece)
-                    if pause and over.wait(pause):
+                    if pause and stopped.wait(pause):
                         return
 
     class Server(socketserver.ThreadingTCPServer):
@@ -115,6 +115,6 @@ def answering(answer: bytes, pause: float = 0.0) -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}"
         finally:
-            over.set()
+            stopped.set()
             server.shutdown()
             thread.join()
