@@ -51,7 +51,7 @@ def readme_commands(script: str) -> list[list[str]]:
     text = README.replace("\\\n", " ")
     lines = re.findall(rf"python {re.escape(script)} ([^`\n]*)", text)
     commands = [shlex.split(line, comments=True) for line in lines]
-    return [command for command in commands if "..." not in command and command != ["--help"]]
+    return [command for command in commands if "..." not in command and command not in (["--help"], ["--cfg=help"])]
 
 
 def load_script(name: str) -> ModuleType:
