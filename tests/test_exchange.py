@@ -214,14 +214,8 @@ def test_a_corrupt_folder_is_refused_with_the_name_of_the_file(
         (["--dest={}/n.pkl"], "n.pkl exists and will not be overwritten"),
         (["--dest={}/g.onnx"], "g-synthesis.onnx exists and will not be overwritten"),
         (["--dest={}/there", "--format=hub"], "there exists and will not be overwritten"),
-        (
-            ["--dest={}/new", "--license=mit"],
-            "--license=mit: applies to --format=hub only, not to safetensors; omit it",
-        ),
-        (
-            ["--dest={}/new.pkl", "--noise-mode=none"],
-            "--noise-mode=none: applies to --format=onnx only, not to snapshot",
-        ),
+        (["--dest={}/new", "--license=mit"], "--license=mit: applies to --format=hub only, not to safetensors"),
+        (["--dest={}/new.pkl", "--noise-mode=none"], "--noise-mode=none: applies to --format=onnx only"),
         (["--dest=/proc/new"], "/proc/new: cannot be written"),
         (["--dest=/proc/new/n.pkl"], "/proc/new/n.pkl: cannot be written"),
         (["--dest=/proc/new", "--format=hub"], "/proc/new: cannot be written"),
