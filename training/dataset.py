@@ -65,7 +65,7 @@ class DatasetConfig:
         note="0 holds out nothing",
     )
     mirror: bool = setting(False, "Extend the dataset with horizontally flipped images, which doubles its size.")
-    seed: int = setting(0, "Seed of the subset and of the held-out images.", at_least=0)
+    seed: int = setting(0, "Random seed for choosing the subset and the held-out images.", at_least=0)
 
     def __post_init__(self) -> None:
         check_bounds(self)
