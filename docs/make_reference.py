@@ -23,7 +23,7 @@ from training.config import PRESETS, TrainConfig  # noqa: E402
 
 HEADER = """# Configuration
 
-*Written by `make docs` from the code.*
+*Generated from the code by `make docs`.*
 
 A training run is determined by a `TrainConfig` (training/config.py), composed of the configurations of its parts, each
 a frozen dataclass beside the class that it configures. `train.py` starts from a preset (`--cfg`), applies the options,
@@ -34,17 +34,17 @@ every snapshot and training state. `python train.py ... -n` prints the configura
 
     python train.py --outdir=runs --data=data/mine.zip --gen=transgan --set generator.window=8
 
-Lists are separated by commas, sizes are written as `8x12` (height x width), switches as `true` or `false`; `none`
-unsets a field and `auto` chooses by data and machine, if the field supports them. For an unknown name, the error
-suggests the nearest names.
+Lists are separated by commas, sizes are written as `8x12` (height x width), switches as `true` or `false`; where a
+field supports them, `none` unsets the field and `auto` selects a value for the data and the machine. For an unknown
+name, the error suggests the nearest names.
 
-There are several families of generators and discriminators (`--gen`, `--disc`). A family other than the preset's has
-its own fields, with `auto` as the default where possible; a generator keeps only latents, mapping network and clamp
-of the preset, a discriminator keeps nothing. TransGAN has no mapping network unless `--map-depth` adds one. A setting
-without a field in the family is an error.
+There are several families of generators and discriminators (`--gen`, `--disc`), each with its own fields. If `--gen` or
+`--disc` replaces the preset's family, fields return to their defaults, `auto` where possible; only the latents, the
+mapping network and the clamp of a generator are taken from the preset. TransGAN has no mapping network unless
+`--map-depth` adds one. Setting a field that the family does not have is an error.
 
-A resumed run has its saved configuration plus the given options. Options may change the group `run` (duration, machine,
-logging), and any other field only with `--override` ([running.md](running.md#stopping-and-resuming)). In `run`,
+A resumed run uses its saved configuration, updated by the given options. Options may change the group `run` (duration,
+machine, logging); any other field only with `--override` ([running.md](running.md#stopping-and-resuming)). In `run`,
 `batch_gpu` and `num_gpus` determine the micro-batches and hence the random numbers
 ([running.md](running.md#several-processes)), `compile` and `graphs` change rounding, and `nan=skip` skips updates.
 
@@ -70,11 +70,11 @@ example 32 for images of 256 pixels, is the mixed precision of StyleGAN2-ADA.
 
 FIELDS_HEADER = """## Fields
 
-In Python, a default `auto` or `none` is None, or () or 0 if the description of the field says so. For lists, the range
+In Python, `auto` and `none` are None, or () or 0 where the description of the field states this. For lists, the range
 applies to each item.
 """
 
-PRESETS_HEADER = """The last column lists all other differences from `auto` with networks of the same families.
+PRESETS_HEADER = """The last column lists all other differences from `auto` for networks of the same families.
 
 The schedule of `cifar` for Styleformer's released models is inferred from the sizes of their files; the widths and the
 schedule of `styleformer-c256` are this project's choice; [transgan.md](transgan.md) lists the inferred values of

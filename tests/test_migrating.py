@@ -97,7 +97,7 @@ def test_rows_about_snapshots_match_the_flags(script: str) -> None:
     assert "URL" in option.make_metavar(click.Context(OURS[script]))
     (row,) = re.findall(rf"^\| `{flag}` \| \w+ \| (.*) \|$", section(f"`{script}`"), re.MULTILINE)
     assert "path or URL" in row
-    assert "their snapshots need no conversion" in row
+    assert "existing snapshots need no conversion" in row
 
 
 def test_flags_shared_with_stylegan3_are_listed() -> None:

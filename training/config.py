@@ -46,18 +46,22 @@ class RunConfig:
     snapshot_ticks: int = setting(
         50, "Interval between snapshots, training states and image grids, in ticks.", at_least=1
     )
-    keep_last: int = setting(2, "Number of newest training states to keep; with 2, one may be corrupt.", at_least=1)
+    keep_last: int = setting(
+        2, "Number of latest training states to keep; 2 or more guard against a corrupt file.", at_least=1
+    )
     keep_every: float | None = setting(
         None,
-        "Interval between training states to keep permanently, in thousands of images; None: no such states.",
+        "Interval between permanently kept training states, in thousands of images; None: keep none permanently.",
         above=0,
     )
-    keep_best: bool = setting(False, "Keep the training state with the best value of the first metric.")
+    keep_best: bool = setting(False, "Also keep the training state with the best value of the first metric.")
     metrics: tuple[str, ...] | None = setting(
-        None, "Metrics at snapshots, the first of which selects the best network; None: fid50k_full or swd.", auto=True
+        None, "Metrics at snapshots; the first selects the best network. None: fid50k_full or swd.", auto=True
     )
-    metrics_every: int | None = setting(None, "Interval between metrics, in ticks; None: every snapshot.", at_least=1)
-    tick_metrics: tuple[str, ...] = setting((), "Names of cheap metrics, evaluated at every tick.")
+    metrics_every: int | None = setting(
+        None, "Interval between metric evaluations, in ticks; None: every snapshot.", at_least=1
+    )
+    tick_metrics: tuple[str, ...] = setting((), "Cheap metrics to evaluate at every tick.")
     log: tuple[str, ...] | None = setting(
         None,
         "Loggers of statistics and images; None: TensorBoard if it is installed.",
@@ -65,9 +69,11 @@ class RunConfig:
         choices=LOGGERS,
         note="`none` turns logging off",
     )
-    detectors: tuple[str, ...] = setting((), "Custom detectors for metrics: paths of programs, weights or folders.")
+    detectors: tuple[str, ...] = setting(
+        (), "Detectors for metrics: paths of feature networks, weight files or folders."
+    )
     desc: str = setting("", "Suffix of the run folder's name: at most 60 letters, digits and -_.")
-    num_gpus: int = setting(1, "Processes on this machine, one per GPU.", at_least=1)
+    num_gpus: int = setting(1, "Number of processes on this machine, one per GPU.", at_least=1)
     batch_gpu: int | Literal["auto"] | None = setting(
         None,
         "Micro-batch size per process; None: batch size / GPUs; auto: the largest that fits.",
@@ -75,10 +81,10 @@ class RunConfig:
     )
     device: str | None = setting(None, "Device: cpu, cuda or cuda:N; None: a GPU if available.", auto=True)
     workers: int | None = setting(
-        None, "Processes that decode images, per GPU; None: 2, or 0 on a CPU.", auto=True, at_least=0, at_most=1024
+        None, "Number of data loader processes per GPU; None: 2, or 0 on a CPU.", auto=True, at_least=0, at_most=1024
     )
     data_on_gpu: bool | None = setting(
-        None, "Keep the decoded dataset on the device; None: on a GPU, up to 2 GiB.", auto=True
+        None, "Keep the decoded dataset in device memory; None: on a GPU, if it is at most 2 GiB.", auto=True
     )
     nan: str = setting(
         "stop",
@@ -86,18 +92,20 @@ class RunConfig:
         choices=("stop", "skip"),
     )
     recompute: bool = setting(
-        False, "Gradient checkpointing: recompute activations in the backward pass to save memory, at a cost in time."
+        False, "Gradient checkpointing: recompute activations in the backward pass (less memory, more time)."
     )
-    compile: bool = setting(False, "Apply torch.compile to the main phases, which need first derivatives only.")
+    compile: bool = setting(False, "Use torch.compile in the main phases, i.e. those without second derivatives.")
     graphs: bool | None = setting(
-        None, "CUDA graphs of whole phases; None: on a GPU, for images of up to 64 pixels per side.", auto=True
+        None, "Capture each phase as a CUDA graph; None: on a GPU, for images of up to 64 pixels per side.", auto=True
     )
-    cudnn_benchmark: bool = setting(True, "Let cuDNN benchmark convolutions and choose the fastest.")
+    cudnn_benchmark: bool = setting(True, "Let cuDNN benchmark its convolution algorithms and use the fastest.")
     timeout: float = setting(
         1800, "Seconds to wait for a stalled process before aborting the run.", above=0, at_most=100_000_000
     )
-    deterministic: bool = setting(False, "Use deterministic algorithms only: every run gives bit-identical results.")
-    profile_steps: int = setting(0, "Number of steps in a Chrome trace; 0: no trace.", at_least=0)
+    deterministic: bool = setting(
+        False, "Use deterministic algorithms only, for bit-identical results in repeated runs; slower."
+    )
+    profile_steps: int = setting(0, "Number of training steps to profile in a Chrome trace; 0: no trace.", at_least=0)
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -118,7 +126,7 @@ class TrainConfig:
     """Complete configuration of a training run; `resolve` replaces None with values for the dataset and the machine."""
 
     preset: str = setting(help="Name of the preset that the configuration started from.")
-    seed: int = setting(0, "Seed of weights, latents, data order and noise.", at_least=0, at_most=2**63 - 1)
+    seed: int = setting(0, "Random seed of weights, latents, data order and noise.", at_least=0, at_most=2**63 - 1)
     data: DatasetConfig = setting(help="Training images.", default_factory=DatasetConfig)
     generator: GeneratorConfig = setting(help="Generator.", default_factory=StyleformerConfig, families=GENERATORS)
     discriminator: DiscriminatorConfig = setting(
@@ -130,7 +138,10 @@ class TrainConfig:
     d_optimizer: AdamConfig = setting(help="Optimizer of the discriminator.", default_factory=AdamConfig)
     ema: EMAConfig = setting(help="Moving average of the generator's weights.", default_factory=EMAConfig)
     batch_size: int | None = setting(
-        None, "Images per optimizer step, over all GPUs; None: from resolution and GPUs.", auto=True, at_least=1
+        None,
+        "Total batch size over all GPUs; None: from the resolution and the number of GPUs.",
+        auto=True,
+        at_least=1,
     )
     w_avg_rate: float = setting(0.005, "Weight of the batch mean of w in each update of w_avg.", at_least=0, at_most=1)
     freeze_layers: int = setting(

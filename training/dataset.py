@@ -59,10 +59,13 @@ class DatasetConfig:
         None, "Size of a random subset, chosen by `seed`; None: all images.", at_least=1, note="omit it to use all"
     )
     holdout: int = setting(
-        0, "Number of images, chosen by `seed`, that are held out of training.", at_least=0, note="0 holds out nothing"
+        0,
+        "Number of random images, selected by `seed`, to hold out of training.",
+        at_least=0,
+        note="0 holds out nothing",
     )
-    mirror: bool = setting(False, "Horizontal flips: every image is also used mirrored, which doubles the dataset.")
-    seed: int = setting(0, "Seed of the subset and of the held-out images.", at_least=0)
+    mirror: bool = setting(False, "Extend the dataset with horizontally flipped images, which doubles its size.")
+    seed: int = setting(0, "Random seed for choosing the subset and the held-out images.", at_least=0)
 
     def __post_init__(self) -> None:
         check_bounds(self)

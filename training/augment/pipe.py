@@ -36,12 +36,12 @@ class AugmentConfig:
     """Configuration of the augmentation: its mode, its transforms and their probabilities."""
 
     mode: Mode = setting("ada", "Augmentation: none, adaptive p (ADA), constant p, or DiffAugment.", parse=parse_mode)
-    pipe: str = setting("bgc", "Groups of transforms, for ada and fixed.", choices=tuple(PIPES))
+    pipe: str = setting("bgc", "Groups of transforms for ada and fixed.", choices=tuple(PIPES))
     p: float | None = setting(
         None, "Probability of each transform, for fixed; None in other modes.", at_least=0, at_most=1
     )
     target: float = setting(0.6, "ADA target for the mean sign of D(real).", at_least=0, at_most=1)
-    ada_kimg: float = setting(500, "ADA speed: thousands of images for p to change by 1.", above=0)
+    ada_kimg: float = setting(500, "ADA speed: thousands of images in which p can change by 1.", above=0)
     ada_interval: int = setting(4, "Number of steps between adjustments of p by ADA.", at_least=1)
     max_p: float = setting(1.0, "Upper bound of p for ADA.", above=0, at_most=1)
     policy: tuple[str, ...] | None = setting(

@@ -38,7 +38,7 @@ class StyleformerCConfig(StyleformerConfig):
     )
     layers: tuple[int, ...] = setting(
         (1, 2, 2),
-        "Encoder blocks per resolution up to the hand-over, lowest first; (): chosen from the image size.",
+        "Number of encoder blocks per resolution up to the hand-over, lowest first; (): from the image size.",
         at_least=1,
     )
     handover: int = setting(

@@ -50,7 +50,9 @@ class TransGANConfig(BlockConfig, StagedConfig):
     latent_tokens: int = setting(
         0, "Number of tokens computed from the latent for cross-attention in every block; 0: none.", at_least=0
     )
-    antialias: int = setting(0, "Number of upsamplings, from the last one, with a low-pass filter.", at_least=0)
+    antialias: int = setting(
+        0, "Number of upsampling steps, counted from the last, followed by a low-pass filter.", at_least=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,11 +42,11 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
     )
     local_layers: tuple[int, ...] = setting(
         (0, 0),
-        "Leading blocks per scale that use `attention`; the rest use full attention; (): from the image size.",
+        "Number of leading blocks per scale that use `attention`, not full attention; (): from the image size.",
         at_least=0,
     )
     multi_scale: bool = setting(True, "Add image patches at every scale, not only at the finest.")
-    overlap: bool = setting(False, "Overlap the finest patches by half of their size.")
+    overlap: bool = setting(False, "Overlap the finest patches by half their size.")
 
     AUTO: ClassVar[Mapping[str, Any]] = {"patch": 0, "widths": (), "layers": (), "local_layers": ()}
 
