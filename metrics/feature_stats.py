@@ -132,7 +132,7 @@ class _KeptRows:
 class SubsetRows:
     """Features in `number` random subsets of `size` images: `rows` (U, F), `index` (number, size) into the rows.
 
-    The subsets are drawn before the pass, so at most number * size rows are held.
+    The subsets are drawn before the pass, so at most number * size rows are stored.
     """
 
     number: int
@@ -182,7 +182,7 @@ class _ClassSums:
         if logits is None:
             raise UserError(NO_CLASSES)
         p, log_p = logits.double().softmax(dim=1), logits.double().log_softmax(dim=1)
-        # Split i holds the positions i * N // splits <= position < (i + 1) * N // splits.
+        # Split i covers the positions i * N // splits <= position < (i + 1) * N // splits.
         bounds = torch.arange(1, self.splits, device=p.device) * self.total // self.splits
         position = torch.arange(positions.start, positions.start + len(p), device=p.device)
         split = torch.bucketize(position, bounds, right=True)
@@ -261,7 +261,7 @@ class Statistics:
                 self._save(request)
 
     def check_detector(self, role: Role, *, with_classes: bool) -> None:
-        """Run a custom detector on two blank images and on one, to detect a fixed batch size.
+        """Run a custom detector on two batches of different size, to detect a fixed batch size.
 
         Raises UserError for a program that fails, or that does not return the required class logits.
         """
@@ -332,7 +332,7 @@ class Statistics:
             self.detectors[role] = self.context.setup.load(role, self.context.device)
         return self.detectors[role]
 
-    # Cache of the statistics of reals. Only rank 0 reads and writes: other processes may not see its disk.
+    # Cache of the statistics of reals. Only rank 0 reads and writes: other processes may be on another machine.
 
     def _path(self, request: StatRequest) -> Path | None:
         context = self._context_of(request)

@@ -82,8 +82,8 @@ class MetricContext:
 
     `images` is the dataset; `mirrored` is the dataset with the flip of every image (--mirror), or None. The registry
     sets `counts_flips` for each metric; metrics read their reals from `reals`. G is on `device` in evaluation mode.
-    `cache` is the folder for statistics of reals; None disables caching. `shared` holds state shared by the metrics of
-    a context. Raises UserError if the shapes or labels of reals and fakes do not match.
+    `cache` is the folder for statistics of reals; None disables caching. `shared` is state that the metrics of a
+    context share. Raises UserError if the shapes or labels of reals and fakes do not match.
     """
 
     G: ImageGenerator | None = None
@@ -202,7 +202,7 @@ def fake_batches(context: MetricContext, count: int) -> Batches:
     """Yield this process's shard of `count` fakes as uint8 on the device, from G or from `context.fakes`.
 
     Latents are standard normal, and labels are those of random images of the dataset. `context.fakes` is sampled
-    without replacement, in random order. Raises UserError if G returns non-finite values, and if `context.fakes` holds
+    without replacement, in random order. Raises UserError if G returns non-finite values, and if `context.fakes` has
     fewer than `count` images.
     """
     if context.fakes is not None:
@@ -295,7 +295,7 @@ def gather_rows(x: Tensor) -> Tensor:
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
     sizes = [int(count) for count in counts]
 
-    # Gather bytes, because backends do not support all dtypes. Pad, because shards differ by a row.
+    # Gather bytes, because backends do not support all dtypes. Pad, because shard sizes differ by up to one row.
     padded = F.pad(x.flatten(1), (0, 0, 0, max(sizes) - len(x))).view(torch.uint8)
     gathered = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded)

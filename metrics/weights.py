@@ -1,7 +1,7 @@
 """Weight files of detectors: location, download on first use, checksums, and errors if a file is not available.
 
 Checksums are pinned where the publisher states them: file names of torch hub end in the first eight digits of the
-sha256. Every metric record holds the full sha256 of the files used.
+sha256. Every metric record contains the full sha256 of the files used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dnnlib.download import cache_dir, download, sha256_of_file
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFile:
-    """A published state dict. `sha256` is the checksum or its first digits, empty when none is published."""
+    """A published state dict. `sha256` is the checksum or its first digits, or empty if no checksum is published."""
 
     name: str
     url: str
@@ -94,7 +94,7 @@ def check(file: WeightFile, path: Path) -> Path:
 
 
 def fetch(file: WeightFile) -> Path:
-    """Return the path of the checked file, fetched on first use. Raises UserError with the remedy if that fails."""
+    """Return the path of the checked file, fetched on first use. Raises UserError with the remedy if fetching fails."""
     if file.path.is_file():
         return check(file, file.path)
     try:

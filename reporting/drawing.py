@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS_BELOW = 40  # a curve with fewer points is drawn with markers
-SECTIONS = 200  # of a long curve; each is drawn as its minimum and maximum
+SECTIONS = 200  # number of sections of a long curve; a section is reduced to its minimum and maximum
 INK = "#0a0b0c"  # placeholder colour of text and axes; the page replaces it
 
 
@@ -43,7 +43,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Panel:
-    """SVG of a chart along one axis. `first` and `last` are the values at the fractions `left` and `right` of it."""
+    """SVG of a chart along one axis, whose values are `first` and `last` at the fractions `left` and `right` of the width."""
 
     svg: str
     axis: Axis

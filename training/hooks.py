@@ -40,14 +40,14 @@ class Hook:
         """Called after each step."""
 
     def on_tick(self, trainer: Trainer, tick: Tick) -> None:
-        """Called at each tick: number 0 before the first step of a new run, the last tick after its last step."""
+        """Called at each tick: tick 0 precedes the first step of a new run, and the last tick follows its last step."""
 
     def on_end(self, trainer: Trainer) -> None:
         """Called when training ends or a hook stops it, in reverse order of hooks. Not called after an error."""
 
 
 class TickLine(Hook):
-    """Progress line per tick, and on a terminal a redrawn progress line between ticks.
+    """Progress line per tick; on a terminal, also a progress line that is redrawn between ticks.
 
     The remaining time is extrapolated from the pace since the program started, which includes image grids, snapshots
     and metrics.
@@ -170,7 +170,7 @@ class Snapshots(Hook):
 class Requests(Hook):
     """Hook that writes a training state when a signal requests one, and stops training if the signal requests a stop.
 
-    A request that arrives before the first step is handled after it, because there is no progress to save before.
+    A request that arrives before the first step is handled after that step: earlier, there is no progress to save.
     """
 
     def __init__(self, saver: Saver, signals: Signals) -> None:
@@ -198,7 +198,8 @@ class Overfitting(Hook):
 
     0 means no overfitting, 1 complete overfitting. Each mean covers about NUM_IMAGES images, distributed over the
     processes, under the current augmentation. (By contrast, Loss/signs/real is the mean sign over all real images
-    since the last tick. If D only compares images, it is the mean sign of logit differences, and r_t is meaningless.)
+    since the last tick. If D only compares images, the mean is over signs of logit differences, and r_t is
+    meaningless.)
     """
 
     NUM_IMAGES = 1024

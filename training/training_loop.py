@@ -82,7 +82,7 @@ class Failures:
         return failures
 
     def peek(self) -> dict[str, tuple[int, int]]:
-        """Return the same as `collect` without a reset."""
+        """Return the result of `collect` without resetting the counts."""
         rows = {name: row.tolist() for name, row in self.table.items()}
         return {name: (count, first) for name, (count, first) in rows.items() if count}
 
@@ -99,7 +99,7 @@ class Tick:
     values: dict[str, float]  # Progress/..., Timing/..., Resources/...
 
     def reached(self, every: int) -> bool:
-        """Return whether this is the start, the end, or the first tick at or after a multiple of `every`."""
+        """Return whether this tick is the first, the last, or the first at or after a multiple of `every`."""
         return self.is_first or self.is_last or self.number // every > self.previous // every
 
 
@@ -259,7 +259,7 @@ class Trainer:
         self.failures.note(phase.name, self.state.step, is_bad)
 
     def trial_step(self) -> None:
-        """Run every phase twice in this process alone, to measure memory use; no weight changes.
+        """Run every phase twice in this process alone, to measure memory use; the weights do not change.
 
         Images are loaded and the optimizers allocate their moments, but optimizer steps are skipped. Running out of
         memory while capturing a CUDA graph raises an error.
@@ -341,7 +341,7 @@ class Trainer:
         return replace(tick, stats=stats, values=self._progress() | self._check_failures())
 
     def _check_failures(self) -> dict[str, float]:
-        """Return the number of updates skipped in this tick, by phase. Raises UserError for any, unless nan='skip'."""
+        """Return the skipped updates of this tick by phase. Raises UserError if there are any, unless nan='skip'."""
         self.stop_if_failed()
         return {f"Skipped/{phase}": float(count) for phase, (count, _) in self.failures.collect().items()}
 

@@ -49,12 +49,12 @@ SYNTHESIS_ARGUMENTS = (
 BLOCK = r"synthesis\.b([1-9][0-9]{0,4})_(0|[1-9][0-9]{0,2})\."  # encoder block of a Styleformer: resolution, index
 
 Tensors = Mapping[str, Tensor]
-Rename = Callable[[str], tuple[str, ...]]  # our tensor name -> their names, several if ours is a concatenation
+Rename = Callable[[str], tuple[str, ...]]  # name in this project -> names in the file; several: concatenated here
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignSnapshot:
-    """Snapshot of another project, converted: a configuration, and tensors under our names by network.
+    """Converted snapshot of another project: a configuration, and renamed tensors by network.
 
     `left_out` maps the entries of the file that were not read to the reasons.
     """
@@ -276,7 +276,7 @@ STYLEGAN3 = CodeBase(name="StyleGAN2 of StyleGAN3's repository", conv_clamp=256.
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignNetwork:
-    """Converted network: configuration, tensors under our names, further fields of TrainConfig, and code base."""
+    """Converted network: configuration, renamed tensors, further fields of TrainConfig, and code base."""
 
     config: Any
     state: dict[str, Tensor]
@@ -446,7 +446,7 @@ def _rows(tensors: Tensors, name: str) -> int:
 
 
 def _check_counts(arguments: Arguments, names: tuple[str, ...], found: tuple[int, ...]) -> None:
-    """Raise UserError if a per-resolution argument contradicts the tensors; its code ignored surplus values."""
+    """Raise UserError if a per-resolution argument contradicts the tensors; surplus values are ignored, as there."""
 
     def is_valid(value: Any) -> bool:
         if isinstance(value, dict):

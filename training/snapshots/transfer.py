@@ -1,4 +1,4 @@
-"""Transfer learning: initialise networks from the networks of a snapshot, as far as they fit.
+"""Transfer learning: initialise networks from the tensors of a snapshot that fit.
 
 Tensors are matched by function and not by index: the blocks of a grid are copied to the blocks of the same grid at
 any image resolution. For this, a module may define `place`, which replaces its index in tensor names. If the
@@ -97,8 +97,8 @@ def copy_weights(source: nn.Module, target: nn.Module, name: str) -> Copied:
     """Copy to `target` all tensors of `source` that fit.
 
     Raises UserError and leaves the target unchanged if the style dimensions differ or if too little fits: less than
-    MIN_FITTING of the matched parameters or less than MIN_COPIED of all parameters. Mapping networks do not count,
-    because they nearly always fit.
+    MIN_FITTING of the matched parameters or less than MIN_COPIED of all parameters. Both limits exclude mapping
+    networks, which nearly always fit.
     """
     matches = _match(source, target)
     sizes = {key: x.numel() for key, x in target.named_parameters()}
