@@ -247,13 +247,13 @@ class Statistics:
 
     def collect(self, requests: Iterable[StatRequest]) -> None:
         """Compute the missing requests: one pass over the fakes, and one over each distinct set of reals."""
-        todo = [request for request in dict.fromkeys(map(self._normalized, requests)) if request not in self.results]
-        self._run([request for request in todo if request.of == "fake"])
-        for request in [request for request in todo if request.of == "real"]:
+        missing = [request for request in dict.fromkeys(map(self._normalized, requests)) if request not in self.results]
+        self._run([request for request in missing if request.of == "fake"])
+        for request in [request for request in missing if request.of == "real"]:
             kept = self._load(request)
             if kept is not None:
                 self.results[request], self.seconds[request] = kept, 0.0
-        uncached = [request for request in todo if request.of == "real" and request not in self.results]
+        uncached = [request for request in missing if request.of == "real" and request not in self.results]
         for chosen in dict.fromkeys((request.count, request.flips) for request in uncached):
             group = [request for request in uncached if (request.count, request.flips) == chosen]
             self._run(group)
@@ -319,13 +319,13 @@ class Statistics:
 
     def size(self, request: StatRequest) -> int:
         """Return the number of images of a request."""
-        everything = len(self._context_of(request).reals)
+        num_reals = len(self._context_of(request).reals)
         if request.of == "fake":
             assert request.count is not None
             return request.count
-        if everything == 0:
+        if num_reals == 0:
             raise UserError("the dataset holds no images: metrics need real images to compare with")
-        return everything if request.count is None else min(request.count, everything)
+        return num_reals if request.count is None else min(request.count, num_reals)
 
     def _detector(self, role: Role) -> Detector:
         if role not in self.detectors:

@@ -113,8 +113,8 @@ class MetricSpec:
     def protocol_of(self, setup: DetectorSetup = STANDARD) -> str:
         """Return a description of the detectors and the processing of their features."""
         networks = [setup.describe(role) for role in self.roles]
-        words = "; ".join([*networks, self.clean if self.clean and setup.protocol == "clean" else self.protocol])
-        return f"{setup.protocol}: {words}" if self.clean else words
+        text = "; ".join([*networks, self.clean if self.clean and setup.protocol == "clean" else self.protocol])
+        return f"{setup.protocol}: {text}" if self.clean else text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ class Images(Protocol):
     def images(self, indices: Sequence[int]) -> Tensor: ...
 
 
-def silent(what: str, done: int, total: int) -> None:
+def silent(name: str, done: int, total: int) -> None:
     """Discard progress reports."""
 
 
@@ -135,15 +135,15 @@ class MetricContext:
         return self.G
 
 
-def explain_shape_mismatch(ours: tuple[int, ...], theirs: tuple[int, ...], of_network: bool) -> str:
+def explain_shape_mismatch(fake_shape: tuple[int, ...], real_shape: tuple[int, ...], of_network: bool) -> str:
     """Return the error message for fakes and reals of different shape (C, H, W), with the dataset_tool.py options."""
-    options = [f"--channels={ours[0]}"] if ours[0] != theirs[0] else []
-    options += [f"--width={ours[2]} --height={ours[1]}"] if ours[1:] != theirs[1:] else []
+    options = [f"--channels={fake_shape[0]}"] if fake_shape[0] != real_shape[0] else []
+    options += [f"--width={fake_shape[2]} --height={fake_shape[1]}"] if fake_shape[1:] != real_shape[1:] else []
     source = "the network generates" if of_network else "the generated set holds"
     remedy = "use the dataset that the network was trained on or" if of_network else "use real images of this shape or"
     return (
-        f"{source} images of {shape_name(ours)}, but the dataset has {shape_name(theirs)}: {remedy} convert it with "
-        f"dataset_tool.py {' '.join(options)}"
+        f"{source} images of {shape_name(fake_shape)}, but the dataset has {shape_name(real_shape)}: {remedy} convert "
+        f"it with dataset_tool.py {' '.join(options)}"
     )
 
 
@@ -193,9 +193,9 @@ def choose_reals(context: MetricContext, count: int) -> list[int]:
     return [int(index) for index in np.sort(chosen)]
 
 
-def real_batches(context: MetricContext, indices: Sequence[int], what: str = "real images") -> Batches:
+def real_batches(context: MetricContext, indices: Sequence[int], name: str = "real images") -> Batches:
     """Yield this process's shard of the reals with the given indices, on the device."""
-    return _read_batches(context, context.reals, indices, what)
+    return _read_batches(context, context.reals, indices, name)
 
 
 def fake_batches(context: MetricContext, count: int) -> Batches:
@@ -240,7 +240,7 @@ def _generate_batches(context: MetricContext, G: ImageGenerator, count: int) -> 
         raise UserError("the network returns non-finite values, so its training diverged: metrics are undefined")
 
 
-def _read_batches(context: MetricContext, images: Images, indices: Sequence[int], what: str) -> Batches:
+def _read_batches(context: MetricContext, images: Images, indices: Sequence[int], name: str) -> Batches:
     """Yield this process's shard of a set. Threads prefetch images, so that the device does not wait for the disk."""
 
     def read(positions: range) -> Tensor:
@@ -258,7 +258,7 @@ def _read_batches(context: MetricContext, images: Images, indices: Sequence[int]
             while waiting and (is_last or len(waiting) > 2 * READERS):
                 done, future = waiting.popleft()
                 yield done, future.result().to(context.device, non_blocking=True)
-                context.progress(what, done.stop - share.start, len(share))
+                context.progress(name, done.stop - share.start, len(share))
 
 
 def cut(positions: range, size: int) -> Iterator[range]:

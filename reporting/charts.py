@@ -31,7 +31,7 @@ GROUPS = (
     Group("augment", "Augmentation probability p", "p", ("Progress/augment",)),
     Group("gradients", "Gradient norms", "norm", ("Gradients/*",), is_log=True),
     Group("regularisers", "Regularisers and other loss terms", "mean", ("Loss/*",), is_log=True),
-    Group("diversity", "Diversity of generated images: 1 = that of real images", "ratio", ("Images/diversity",)),
+    Group("diversity", "Diversity of generated images: 1 = as diverse as real images", "ratio", ("Images/diversity",)),
     Group("overfitting", "Overfitting of D: 0 = none, 1 = complete", "r", ("Overfitting/r_*",)),
     Group("holdout", "Logits of D for held-out and other images", "mean logit", ("Overfitting/score_*",)),
     Group("holdout-signs", "Logit signs of D for held-out and other images", "mean sign", ("Overfitting/sign_*",)),

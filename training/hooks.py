@@ -55,11 +55,11 @@ class TickLine(Hook):
 
     def __init__(self) -> None:
         self.drawn = time.monotonic()
-        self.began: tuple[float, int] | None = None  # time and image count after the first step
+        self.first_step: tuple[float, int] | None = None  # time and image count after the first step
 
     def on_step(self, trainer: Trainer) -> None:
         now, nimg = time.monotonic(), trainer.state.nimg
-        self.began = self.began or (now, nimg)
+        self.first_step = self.first_step or (now, nimg)
         if distributed.is_main() and sys.stdout.isatty() and now - self.drawn > 0.5:
             rate = (nimg - trainer.tick_nimg_began) / max(now - trainer.tick_began, 1e-9)
             kimg = f"kimg {nimg / 1000:.2f} of {trainer.total_nimg / 1000:g}"
@@ -77,10 +77,10 @@ class TickLine(Hook):
 
     def _remaining(self, trainer: Trainer) -> str:
         """Return the estimated remaining time, or '?' until the second step."""
-        began, nimg = self.began or (0.0, trainer.state.nimg)
+        start, nimg = self.first_step or (0.0, trainer.state.nimg)
         done = trainer.state.nimg - nimg
         left = max(trainer.total_nimg - trainer.state.nimg, 0)
-        return format_time((time.monotonic() - began) / done * left) if done else "?"
+        return format_time((time.monotonic() - start) / done * left) if done else "?"
 
     def _tick_line(self, trainer: Trainer, tick: Tick) -> str:
         nimg = trainer.state.nimg

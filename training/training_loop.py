@@ -350,9 +350,9 @@ class Trainer:
         failures = self.failures.peek()
         if failures and self.config.run.nan == "stop":
             phase, (_, step) = min(failures.items(), key=lambda item: item[1][1])
-            distributed.from_main(lambda: self._stop(phase, step))
+            distributed.from_main(lambda: self._raise_non_finite(phase, step))
 
-    def _stop(self, phase: str, step: int) -> None:
+    def _raise_non_finite(self, phase: str, step: int) -> None:
         known = f"Last good snapshot: {self.last_snapshot or 'none written yet'}"
         start = f"start from it by --resume={self.last_snapshot}" if self.last_snapshot else "start again"
         raise UserError(
@@ -398,9 +398,9 @@ class Trainer:
         lowest = [-x for x in highest[len(sums) :]]
         differing = [name for name, low, high in zip(own, lowest, highest, strict=False) if low != high]
         if differing:
-            distributed.from_main(lambda: self._refuse(differing))
+            distributed.from_main(lambda: self._raise_diverged(differing))
 
-    def _refuse(self, differing: Sequence[str]) -> None:
+    def _raise_diverged(self, differing: Sequence[str]) -> None:
         raise UserError(
             f"the processes differ in {', '.join(differing)} at kimg {self.state.nimg / 1000:g}, so nothing is saved: "
             "a GPU or its memory is faulty, or the machines have different library versions. --resume=latest resumes "

@@ -121,23 +121,24 @@ def copy_weights(source: nn.Module, target: nn.Module, name: str) -> Copied:
 def _match(source: nn.Module, target: nn.Module) -> dict[str, Match]:
     """Return {tensor name: match} for the tensors of the target whose place exists in the source."""
     old, new = source.state_dict(), target.state_dict()
-    there, gains, own_gains = {place: key for key, place in places(source).items()}, _gains(source), _gains(target)
+    source_keys = {place: key for key, place in places(source).items()}
+    gains, own_gains = _gains(source), _gains(target)
     sizes = _adjustable_sizes(source, target)
     matches = {}
     for key, place in places(target).items():
-        if theirs := there.get(place):
-            gain = gains.get(theirs, 1.0) / own_gains.get(key, 1.0)
-            matches[key] = Match(place, old[theirs], new[key], gain, fit(old[theirs], new[key], sizes))
+        if source_key := source_keys.get(place):
+            gain = gains.get(source_key, 1.0) / own_gains.get(key, 1.0)
+            matches[key] = Match(place, old[source_key], new[key], gain, fit(old[source_key], new[key], sizes))
     return matches
 
 
 def _check_styles(source: Any, target: Any, name: str) -> None:
     """Raise UserError if style dimensions differ: layers would fit, but their styles would be random."""
-    there, here = (getattr(network, "w_dim", None) for network in (source, target))
-    if there != here:
+    source_dim, target_dim = (getattr(network, "w_dim", None) for network in (source, target))
+    if source_dim != target_dim:
         raise UserError(
-            f"{name}: the snapshot has styles of {there} numbers, this network has styles of {here}: give --set "
-            f"generator.w_dim={there}"
+            f"{name}: the snapshot has styles of {source_dim} numbers, this network has styles of {target_dim}: give "
+            f"--set generator.w_dim={source_dim}"
         )
 
 
