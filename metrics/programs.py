@@ -27,7 +27,7 @@ from dnnlib.util import describe_error, parse_json
 if TYPE_CHECKING:  # torch.export imports the compiler, which takes longer than importing this project
     from torch.export.pt2_archive import PT2ArchiveReader
 
-# Permitted parts of an archive. Extra files are text and are not read here.
+# Permitted parts of an archive. Extra files are text and are not read by `load`.
 PARTS = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json"
     r"|data/weights/(weight_\d+|model\.pt|model_weights_config\.json)"

@@ -201,7 +201,7 @@ def real_batches(context: MetricContext, indices: Sequence[int], name: str = "re
 def fake_batches(context: MetricContext, count: int) -> Batches:
     """Yield this process's shard of `count` fakes as uint8 on the device, from G or from `context.fakes`.
 
-    Latents are standard normal, and labels are those of random images of the dataset. `context.fakes` is sampled
+    Latents are standard normal, and labels are taken from random images of the dataset. `context.fakes` is sampled
     without replacement, in random order. Raises UserError if G returns non-finite values, and if `context.fakes` has
     fewer than `count` images.
     """

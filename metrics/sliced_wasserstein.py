@@ -83,9 +83,9 @@ def swd_floor(context: MetricContext, name: str, count: int | None) -> Measureme
     """Return the distance between two disjoint random sets of min(N, half of all) reals; the network is not used."""
     check_size(context.images.img_shape)
     first, second = disjoint_halves(context, count or NUM_IMAGES)
-    one = collect(context, len(first), real_batches(context, first, "real images, first set"))
-    other = collect(context, len(second), real_batches(context, second, "real images, second set"))
-    values = named(name, compare_shards(one, other, context.seed))
+    first_set = collect(context, len(first), real_batches(context, first, "real images, first set"))
+    second_set = collect(context, len(second), real_batches(context, second, "real images, second set"))
+    values = named(name, compare_shards(first_set, second_set, context.seed))
     return Measurement(values=values, num_real=len(first) + len(second), num_fake=0)
 
 

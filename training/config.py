@@ -54,7 +54,7 @@ class RunConfig:
     )
     keep_best: bool = setting(False, "Keep the training state with the best value of the first metric.")
     metrics: tuple[str, ...] | None = setting(
-        None, "Metrics at snapshots, the first of which selects the best network; None: fid50k_full or swd.", auto=True
+        None, "Metrics at snapshots (the first selects the best network); None: fid50k_full or swd.", auto=True
     )
     metrics_every: int | None = setting(None, "Interval between metrics, in ticks; None: every snapshot.", at_least=1)
     tick_metrics: tuple[str, ...] = setting((), "Names of cheap metrics, evaluated at every tick.")

@@ -104,7 +104,7 @@ class ImageDataset:
         self.has_labels = content.labels is not None
 
         self._subset = _choose_subset(len(self._store.names), config, held_out)  # indices into the store's names
-        self._undecoded: dict[str, str] = {}  # broken images before the first decodable one -> error
+        self._undecoded: dict[str, str] = {}  # broken images before the first decodable image -> error
         H, W, C = self._first_shape()
         self.img_shape = (C, H, W)
         self.labels, self.c_dim = self._read_labels(content)

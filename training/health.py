@@ -87,7 +87,7 @@ CONDITIONS = (
 
 
 class HealthCheck(Hook):
-    """Hook that prints the message of a newly met condition, once for as long as the condition holds."""
+    """Hook that warns when a condition is newly met, without repetition while the condition holds."""
 
     def __init__(self, conditions: Sequence[Condition] = CONDITIONS) -> None:
         self.conditions = conditions

@@ -34,7 +34,7 @@ class Hook:
     """
 
     def on_start(self, trainer: Trainer) -> None:
-        """Called before the first step of this process, in a new run or a resumed one."""
+        """Called before the first step of this process, in a new or resumed run."""
 
     def on_step(self, trainer: Trainer) -> None:
         """Called after each step."""

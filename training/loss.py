@@ -204,7 +204,7 @@ def _discriminator_terms(loss: Tensor, real_logits: Tensor, margins: Tensor, mea
     """Return the terms of a discriminator loss; `margins` are positive where D is correct about a real image.
 
     The margin is the logit of the real image. Where D only compares images, the margin is the logit of the real image
-    minus the logit of a generated one. ADA is controlled by the mean sign of the margins.
+    minus the logit of a generated image. ADA is controlled by the mean sign of the margins.
     """
     signs = margins.detach().sign()
     stats = {"Loss/D/loss": loss, "Loss/scores/real": real_logits, "Loss/signs/real": signs}

@@ -49,7 +49,7 @@ PUBLISHED = {
 class RunRequest:
     """Command line: `texts` are the values given for fields, {config path: text}; `preset` is None if not given.
 
-    `transfer_options` returns the options, {path: value}, that a snapshot implies for transfer learning from it.
+    `transfer_options` returns the options, {path: value}, that transfer learning from a snapshot implies.
     """
 
     outdir: Path | None

@@ -114,7 +114,7 @@ class Saver:
         return snapshot if snapshot == self.last_snapshot else None
 
     def finish(self) -> None:
-        """Wait for pending writes. Raises WriteError if one failed."""
+        """Wait for pending writes. Raises WriteError if a write failed."""
         failed = self.writer.join()
         self._warn(failed[:-1])
         if failed:

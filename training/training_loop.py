@@ -354,7 +354,7 @@ class Trainer:
 
     def _raise_non_finite(self, phase: str, step: int) -> None:
         known = f"Last good snapshot: {self.last_snapshot or 'none written yet'}"
-        start = f"start from it by --resume={self.last_snapshot}" if self.last_snapshot else "start again"
+        start = f"start from it with --resume={self.last_snapshot}" if self.last_snapshot else "start again"
         raise UserError(
             f"{phase} produced non-finite values at step {step} (kimg {step * self.batch_size / 1000:.1f}): "
             f"its update was skipped, and training stops. {known}; {start} with a higher --gamma (or "

@@ -49,7 +49,7 @@ SYNTHESIS_ARGUMENTS = (
 BLOCK = r"synthesis\.b([1-9][0-9]{0,4})_(0|[1-9][0-9]{0,2})\."  # encoder block of a Styleformer: resolution, index
 
 Tensors = Mapping[str, Tensor]
-Rename = Callable[[str], tuple[str, ...]]  # name in this project -> names in the file; several: concatenated here
+Rename = Callable[[str], tuple[str, ...]]  # name in this project -> names in the file, to be concatenated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +253,7 @@ def _show(value: Any) -> str:
 def _arguments(module: PickledModule, name: str, positional: tuple[str, ...]) -> Arguments:
     given, named = module.state.get("_init_args", ()), module.state.get("_init_kwargs")
     if not isinstance(given, (list, tuple)) or len(given) > len(positional) or not isinstance(named, dict):
-        raise UserError(f"{name}: its recorded constructor arguments are missing or too many")
+        raise UserError(f"{name}: has no recorded constructor arguments, or too many")
     return Arguments({**dict(zip(positional, given, strict=False)), **named}, name)
 
 
@@ -448,7 +448,7 @@ def _rows(tensors: Tensors, name: str) -> int:
 
 
 def _check_counts(arguments: Arguments, names: tuple[str, ...], found: tuple[int, ...]) -> None:
-    """Raise UserError if a per-resolution argument contradicts the tensors; surplus values are ignored, as there."""
+    """Raise UserError if a per-resolution argument contradicts the tensors; the release ignores surplus values."""
 
     def is_valid(value: Any) -> bool:
         if isinstance(value, dict):
@@ -584,7 +584,7 @@ def _is_redundant(key: str, tensor: Tensor, tensors: Tensors) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # Augmentation and data
 
-TRANSFORMS: Mapping[str, tuple[str, ...]] = {  # our group -> names of the strengths of its transforms
+TRANSFORMS: Mapping[str, tuple[str, ...]] = {  # augmentation group -> names of the strengths of its transforms
     "blit": ("xflip", "rotate90", "xint"),
     "geom": ("scale", "rotate", "aniso", "xfrac"),
     "color": ("brightness", "contrast", "lumaflip", "hue", "saturation"),

@@ -151,7 +151,8 @@ def _check_enough(matches: Mapping[str, Match], sizes: Mapping[str, int], proble
     misfit = next((match for match in shared.values() if match.part is None), None)
     example = ""
     if misfit:
-        example = f": {misfit.place} has shape {tuple(misfit.old.shape)} there and {tuple(misfit.new.shape)} here"
+        shapes = f"{tuple(misfit.old.shape)} in the snapshot and {tuple(misfit.new.shape)} in this network"
+        example = f": {misfit.place} has shape {shapes}"
     raise UserError(f"{problem}; it was trained with another configuration{example}")
 
 
