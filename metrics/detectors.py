@@ -93,7 +93,7 @@ class DetectorSetup:
     """Source of each feature network (a file given by the user or a cached file), and the protocol."""
 
     program: Path | None = None  # replaces every replaceable network
-    bound: Mapping[Role, Path] = field(default_factory=dict)  # programs that the user declared to be these networks
+    bound: Mapping[Role, Path] = field(default_factory=dict)  # programs that the user specified as these networks
     dinov2: Path | None = None
     weights: Mapping[str, Path] = field(default_factory=dict)  # WeightFile.name -> file
     protocol: str = "stylegan"
@@ -274,7 +274,7 @@ def _split_role(given: str) -> tuple[Role | None, Path]:
 
 
 def _is_program(path: Path) -> bool:
-    """Return whether a file is an exported program or TorchScript, which hold code, rather than a state dict."""
+    """Return whether a file is an exported program or TorchScript, both of which contain code, not a state dict."""
     if path.suffix == ".pt2":
         return True
     if not zipfile.is_zipfile(path):
@@ -396,7 +396,7 @@ def load_dinov2(folder: Path, device: torch.device) -> Detector:
 
 @contextmanager
 def _dinov2_errors(folder: Path, transformers: ModuleType) -> Iterator[None]:
-    """Turn every error of the library into a UserError. Keeps the random state and stderr unchanged."""
+    """Convert every error of the library to UserError. Preserves the random state and silences stderr."""
     try:
         with _preserved_rng(), _quiet(transformers):
             yield
@@ -436,7 +436,7 @@ def dinov2_input(images: Tensor) -> Tensor:
 def load_program(path: Path, device: torch.device) -> Detector:
     """Load a custom network. The file can run arbitrary code; the caller ensures that the user requested it.
 
-    TorchScript files of the StyleGAN family take `return_features=True`; they return probabilities by default.
+    TorchScript files of the StyleGAN family return probabilities unless called with `return_features=True`.
     """
     _warn_that_program_runs(path)
     module, arguments = load_module(path, device)
@@ -493,7 +493,7 @@ def _checked_output(output: Any, count: int, where: str) -> Output:
 
 
 def load_state_dict(path: Path) -> Mapping[str, Tensor]:
-    """Read a state dict without running code. Raises UserError for a file that holds anything but tensors."""
+    """Read a state dict without running code. Raises UserError for a file that contains anything but tensors."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old file formats; unreadable files raise below

@@ -17,17 +17,17 @@ class ProgressLine:
     """Progress on stderr: images done in the shard of rank 0, and the estimated time left."""
 
     def __init__(self) -> None:
-        self.what, self.start, self.shown = "", 0.0, 0.0
+        self.name, self.start, self.shown = "", 0.0, 0.0
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, name: str, done: int, total: int) -> None:
         if not distributed.is_main():
             return
         now, on_screen = time.monotonic(), sys.stderr.isatty()
-        if what != self.what:
-            self.what, self.start, self.shown = what, now, now
-        text = f"{what}: {done} of {total}"
+        if name != self.name:
+            self.name, self.start, self.shown = name, now, now
+        text = f"{name}: {done} of {total}"
         if done == total:
-            self.what = ""
+            self.name = ""
             if on_screen:
                 redraw("", sys.stderr)
             print(text, file=sys.stderr, flush=True)

@@ -132,7 +132,7 @@ class _KeptRows:
 class SubsetRows:
     """Features in `number` random subsets of `size` images: `rows` (U, F), `index` (number, size) into the rows.
 
-    The subsets are drawn before the pass, so at most number * size rows are held.
+    The subsets are drawn before the pass, so at most number * size rows are stored.
     """
 
     number: int
@@ -182,7 +182,7 @@ class _ClassSums:
         if logits is None:
             raise UserError(NO_CLASSES)
         p, log_p = logits.double().softmax(dim=1), logits.double().log_softmax(dim=1)
-        # Split i holds the positions i * N // splits <= position < (i + 1) * N // splits.
+        # Split i covers the positions i * N // splits <= position < (i + 1) * N // splits.
         bounds = torch.arange(1, self.splits, device=p.device) * self.total // self.splits
         position = torch.arange(positions.start, positions.start + len(p), device=p.device)
         split = torch.bucketize(position, bounds, right=True)
@@ -247,13 +247,13 @@ class Statistics:
 
     def collect(self, requests: Iterable[StatRequest]) -> None:
         """Compute the missing requests: one pass over the fakes, and one over each distinct set of reals."""
-        todo = [request for request in dict.fromkeys(map(self._normalized, requests)) if request not in self.results]
-        self._run([request for request in todo if request.of == "fake"])
-        for request in [request for request in todo if request.of == "real"]:
+        missing = [request for request in dict.fromkeys(map(self._normalized, requests)) if request not in self.results]
+        self._run([request for request in missing if request.of == "fake"])
+        for request in [request for request in missing if request.of == "real"]:
             kept = self._load(request)
             if kept is not None:
                 self.results[request], self.seconds[request] = kept, 0.0
-        uncached = [request for request in todo if request.of == "real" and request not in self.results]
+        uncached = [request for request in missing if request.of == "real" and request not in self.results]
         for chosen in dict.fromkeys((request.count, request.flips) for request in uncached):
             group = [request for request in uncached if (request.count, request.flips) == chosen]
             self._run(group)
@@ -261,7 +261,7 @@ class Statistics:
                 self._save(request)
 
     def check_detector(self, role: Role, *, with_classes: bool) -> None:
-        """Run a custom detector on two blank images and on one, to detect a fixed batch size.
+        """Run a custom detector on two batches of different size, to detect a fixed batch size.
 
         Raises UserError for a program that fails, or that does not return the required class logits.
         """
@@ -319,20 +319,20 @@ class Statistics:
 
     def size(self, request: StatRequest) -> int:
         """Return the number of images of a request."""
-        everything = len(self._context_of(request).reals)
+        num_reals = len(self._context_of(request).reals)
         if request.of == "fake":
             assert request.count is not None
             return request.count
-        if everything == 0:
+        if num_reals == 0:
             raise UserError("the dataset holds no images: metrics need real images to compare with")
-        return everything if request.count is None else min(request.count, everything)
+        return num_reals if request.count is None else min(request.count, num_reals)
 
     def _detector(self, role: Role) -> Detector:
         if role not in self.detectors:
             self.detectors[role] = self.context.setup.load(role, self.context.device)
         return self.detectors[role]
 
-    # Cache of the statistics of reals. Only rank 0 reads and writes: other processes may not see its disk.
+    # Cache of the statistics of reals. Only rank 0 reads and writes: other processes may be on another machine.
 
     def _path(self, request: StatRequest) -> Path | None:
         context = self._context_of(request)

@@ -50,8 +50,8 @@ def feature_distance(path: Path, device: torch.device) -> DistanceTo:
     """Return |f(img) - f(target)|^2 / |f(target)|^2 for the features f of a program on float pixels in 0..255.
 
     If the program has an argument `return_lpips`, like the VGG16 of the StyleGAN family, f is its output with
-    `return_lpips=True`. Squared distances between these outputs are LPIPS and are not divided. Raises UserError for a
-    program without gradients.
+    `return_lpips=True`. Squared distances between these outputs are LPIPS and are not normalised. Raises UserError for
+    a program without gradients.
     """
     module, arguments = load_module(path, device)
     if path.suffix == ".pt2":

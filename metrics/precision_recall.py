@@ -69,7 +69,7 @@ def nearest_distances(x: Tensor, others: Tensor) -> Tensor:
 
 
 def precision_recall(real: Tensor, fake: Tensor, neighbours: int = PR_NEIGHBOURS) -> tuple[float, float]:
-    """Return the fraction of fakes inside the manifold of the reals, and of reals inside that of the fakes."""
+    """Return the fraction of fakes inside the reals' manifold, and the fraction of reals inside the fakes' manifold."""
     precision = (count_balls(fake, real, radii(real, neighbours)) > 0).double().mean()
     recall = (count_balls(real, fake, radii(fake, neighbours)) > 0).double().mean()
     return float(precision), float(recall)

@@ -1,6 +1,6 @@
 """Safe loading of untrusted exported programs (.pt2): only archives of tensors and a graph are accepted.
 
-A torch.export archive holds a graph, as JSON, and tensors. torch also loads pickled objects, compiled libraries and
+A torch.export archive contains a graph, as JSON, and tensors. torch also loads pickled objects, compiled libraries and
 objects of custom classes from an archive; it evaluates expressions of the graph as Python and generates Python code
 from names in the graph. `check` validates all of these before torch loads them, with the same reader. An accepted
 archive is a graph of PyTorch's own operators. Such a program can still exhaust memory and time.
@@ -24,10 +24,10 @@ from dnnlib.config import UserError
 from dnnlib.screen import printable
 from dnnlib.util import describe_error, parse_json
 
-if TYPE_CHECKING:  # this module imports the compiler, which takes longer than importing this project
+if TYPE_CHECKING:  # torch.export imports the compiler, which takes longer than importing this project
     from torch.export.pt2_archive import PT2ArchiveReader
 
-# Permitted parts of an archive. Extra files are text and are not read here.
+# Permitted parts of an archive. Extra files are text and are not read by `load`.
 PARTS = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json"
     r"|data/weights/(weight_\d+|model\.pt|model_weights_config\.json)"
@@ -71,14 +71,14 @@ METHODS = ("size", "stride", "storage_offset")
 POWERS = ("Pow", "PowByNatural")
 MAX_EXPRESSION = 20_000
 
-# Environment variables that override the weights_only argument of torch.load. It raises if both are set.
+# Environment variables that override the weights_only argument of torch.load, which raises if both are set.
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 FORCE_NO_WEIGHTS_ONLY = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 EXPONENT = re.compile(r"(Integer\()?-?[0-8]\)?")
 
 
 def load(path: Path) -> torch.export.ExportedProgram:
-    """Load an exported program. Raises UserError if it holds more than data and PyTorch's own operators.
+    """Load an exported program. Raises UserError if the file contains more than data and PyTorch's own operators.
 
     Exceptions that torch raises for corrupt files are propagated.
     """
@@ -132,7 +132,7 @@ def _check_tensors(path: Path, part: str, content: bytes) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Extract the reason from an unpickler error. torch precedes it with advice to run the code anyway."""
+    """Extract the reason from an unpickler error, without torch's advice to run the code anyway."""
     match = re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error:\s*([^\n]*)", str(error))
     return printable(match[1] or match[2])[:100] if match else describe_error(error)
 
@@ -165,7 +165,7 @@ def _check_payloads(path: Path, part: str, document: Any, reader: PT2ArchiveRead
 
 
 def _strings(value: Any, kind: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, string) for every string in a document. Keys of objects are included, with the key ''."""
+    """Yield (key, string) for every string value in a document, and ('', key) for every key."""
     if isinstance(value, str):
         yield kind, value
     elif isinstance(value, list):

@@ -78,11 +78,11 @@ class MetricSpec:
     roles           the detectors
     plan            returns the requested statistics of their features, so that metrics share passes over images
     counts_flips    include flipped reals under --mirror; in the protocol of the StyleGAN family, metrics with
-                    equally many reals and fakes include them, and metrics with all reals do not
-    protocol        description, appended to that of the detectors
+                    equal numbers of reals and fakes include flips, and metrics with all reals do not
+    protocol        description, appended to the description of the detectors
     clean           replacement of `protocol` under --protocol=clean; None if the metric does not support it
-    library_suffix  appended to the metric's name if its default network differs from that of the literature and the
-                    user does not specify a network
+    library_suffix  appended to the metric's name if its default network differs from the network of the literature and
+                    the user does not specify a network
     needs           check of other requirements, called before any image is generated; returns a message with the
                     missing requirement and the remedy, or None
     """
@@ -101,7 +101,7 @@ class MetricSpec:
     needs: Callable[[], str | None] = _no_needs
 
     def match(self, name: str) -> re.Match[str] | None:
-        """Match the name of a metric; group 'N' holds the count if the pattern has one."""
+        """Match the name of a metric; group 'N' is the count if the pattern contains <N>."""
         count = r"(?P<N>[1-9]\d*k?)?"
         pattern = re.escape(self.pattern).replace(re.escape("<N>"), count)
         return re.fullmatch(f"{pattern}(?P<library>{self.library_suffix})?", name)
@@ -113,8 +113,8 @@ class MetricSpec:
     def protocol_of(self, setup: DetectorSetup = STANDARD) -> str:
         """Return a description of the detectors and the processing of their features."""
         networks = [setup.describe(role) for role in self.roles]
-        words = "; ".join([*networks, self.clean if self.clean and setup.protocol == "clean" else self.protocol])
-        return f"{setup.protocol}: {words}" if self.clean else words
+        text = "; ".join([*networks, self.clean if self.clean and setup.protocol == "clean" else self.protocol])
+        return f"{setup.protocol}: {text}" if self.clean else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ def register_metric(
 
 
 def registered_metrics() -> tuple[MetricSpec, ...]:
-    """Return every metric, in the order of their patterns."""
+    """Return all metrics, sorted by pattern."""
     return tuple(_METRICS[pattern] for pattern in sorted(_METRICS))
 
 
@@ -252,7 +252,7 @@ def compute(name: str, context: MetricContext) -> MetricResult:
 def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[MetricResult]:
     """Compute metrics. All metrics that use a detector share one pass over the generated images.
 
-    Collective: every process passes its own copies and receives equal results. Raises UserError for an unknown
+    Collective: every process passes an equal context and receives equal results. Raises UserError for an unknown
     name, a missing requirement, and data that a metric cannot use.
     """
     specs = {name: find(name, context.setup) for name in resolve(names, context.setup)}
@@ -333,7 +333,7 @@ def results_of(snapshot: Path, sha256: str) -> list[dict[str, Any]]:
 def is_best(record: dict[str, Any], folder: Path, *, higher_is_better: bool) -> bool:
     """Return whether a record is better than all comparable records in metric-<name>.jsonl of `folder`.
 
-    The file may also hold records of calc_metrics.py with other data, detectors or seeds.
+    The file may also contain records of calc_metrics.py with other data, detectors or seeds.
     """
     name, value = next(iter(record["results"].items()))
     earlier = read_metric_records(folder / f"metric-{record['metric']}.jsonl")

@@ -72,7 +72,7 @@ class Images(Protocol):
     def images(self, indices: Sequence[int]) -> Tensor: ...
 
 
-def silent(what: str, done: int, total: int) -> None:
+def silent(name: str, done: int, total: int) -> None:
     """Discard progress reports."""
 
 
@@ -82,8 +82,8 @@ class MetricContext:
 
     `images` is the dataset; `mirrored` is the dataset with the flip of every image (--mirror), or None. The registry
     sets `counts_flips` for each metric; metrics read their reals from `reals`. G is on `device` in evaluation mode.
-    `cache` is the folder for statistics of reals; None disables caching. `shared` holds state shared by the metrics of
-    a context. Raises UserError if the shapes or labels of reals and fakes do not match.
+    `cache` is the folder for statistics of reals; None disables caching. `shared` is state that the metrics of a
+    context share. Raises UserError if the shapes or labels of reals and fakes do not match.
     """
 
     G: ImageGenerator | None = None
@@ -135,15 +135,15 @@ class MetricContext:
         return self.G
 
 
-def explain_shape_mismatch(ours: tuple[int, ...], theirs: tuple[int, ...], of_network: bool) -> str:
+def explain_shape_mismatch(fake_shape: tuple[int, ...], real_shape: tuple[int, ...], of_network: bool) -> str:
     """Return the error message for fakes and reals of different shape (C, H, W), with the dataset_tool.py options."""
-    options = [f"--channels={ours[0]}"] if ours[0] != theirs[0] else []
-    options += [f"--width={ours[2]} --height={ours[1]}"] if ours[1:] != theirs[1:] else []
+    options = [f"--channels={fake_shape[0]}"] if fake_shape[0] != real_shape[0] else []
+    options += [f"--width={fake_shape[2]} --height={fake_shape[1]}"] if fake_shape[1:] != real_shape[1:] else []
     source = "the network generates" if of_network else "the generated set holds"
     remedy = "use the dataset that the network was trained on or" if of_network else "use real images of this shape or"
     return (
-        f"{source} images of {shape_name(ours)}, but the dataset has {shape_name(theirs)}: {remedy} convert it with "
-        f"dataset_tool.py {' '.join(options)}"
+        f"{source} images of {shape_name(fake_shape)}, but the dataset has {shape_name(real_shape)}: {remedy} convert "
+        f"it with dataset_tool.py {' '.join(options)}"
     )
 
 
@@ -193,16 +193,16 @@ def choose_reals(context: MetricContext, count: int) -> list[int]:
     return [int(index) for index in np.sort(chosen)]
 
 
-def real_batches(context: MetricContext, indices: Sequence[int], what: str = "real images") -> Batches:
+def real_batches(context: MetricContext, indices: Sequence[int], name: str = "real images") -> Batches:
     """Yield this process's shard of the reals with the given indices, on the device."""
-    return _read_batches(context, context.reals, indices, what)
+    return _read_batches(context, context.reals, indices, name)
 
 
 def fake_batches(context: MetricContext, count: int) -> Batches:
     """Yield this process's shard of `count` fakes as uint8 on the device, from G or from `context.fakes`.
 
-    Latents are standard normal, and labels are those of random images of the dataset. `context.fakes` is sampled
-    without replacement, in random order. Raises UserError if G returns non-finite values, and if `context.fakes` holds
+    Latents are standard normal, and labels are taken from random images of the dataset. `context.fakes` is sampled
+    without replacement, in random order. Raises UserError if G returns non-finite values, and if `context.fakes` has
     fewer than `count` images.
     """
     if context.fakes is not None:
@@ -240,7 +240,7 @@ def _generate_batches(context: MetricContext, G: ImageGenerator, count: int) -> 
         raise UserError("the network returns non-finite values, so its training diverged: metrics are undefined")
 
 
-def _read_batches(context: MetricContext, images: Images, indices: Sequence[int], what: str) -> Batches:
+def _read_batches(context: MetricContext, images: Images, indices: Sequence[int], name: str) -> Batches:
     """Yield this process's shard of a set. Threads prefetch images, so that the device does not wait for the disk."""
 
     def read(positions: range) -> Tensor:
@@ -258,7 +258,7 @@ def _read_batches(context: MetricContext, images: Images, indices: Sequence[int]
             while waiting and (is_last or len(waiting) > 2 * READERS):
                 done, future = waiting.popleft()
                 yield done, future.result().to(context.device, non_blocking=True)
-                context.progress(what, done.stop - share.start, len(share))
+                context.progress(name, done.stop - share.start, len(share))
 
 
 def cut(positions: range, size: int) -> Iterator[range]:
@@ -295,7 +295,7 @@ def gather_rows(x: Tensor) -> Tensor:
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
     sizes = [int(count) for count in counts]
 
-    # Gather bytes, because backends do not support all dtypes. Pad, because shards differ by a row.
+    # Gather bytes, because backends do not support all dtypes. Pad, because shard sizes differ by up to one row.
     padded = F.pad(x.flatten(1), (0, 0, 0, max(sizes) - len(x))).view(torch.uint8)
     gathered = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded)

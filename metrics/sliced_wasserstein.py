@@ -63,7 +63,7 @@ PROTOCOL = (
     counts_flips=True,
 )
 def swd(context: MetricContext, name: str, count: int | None) -> Measurement:
-    """Return the distance between min(N, all) reals and equally many fakes: 'swd', then 'swd_32', ... per level."""
+    """Return the distance between min(N, all) reals and as many fakes: 'swd', then 'swd_32', ... per level."""
     check_size(context.images.img_shape)
     indices = choose_reals(context, count or NUM_IMAGES)
     reals = collect(context, len(indices), real_batches(context, indices))
@@ -83,9 +83,9 @@ def swd_floor(context: MetricContext, name: str, count: int | None) -> Measureme
     """Return the distance between two disjoint random sets of min(N, half of all) reals; the network is not used."""
     check_size(context.images.img_shape)
     first, second = disjoint_halves(context, count or NUM_IMAGES)
-    one = collect(context, len(first), real_batches(context, first, "real images, first set"))
-    other = collect(context, len(second), real_batches(context, second, "real images, second set"))
-    values = named(name, compare_shards(one, other, context.seed))
+    first_set = collect(context, len(first), real_batches(context, first, "real images, first set"))
+    second_set = collect(context, len(second), real_batches(context, second, "real images, second set"))
+    values = named(name, compare_shards(first_set, second_set, context.seed))
     return Measurement(values=values, num_real=len(first) + len(second), num_fake=0)
 
 
@@ -118,7 +118,7 @@ def check_size(img_shape: tuple[int, int, int]) -> None:
 
 
 def disjoint_halves(context: MetricContext, count: int) -> tuple[list[int], list[int]]:
-    """Return the indices of two disjoint random sets of `count` reals, or of half of all reals."""
+    """Return the indices of two disjoint random sets, each of min(`count`, half of all) reals."""
     total = len(context.reals)
     size = min(count, total // 2)
     if size == 0:
@@ -290,7 +290,7 @@ class PatchSet:
             level.add(rows, pixels, corners.to(images.device))
 
     def names(self) -> list[str]:
-        """Return '32' for a level of 32x32 pixels, '32x48' for one of height 32 and width 48."""
+        """Return '32' for a level of 32x32 pixels, '32x48' for a level of height 32 and width 48."""
         return [f"{height}" if height == width else f"{height}x{width}" for height, width in self.shapes]
 
 

@@ -1,7 +1,7 @@
 """Weight files of detectors: location, download on first use, checksums, and errors if a file is not available.
 
 Checksums are pinned where the publisher states them: file names of torch hub end in the first eight digits of the
-sha256. Every metric record holds the full sha256 of the files used.
+sha256. Every metric record contains the full sha256 of the files used.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dnnlib.download import cache_dir, download, sha256_of_file
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFile:
-    """A published state dict. `sha256` is the checksum or its first digits, empty when none is published."""
+    """A published state dict. `sha256` is the checksum or its first digits, or empty if no checksum is published."""
 
     name: str
     url: str
     sha256: str
-    holds: str
+    content: str
 
     @property
     def path(self) -> Path:
@@ -32,26 +32,26 @@ class WeightFile:
 
     def describe(self) -> str:
         """Return 'name (content, sha256 6726825d...)'."""
-        return f"{self.name} ({self.holds}, {f'sha256 {self.sha256}...' if self.sha256 else 'no published sha256'})"
+        return f"{self.name} ({self.content}, {f'sha256 {self.sha256}...' if self.sha256 else 'no published sha256'})"
 
 
 INCEPTION = WeightFile(
     name="weights-inception-2015-12-05-6726825d.pth",
     url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     sha256="6726825d",
-    holds="the TensorFlow Inception network of 2015-12-05, converted by torch-fidelity",
+    content="the TensorFlow Inception network of 2015-12-05, converted by torch-fidelity",
 )
 VGG16 = WeightFile(
     name="vgg16-397923af.pth",
     url="https://download.pytorch.org/models/vgg16-397923af.pth",
     sha256="397923af",
-    holds="torchvision's VGG16",
+    content="torchvision's VGG16",
 )
 LPIPS = WeightFile(
     name="weights-vgg16-lpips.pth",
     url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth",
     sha256="",
-    holds="the linear layers of LPIPS on VGG16",
+    content="the linear layers of LPIPS on VGG16",
 )
 KNOWN = (INCEPTION, VGG16, LPIPS)
 
@@ -94,7 +94,7 @@ def check(file: WeightFile, path: Path) -> Path:
 
 
 def fetch(file: WeightFile) -> Path:
-    """Return the path of the checked file, fetched on first use. Raises UserError with the remedy if that fails."""
+    """Return the path of the checked file, fetched on first use. Raises UserError with the remedy if fetching fails."""
     if file.path.is_file():
         return check(file, file.path)
     try:

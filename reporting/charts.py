@@ -31,13 +31,13 @@ GROUPS = (
     Group("augment", "Augmentation probability p", "p", ("Progress/augment",)),
     Group("gradients", "Gradient norms", "norm", ("Gradients/*",), is_log=True),
     Group("regularisers", "Regularisers and other loss terms", "mean", ("Loss/*",), is_log=True),
-    Group("diversity", "Diversity of generated images: 1 = that of real images", "ratio", ("Images/diversity",)),
+    Group("diversity", "Diversity of generated images: 1 = as diverse as real images", "ratio", ("Images/diversity",)),
     Group("overfitting", "Overfitting of D: 0 = none, 1 = complete", "r", ("Overfitting/r_*",)),
     Group("holdout", "Logits of D for held-out and other images", "mean logit", ("Overfitting/score_*",)),
     Group("holdout-signs", "Logit signs of D for held-out and other images", "mean sign", ("Overfitting/sign_*",)),
     Group("skipped", "Updates skipped because of non-finite values", "updates per tick", ("Skipped/*",)),
     Group("pace", "Training speed", "seconds per kimg", ("Timing/sec_per_kimg",)),
-    Group("", "", "", ("Progress/*", "Timing/*", "Resources/*", "timestamp")),  # not drawn
+    Group("", "", "", ("Progress/*", "Timing/*", "Resources/*", "timestamp")),  # not plotted
     Group("others", "Other statistics", "", ("*",)),
 )
 # Okabe-Ito palette, suitable for colour blindness, without the colours that are faint on white.
@@ -119,7 +119,7 @@ class Chart:
         return f"{line.run} {line.statistic}" if len(self.statistics) > 1 else line.run
 
     def legend(self) -> list[Entry]:
-        """Return the legend: statistics by colour for one run; runs by colour and statistics by dashes for several."""
+        """Return the legend: colours denote statistics or, with several runs, runs; dashes then denote statistics."""
         if not self.compares:
             return [Entry(line.statistic + _best_of(line), line.colour) for line in self.lines]
         runs = {line.run: Entry(line.run + _best_of(line), line.colour) for line in self.lines}
@@ -181,7 +181,7 @@ def higher_is_better(metric: str) -> bool | None:
 
 
 def index_of_best(curve: Curve, *, higher: bool) -> int:
-    """Return the index of the best value of a curve; the first one among equal values."""
+    """Return the index of the best value of a curve; the first of equal values."""
     return int(curve.values.argmax() if higher else curve.values.argmin())
 
 
@@ -196,7 +196,7 @@ def _is_positive(lines: Sequence[Line]) -> bool:
 
 
 def _lines(runs: Sequence[tuple[str, dict[str, Curve]]], statistics: Sequence[str]) -> tuple[Line, ...]:
-    """Return the lines of these statistics. With several runs, the colour is by run and the dashes by statistic."""
+    """Return the lines of these statistics. With several runs, colours denote runs and dashes denote statistics."""
     lines = []
     for i, (run, curves) in enumerate(runs):
         for j, statistic in enumerate(statistics):

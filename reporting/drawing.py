@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS_BELOW = 40  # a curve with fewer points is drawn with markers
-SECTIONS = 200  # of a long curve; each is drawn as its minimum and maximum
+SECTIONS = 200  # number of sections of a long curve; a section is reduced to its minimum and maximum
 INK = "#0a0b0c"  # placeholder colour of text and axes; the page replaces it
 
 
@@ -37,13 +37,13 @@ class Axis:
     unit: float
     label: str
 
-    def along(self, curve: Curve) -> np.ndarray:
+    def values_of(self, curve: Curve) -> np.ndarray:
         return np.asarray(getattr(curve, self.name)) / self.unit
 
 
 @dataclass(frozen=True)
 class Panel:
-    """SVG of a chart along one axis. `first` and `last` are the values at the fractions `left` and `right` of it."""
+    """SVG of a chart along one axis, with axis values `first`, `last` at the fractions `left`, `right` of the width."""
 
     svg: str
     axis: Axis
@@ -111,14 +111,14 @@ def _plot(axes: Axes, chart: Chart, axis: Axis) -> None:
     """Draw the lines of a chart along an x axis."""
     for line in chart.lines:
         style: dict[str, Any] = {"color": line.colour, "linestyle": _style(line.dashes), "linewidth": 1.4}
-        x, y = _extremes(axis.along(line.curve), line.curve.values)
+        x, y = _extremes(axis.values_of(line.curve), line.curve.values)
         if line.is_smoothed:
             axes.plot(x, y, color=line.colour, linewidth=0.5, alpha=0.3)
             trend = line.trend()
-            x, y = _extremes(axis.along(trend), trend.values)
+            x, y = _extremes(axis.values_of(trend), trend.values)
         axes.plot(x, y, marker="." if len(x) < MARKERS_BELOW else None, **style)
         if line.best is not None:
-            best = axis.along(line.curve)[line.best], line.curve.values[line.best]
+            best = axis.values_of(line.curve)[line.best], line.curve.values[line.best]
             axes.plot(*best, marker="*", markersize=11, color=line.colour, linestyle="")
     if chart.is_log:
         _use_decades(axes)

@@ -25,7 +25,7 @@ from reporting.run_reader import Curve, Grid, Run
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_SIDE = 768  # longer side of a grid in the page, in pixels
-MAX_STARTS, MAX_FACTS = 50, 30  # starts shown per run, and columns of the environment table
+MAX_STARTS, MAX_COLUMNS = 50, 30  # starts shown per run, and columns of the environment table
 MAX_READINGS = 300  # points per line for the readout at the pointer
 
 
@@ -118,7 +118,7 @@ def _grids(run: Run, count: int) -> str:
         slider = f'<input type="range" min="0" max="{last}" value="{last}" aria-label="kimg" hidden>'
         parts.append(f'<div class="frames">{slider}{"".join(frames)}</div>')
     else:
-        parts.append("<p>No images yet: the next snapshot writes some.</p>")
+        parts.append("<p>No image grids yet; the next snapshot adds them.</p>")
     return "\n".join([*parts, "</div></div>"])
 
 
@@ -219,7 +219,7 @@ def _all_options(run: Run) -> str:
 def _environments(runs: Sequence[Run]) -> str:
     """Return the table of environments: software and hardware at each start of each run."""
     starts = [(run.name, start) for run in runs for start in run.starts[-MAX_STARTS:]]
-    names = list(dict.fromkeys(name for _, start in starts for name in start))[:MAX_FACTS]
+    names = list(dict.fromkeys(name for _, start in starts for name in start))[:MAX_COLUMNS]
     rows = [["run", *names]]
     rows += [[run, *(_text_or_unknown(start.get(name, "")) for name in names)] for run, start in starts]
     return "<h2>Environment</h2>\n" + _table(rows) if len(rows) > 1 else ""

@@ -27,7 +27,7 @@ MAX_STATISTICS = 300  # statistics per run; typical runs have about 60
 class Curve:
     """A statistic of a run in ascending order of kimg; nan for a tick without a value.
 
-    `origin` holds the COMPARABLE fields of the records of a metric.
+    `origin` contains the COMPARABLE fields of the records of a metric.
     """
 
     kimg: np.ndarray
@@ -161,8 +161,8 @@ def _flatten(line: dict[str, Any]) -> dict[str, float]:
 def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve | None:
     """Return the finite main values of a metric against kimg; None if there are none.
 
-    The file may also hold records of calc_metrics.py with other data or options. Only records that are comparable with
-    the last record are used.
+    The file may also contain records of calc_metrics.py with other data or options. Only records that are comparable
+    with the last record are used.
     """
     records = [line for line in _read_lines(path, "kimg", problems) if _main_value(line) is not None]
     if not records:
@@ -221,7 +221,7 @@ def is_number(value: object, limit: float) -> TypeGuard[float]:
 
 
 def _read_warnings(path: Path) -> list[str]:
-    """Return the last distinct warnings and errors of a log, by last occurrence, with counts of repetitions."""
+    """Return the latest distinct warnings and errors of a log, in order of last occurrence, with repetition counts."""
     counts: dict[str, int] = {}
     with suppress(OSError):
         for line in read_lines(path):

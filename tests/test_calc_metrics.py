@@ -459,7 +459,7 @@ def test_metrics_of_image_files_equal_torch_fidelity(tmp_path: Path, monkeypatch
 
     weights = tmp_path / "weights.pth"
     torch.save(random_inception(), weights)
-    file = WeightFile(name=weights.name, url="", sha256="", holds="test")
+    file = WeightFile(name=weights.name, url="", sha256="", content="test")
     monkeypatch.setattr(detectors, "FILES", {**detectors.FILES, "inception": (file,)})
     monkeypatch.setattr(detectors, "KNOWN", (file,))
     sets = {

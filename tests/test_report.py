@@ -429,7 +429,7 @@ def test_unusual_names_and_numbers_are_shown(tmp_path: Path) -> None:
     result = run_report(run)
     assert result.exit_code == 0, result.output
     assert "stats.jsonl: skipped 2 corrupt lines of 5" in result.output
-    assert "training_options.json: cannot be read (it is nested too deep)" in result.output
+    assert "training_options.json: cannot be read (nested too deeply)" in result.output
     text = (run / "report" / "report.html").read_text()
     assert "<title>$body \\udcff</title>" in text
     assert "<td>4 of ?</td><td>?</td><td>?</td><td>?</td><td>?</td><td>3 at 2 kimg</td><td>3</td>" in text

@@ -23,8 +23,8 @@ def choose_batch_gpu(
 ) -> TrainConfig:
     """Return a resolved configuration with the largest micro-batch for which `fits` is true on all processes.
 
-    `fits` (config, dataset, device) defaults to `fits_in_memory`. A collective call that leaves weights, random
-    state and memory unchanged. Raises UserError if not even the smallest micro-batch fits.
+    `fits(config, dataset, device)` defaults to `fits_in_memory`. The search is collective and leaves weights, random
+    state and memory unchanged. Raises UserError if even the smallest micro-batch does not fit.
     """
     fits = fits or fits_in_memory
     sizes = micro_batches(config)

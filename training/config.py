@@ -152,7 +152,7 @@ class TrainConfig:
     )
     reduced_from: int = setting(
         0,
-        "Minimum longer side of grids computed in `precision`; smaller grids use float32.",
+        "Longer side of the smallest grid computed in `precision`; smaller grids use float32.",
         at_least=0,
         note="0 applies `precision` to all grids",
     )
@@ -284,7 +284,7 @@ def _transgan(
     n_critic: int = 4,
     batch: int = 64,
 ) -> TrainConfig:
-    """TransGAN's training configuration; the arguments are what differs between the paper's models."""
+    """TransGAN's training configuration; the paper's models differ only in the arguments."""
     return TrainConfig(
         preset=name,
         data=DatasetConfig(mirror=True),
@@ -425,7 +425,7 @@ def apply_options(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig
 
 
 def _check_intervals(config: TrainConfig, values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for the weight of a regulariser that has no interval, so its phase would never run."""
+    """Raise ConfigError if a regulariser has a weight but no interval, so its phase would never run."""
     intervals = {"pl_weight": "pl_interval"} | ({"r1_gamma": "r1_interval"} if config.loss.objective in LAZY_R1 else {})
     for weight, interval in intervals.items():
         if values.get(f"loss.{weight}") and getattr(config.loss, interval) is None:

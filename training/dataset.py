@@ -107,7 +107,7 @@ class ImageDataset:
         self.has_labels = content.labels is not None
 
         self._subset = _choose_subset(len(self._store.names), config, held_out)  # indices into the store's names
-        self._undecoded: dict[str, str] = {}  # broken images before the first decodable one -> error
+        self._undecoded: dict[str, str] = {}  # broken images before the first decodable image -> error
         H, W, C = self._first_shape()
         self.img_shape = (C, H, W)
         self.labels, self.c_dim = self._read_labels(content)
@@ -348,7 +348,7 @@ class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
 
 
 def _choose_subset(num_images: int, config: DatasetConfig, held_out: bool) -> np.ndarray:
-    """Return sorted image indices: the start of a random order for training, or its last `holdout` if `held_out`."""
+    """Return sorted image indices: the head of a random permutation, or its last `holdout` entries if `held_out`."""
     rest = num_images - config.holdout
     if rest < 1:
         raise ConfigError("holdout", config.holdout, f"the dataset has {num_images} images: leave some for training")
@@ -364,7 +364,7 @@ def _choose_subset(num_images: int, config: DatasetConfig, held_out: bool) -> np
 
 
 def kind_of_labels(path: str) -> LabelKind | None:
-    """Return the kind of the labels of a dataset, or None if the dataset is not available or has no labels."""
+    """Return the label kind of a dataset, or None if the dataset is not available or has no labels."""
     try:
         return ImageDataset(DatasetConfig(path=path, use_labels=True)).label_kind
     except UserError:
@@ -372,7 +372,7 @@ def kind_of_labels(path: str) -> LabelKind | None:
 
 
 def encode_labels(labels: Tensor, c_dim: int) -> Tensor:
-    """Convert labels to network inputs, float32 [B, c_dim]: class indices [B] become one-hot, vectors are kept."""
+    """Convert labels to network inputs, float32 [B, c_dim]: class indices [B] become one-hot, vectors are unchanged."""
     if labels.ndim == 1:
         return F.one_hot(labels, c_dim).float()
     if labels.shape[1] != c_dim:
@@ -513,7 +513,7 @@ def _ignore_stop_signals(worker: int) -> None:
 
 
 class _BatchReader(Dataset[tuple[Tensor, Tensor] | UserError]):
-    """Map from an array of indices to a batch, or to its UserError, because DataLoader would wrap a raised error."""
+    """Dataset of batches by index array; an item may be a UserError, because DataLoader would wrap a raised error."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset

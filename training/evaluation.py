@@ -93,7 +93,7 @@ def metric_names(run: RunConfig, setup: DetectorSetup) -> tuple[str, ...]:
 
 
 def build_context(trainer: Trainer) -> MetricContext:
-    """Return the inputs of metrics: G_ema and the whole dataset, as in published protocols, even if a run uses less."""
+    """Return the inputs of metrics: G_ema and the whole dataset, even if training uses less (published protocols)."""
     data = trainer.config.data
     full = replace(data, max_images=None, holdout=0)
     dataset = trainer.dataset if full == data else ImageDataset(full)

@@ -87,7 +87,7 @@ CONDITIONS = (
 
 
 class HealthCheck(Hook):
-    """Hook that prints the message of a newly met condition, and does not repeat it while the condition stays met."""
+    """Hook that warns when a condition is newly met, without repetition while the condition holds."""
 
     def __init__(self, conditions: Sequence[Condition] = CONDITIONS) -> None:
         self.conditions = conditions

@@ -34,20 +34,20 @@ class Hook:
     """
 
     def on_start(self, trainer: Trainer) -> None:
-        """Called before the first step of this process, in a new run or a resumed one."""
+        """Called before the first step of this process, in a new or resumed run."""
 
     def on_step(self, trainer: Trainer) -> None:
         """Called after each step."""
 
     def on_tick(self, trainer: Trainer, tick: Tick) -> None:
-        """Called at each tick: number 0 before the first step of a new run, the last tick after its last step."""
+        """Called at each tick: tick 0 precedes the first step of a new run, and the last tick follows its last step."""
 
     def on_end(self, trainer: Trainer) -> None:
         """Called when training ends or a hook stops it, in reverse order of hooks. Not called after an error."""
 
 
 class TickLine(Hook):
-    """Progress line per tick, and on a terminal a redrawn progress line between ticks.
+    """Progress line per tick; on a terminal, also a progress line that is redrawn between ticks.
 
     The remaining time is extrapolated from the pace since the program started, which includes image grids, snapshots
     and metrics.
@@ -55,11 +55,11 @@ class TickLine(Hook):
 
     def __init__(self) -> None:
         self.drawn = time.monotonic()
-        self.began: tuple[float, int] | None = None  # time and image count after the first step
+        self.first_step: tuple[float, int] | None = None  # time and image count after the first step
 
     def on_step(self, trainer: Trainer) -> None:
         now, nimg = time.monotonic(), trainer.state.nimg
-        self.began = self.began or (now, nimg)
+        self.first_step = self.first_step or (now, nimg)
         if distributed.is_main() and sys.stdout.isatty() and now - self.drawn > 0.5:
             rate = (nimg - trainer.tick_nimg_began) / max(now - trainer.tick_began, 1e-9)
             kimg = f"kimg {nimg / 1000:.2f} of {trainer.total_nimg / 1000:g}"
@@ -77,10 +77,10 @@ class TickLine(Hook):
 
     def _remaining(self, trainer: Trainer) -> str:
         """Return the estimated remaining time, or '?' until the second step."""
-        began, nimg = self.began or (0.0, trainer.state.nimg)
+        start, nimg = self.first_step or (0.0, trainer.state.nimg)
         done = trainer.state.nimg - nimg
         left = max(trainer.total_nimg - trainer.state.nimg, 0)
-        return format_time((time.monotonic() - began) / done * left) if done else "?"
+        return format_time((time.monotonic() - start) / done * left) if done else "?"
 
     def _tick_line(self, trainer: Trainer, tick: Tick) -> str:
         nimg = trainer.state.nimg
@@ -170,7 +170,7 @@ class Snapshots(Hook):
 class Requests(Hook):
     """Hook that writes a training state when a signal requests one, and stops training if the signal requests a stop.
 
-    A request that arrives before the first step is handled after it, because there is no progress to save before.
+    A request that arrives before the first step is handled after that step: earlier, there is no progress to save.
     """
 
     def __init__(self, saver: Saver, signals: Signals) -> None:
@@ -198,7 +198,8 @@ class Overfitting(Hook):
 
     0 means no overfitting, 1 complete overfitting. Each mean covers about NUM_IMAGES images, distributed over the
     processes, under the current augmentation. (By contrast, Loss/signs/real is the mean sign over all real images
-    since the last tick. If D only compares images, it is the mean sign of logit differences, and r_t is meaningless.)
+    since the last tick. If D only compares images, the mean is over signs of logit differences, and r_t is
+    meaningless.)
     """
 
     NUM_IMAGES = 1024

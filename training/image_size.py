@@ -67,7 +67,7 @@ def _settings_of(preset: TrainConfig, config: TrainConfig, part: str) -> Any:
 
 
 def _describe_networks(part: str, config: TrainConfig, presets: Mapping[str, TrainConfig]) -> str:
-    """Return a clause about the sizes that the networks support, naming the options that chose the networks."""
+    """Return the clause of the error message that names the unsuitable network and the options that select it."""
     generator, preset = config.generator, presets[config.preset]
     options = []
     if type(generator) is not type(preset.generator):
@@ -84,7 +84,7 @@ def _describe_networks(part: str, config: TrainConfig, presets: Mapping[str, Tra
 
 
 def _rebuild(path: str, size: Size, is_raw: bool) -> str:
-    """Return advice on how to make a dataset of this size; for raw images it includes the full command."""
+    """Return advice on how to build a dataset of this size, with the full command for raw images."""
     if is_raw:
         return f"build a dataset of another size: {build_command(path, *crop_options(size))}"
     return f"rebuild the dataset with --width={size[0]} --height={size[1]}"

@@ -67,7 +67,7 @@ class GAN:
         """Return ws (B, num_ws, w_dim) with style mixing (Karras et al. 2019, section 3.1), and the mean w (w_dim,).
 
         Mixing is decided once per micro-batch: with probability `style_mixing`, the styles from a cutoff onwards are
-        those of a second z. The cutoff is uniform in 1..num_ws-1.
+        replaced by styles of a second z. The cutoff is uniform in 1..num_ws-1.
         """
         ws = self.G.mapping(z, c)
         mean_w = ws[:, 0].detach().mean(dim=0)
@@ -204,7 +204,7 @@ def _discriminator_terms(loss: Tensor, real_logits: Tensor, margins: Tensor, mea
     """Return the terms of a discriminator loss; `margins` are positive where D is correct about a real image.
 
     The margin is the logit of the real image. Where D only compares images, the margin is the logit of the real image
-    minus the logit of a generated one. ADA is controlled by the mean sign of the margins.
+    minus the logit of a generated image. ADA is controlled by the mean sign of the margins.
     """
     signs = margins.detach().sign()
     stats = {"Loss/D/loss": loss, "Loss/scores/real": real_logits, "Loss/signs/real": signs}
@@ -272,11 +272,11 @@ def _resolved(config: LossConfig, name: str) -> float:
 
 @dataclass(frozen=True)
 class Objective:
-    """Losses of an objective, and the regularisers and settings that belong to the objective.
+    """Losses of an objective, with its regularisers and settings.
 
     `losses` returns the losses of G_main and D_main. With `lazy_r1`, R1 is a separate phase every `r1_interval` steps;
-    relativistic includes R1 and R2 in every step, and wgangp-eps uses neither. `weights` are the weights that only
-    this objective has, with their defaults.
+    relativistic includes R1 and R2 in every step, and wgangp-eps uses neither. `weights` maps weights
+    specific to this objective to their defaults.
     """
 
     losses: Callable[[GAN, LossConfig], Losses]

@@ -52,7 +52,7 @@ def load(trainer: Trainer, start: Start) -> str:
 def transfer(
     config: TrainConfig, networks: Mapping[str, nn.Module], name: str, snapshot: Snapshot
 ) -> tuple[TrainConfig, str]:
-    """Copy the weights of a snapshot to G, D and G_ema as far as they fit.
+    """Copy the weights of a snapshot that fit G, D and G_ema.
 
     Returns the configuration with the origin of the weights, and a message for the log. Raises UserError, naming the
     snapshot by `name`, if the snapshot does not fit.
@@ -103,7 +103,7 @@ def load_latest(trainer: Trainer, run_dir: Path) -> Path:
 
 
 def _resume_newest(trainer: Trainer, run_dir: Path) -> Path:
-    """Try the training states of a run, newest first; warn about unusable ones."""
+    """Try the training states of a run, newest first, and warn about each unusable state."""
     for path in reversed(distributed.from_main(lambda: list_states(run_dir))):
         problem = _resume(trainer, path)
         if problem is None:
@@ -149,6 +149,6 @@ def _truncate_log(path: Path, kimg: float) -> None:
     kept = "".join(f"{json.dumps(entry)}\n" for entry, at in read_log(path) if at is None or at <= kimg)
     try:
         if kept.encode() != path.read_bytes():
-            write_atomically(path.resolve(), kept)  # resolved, to keep a link to another disk
+            write_atomically(path.resolve(), kept)  # resolved, so that a symlink to another disk is kept
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror})") from None

@@ -49,7 +49,7 @@ PUBLISHED = {
 class RunRequest:
     """Command line: `texts` are the values given for fields, {config path: text}; `preset` is None if not given.
 
-    `transfer_options` returns the options, {path: value}, that a snapshot implies for transfer learning from it.
+    `transfer_options` returns the options, {path: value}, that transfer learning from a snapshot implies.
     """
 
     outdir: Path | None
@@ -122,7 +122,7 @@ def _outdir(request: RunRequest) -> Path:
 
 
 def _latest(request: RunRequest) -> Start | None:
-    """Return the start from the newest run that the options do not contradict, or None; warn if they contradict all."""
+    """Return the start from the newest run that fits the options, or None; warn if the options contradict all runs."""
     outdir = _outdir(request)
     newest: tuple[Path, TrainConfig] | None = None
     for run_dir, saved in _readable_runs(outdir):
@@ -142,7 +142,7 @@ def _latest(request: RunRequest) -> Start | None:
 
 
 def _readable_runs(outdir: Path) -> Iterator[tuple[Path, TrainConfig]]:
-    """Yield runs that have a training state, newest first, with their configurations; warn about unreadable ones."""
+    """Yield the runs with a training state, newest first, and their configurations; warn about unreadable runs."""
     for run_dir in reversed(list_runs(outdir)):
         if list_states(run_dir):
             try:
@@ -154,7 +154,7 @@ def _readable_runs(outdir: Path) -> Iterator[tuple[Path, TrainConfig]]:
 def _continue(request: RunRequest, path: Path, saved: TrainConfig) -> Start:
     """Return the start from a run's folder or a training state with the configuration `saved`.
 
-    Raises UserError if options change anything outside of `run` and --override is not given.
+    Raises UserError if options change anything outside `run` and --override is not given.
     """
     config = _merge(request, saved)
     if changes := _differences(saved, config):
@@ -172,7 +172,7 @@ def _continue(request: RunRequest, path: Path, saved: TrainConfig) -> Start:
 
 
 def _changes(request: RunRequest, saved: TrainConfig) -> list[str]:
-    """Return a line for each field outside of `run` that the options change, or the error if they are invalid."""
+    """Return a line for each field outside `run` that the options change, or the error for invalid options."""
     try:
         return _differences(saved, _merge(request, saved))
     except ConfigError as error:
@@ -215,7 +215,7 @@ def _fit_run(config: TrainConfig, saved: TrainConfig, request: RunRequest) -> Ru
 
 
 def _needs_batch_gpu(request: RunRequest, config: TrainConfig, saved: TrainConfig | None = None) -> bool:
-    """Return whether --batch-gpu=auto needs a search; a run resumed on the same number of GPUs reuses its result."""
+    """Return whether --batch-gpu=auto needs a search; on the same number of GPUs, a resumed run reuses the result."""
     is_found = saved is not None and config.run.num_gpus == saved.run.num_gpus
     return is_on_gpu(config) and request.texts.get("run.batch_gpu") == "auto" and not is_found
 

@@ -64,7 +64,7 @@ def _write_options(run_dir: Path, config: TrainConfig) -> None:
 
 
 class RunFolder:
-    """Folder of a run in use by this process, which can restore the folder after its removal."""
+    """Locked folder of the run of this process; `restore` recreates the folder after a removal."""
 
     def __init__(self, path: Path, config: TrainConfig, lock: FolderLock, log: TeeLog | None = None) -> None:
         self.path, self.config, self.lock, self.log = path, config, lock, log

@@ -19,7 +19,7 @@ from training.training_loop import Trainer
 
 
 class Saver:
-    """Writer of snapshots and training states, copied at a step and written in the background on rank 0.
+    """Writer of snapshots and training states: copies both at a step and writes them in the background on rank 0.
 
     A write error is reported at the next tick; training continues, and earlier files stay intact.
     """
@@ -31,7 +31,7 @@ class Saver:
         self.last_snapshot = last_snapshot  # newest snapshot written
 
     def save(self, trainer: Trainer, *, snapshot: bool) -> None:
-        """Write a training state, except before the first step or if one exists for this step; optionally a snapshot.
+        """Write a training state, unless this step is 0 or its state is already saved, and optionally a snapshot.
 
         A collective call. Raises UserError if the processes have diverged.
         """
@@ -114,7 +114,7 @@ class Saver:
         return snapshot if snapshot == self.last_snapshot else None
 
     def finish(self) -> None:
-        """Wait for pending writes. Raises WriteError if one failed."""
+        """Wait for pending writes. Raises WriteError if a write failed."""
         failed = self.writer.join()
         self._warn(failed[:-1])
         if failed:

@@ -50,7 +50,7 @@ def train(request: RunRequest, *, dry_run: bool, explain: Explain = str) -> None
 
 
 def launch(function: Callable[[], None], config: TrainConfig) -> None:
-    """Call a function in each process that a configuration requires."""
+    """Call a function in every process of a run with this configuration."""
     device = distributed.choose_device(config.run.device)
     distributed.check_processes(config.run.num_gpus, config.run.device, device)
     distributed.launch(function, config.run.num_gpus, device_type=device.type, timeout=config.run.timeout)

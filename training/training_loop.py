@@ -82,7 +82,7 @@ class Failures:
         return failures
 
     def peek(self) -> dict[str, tuple[int, int]]:
-        """Return the same as `collect` without a reset."""
+        """Return the result of `collect` without resetting the counts."""
         rows = {name: row.tolist() for name, row in self.table.items()}
         return {name: (count, first) for name, (count, first) in rows.items() if count}
 
@@ -99,7 +99,7 @@ class Tick:
     values: dict[str, float]  # Progress/..., Timing/..., Resources/...
 
     def reached(self, every: int) -> bool:
-        """Return whether this is the start, the end, or the first tick at or after a multiple of `every`."""
+        """Return whether this tick is the first, the last, or the first at or after a multiple of `every`."""
         return self.is_first or self.is_last or self.number // every > self.previous // every
 
 
@@ -259,7 +259,7 @@ class Trainer:
         self.failures.note(phase.name, self.state.step, is_bad)
 
     def trial_step(self) -> None:
-        """Run every phase twice in this process alone, to measure memory use; no weight changes.
+        """Run every phase twice in this process alone, to measure memory use; the weights do not change.
 
         Images are loaded and the optimizers allocate their moments, but optimizer steps are skipped. Running out of
         memory while capturing a CUDA graph raises an error.
@@ -341,7 +341,7 @@ class Trainer:
         return replace(tick, stats=stats, values=self._progress() | self._check_failures())
 
     def _check_failures(self) -> dict[str, float]:
-        """Return the number of updates skipped in this tick, by phase. Raises UserError for any, unless nan='skip'."""
+        """Return the skipped updates of this tick by phase. Raises UserError if there are any, unless nan='skip'."""
         self.stop_if_failed()
         return {f"Skipped/{phase}": float(count) for phase, (count, _) in self.failures.collect().items()}
 
@@ -350,11 +350,11 @@ class Trainer:
         failures = self.failures.peek()
         if failures and self.config.run.nan == "stop":
             phase, (_, step) = min(failures.items(), key=lambda item: item[1][1])
-            distributed.from_main(lambda: self._stop(phase, step))
+            distributed.from_main(lambda: self._raise_non_finite(phase, step))
 
-    def _stop(self, phase: str, step: int) -> None:
+    def _raise_non_finite(self, phase: str, step: int) -> None:
         known = f"Last good snapshot: {self.last_snapshot or 'none written yet'}"
-        start = f"start from it by --resume={self.last_snapshot}" if self.last_snapshot else "start again"
+        start = f"start from it with --resume={self.last_snapshot}" if self.last_snapshot else "start again"
         raise UserError(
             f"{phase} produced non-finite values at step {step} (kimg {step * self.batch_size / 1000:.1f}): "
             f"its update was skipped, and training stops. {known}; {start} with a higher --gamma (or "
@@ -398,9 +398,9 @@ class Trainer:
         lowest = [-x for x in highest[len(sums) :]]
         differing = [name for name, low, high in zip(own, lowest, highest, strict=False) if low != high]
         if differing:
-            distributed.from_main(lambda: self._refuse(differing))
+            distributed.from_main(lambda: self._raise_diverged(differing))
 
-    def _refuse(self, differing: Sequence[str]) -> None:
+    def _raise_diverged(self, differing: Sequence[str]) -> None:
         raise UserError(
             f"the processes differ in {', '.join(differing)} at kimg {self.state.nimg / 1000:g}, so nothing is saved: "
             "a GPU or its memory is faulty, or the machines have different library versions. --resume=latest resumes "

@@ -167,9 +167,9 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{path}: corrupt, not JSON ({error})") from None
-    is_ours = isinstance(document, dict) and document.keys() >= KEYS and document["format"] == FORMAT
-    if not is_ours or type(document["version"]) is not int or not isinstance(document["files"], dict):
-        raise UserError(f"{path}: not a file of this project, which contains {', '.join(sorted(KEYS))}")
+    is_known = isinstance(document, dict) and document.keys() >= KEYS and document["format"] == FORMAT
+    if not is_known or type(document["version"]) is not int or not isinstance(document["files"], dict):
+        raise UserError(f"{path}: not a file of this project; such a file contains {', '.join(sorted(KEYS))}")
     check_version(path, document, VERSION)
     for name in document["files"]:
         if name not in NETWORKS:

@@ -49,12 +49,12 @@ SYNTHESIS_ARGUMENTS = (
 BLOCK = r"synthesis\.b([1-9][0-9]{0,4})_(0|[1-9][0-9]{0,2})\."  # encoder block of a Styleformer: resolution, index
 
 Tensors = Mapping[str, Tensor]
-Rename = Callable[[str], tuple[str, ...]]  # our tensor name -> their names, several if ours is a concatenation
+Rename = Callable[[str], tuple[str, ...]]  # name in this project -> names in the file, to be concatenated
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignSnapshot:
-    """Snapshot of another project, converted: a configuration, and tensors under our names by network.
+    """Converted snapshot of another project: a configuration, and renamed tensors by network.
 
     `left_out` maps the entries of the file that were not read to the reasons.
     """
@@ -101,7 +101,7 @@ def _interpret(content: Any, path: Path) -> ForeignSnapshot:
     generator = _read_generator(_module(_entries(content), "G_ema"), "G_ema")
     left_out: dict[str, str] = {}
 
-    def tolerate(name: str, read: Callable[[], Any], default: Any) -> Any:
+    def read_optional(name: str, read: Callable[[], Any], default: Any) -> Any:
         try:
             return read() if content.get(name) is not None else default
         except UserError as error:
@@ -114,13 +114,15 @@ def _interpret(content: Any, path: Path) -> ForeignSnapshot:
             raise UserError("G and G_ema have different arguments")
         return other
 
-    networks = {"G": tolerate("G", read_other_generator, None)}
-    networks["D"] = tolerate("D", lambda: _read_discriminator(_module(content, "D"), generator), None)
+    networks = {"G": read_optional("G", read_other_generator, None)}
+    networks["D"] = read_optional("D", lambda: _read_discriminator(_module(content, "D"), generator), None)
     networks = {name: network for name, network in networks.items() if network} | {"G_ema": generator}
     augmentation = partial(_read_augment, content.get("augment_pipe"), generator.config)
     bound = _read_bound(content.get("augment_pipe"), generator.config)
-    augment, p = tolerate("augment_pipe", augmentation, (AugmentConfig(mode="noaug", max_p=bound), 0.0))
-    data = tolerate("training_set_kwargs", lambda: _read_data(content["training_set_kwargs"], generator.config), None)
+    augment, p = read_optional("augment_pipe", augmentation, (AugmentConfig(mode="noaug", max_p=bound), 0.0))
+    data = read_optional(
+        "training_set_kwargs", lambda: _read_data(content["training_set_kwargs"], generator.config), None
+    )
     values: dict[str, Any] = {"discriminator": StyleGAN2DiscriminatorConfig(**_domain(generator.config))}
     if D := networks.get("D"):
         values = {"discriminator": D.config, **D.values}
@@ -212,7 +214,7 @@ class Arguments:
         )
         return None if value is None else float(value)
 
-    def only(self, name: str, *accepted: Any) -> None:
+    def require(self, name: str, *accepted: Any) -> None:
         """Remove an argument, which must be missing or have one of the accepted values."""
         self.take(name, accepted[0], lambda x: (list(x) if isinstance(x, tuple) else x) in accepted)
 
@@ -251,7 +253,7 @@ def _show(value: Any) -> str:
 def _arguments(module: PickledModule, name: str, positional: tuple[str, ...]) -> Arguments:
     given, named = module.state.get("_init_args", ()), module.state.get("_init_kwargs")
     if not isinstance(given, (list, tuple)) or len(given) > len(positional) or not isinstance(named, dict):
-        raise UserError(f"{name}: its recorded constructor arguments are missing or too many")
+        raise UserError(f"{name}: has no recorded constructor arguments, or too many")
     return Arguments({**dict(zip(positional, given, strict=False)), **named}, name)
 
 
@@ -276,7 +278,7 @@ STYLEGAN3 = CodeBase(name="StyleGAN2 of StyleGAN3's repository", conv_clamp=256.
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignNetwork:
-    """Converted network: configuration, tensors under our names, further fields of TrainConfig, and code base."""
+    """Converted network: configuration, renamed tensors, further fields of TrainConfig, and code base."""
 
     config: Any
     state: dict[str, Tensor]
@@ -338,12 +340,12 @@ def _refuse_stylegan3(module: PickledModule, tensors: Tensors, name: str) -> Non
 
 def _read_mapping(arguments: Arguments, width: int, low: int = 1) -> int:
     """Remove the arguments of a mapping network; return its number of layers."""
-    arguments.only("embed_features", None, width)
+    arguments.require("embed_features", None, width)
     count = arguments.integer("num_layers", 8, low=low, high=100)
     if count:
-        arguments.only("layer_features", None, width)
-        arguments.only("activation", "lrelu")
-        arguments.only("lr_multiplier", 0.01)
+        arguments.require("layer_features", None, width)
+        arguments.require("activation", "lrelu")
+        arguments.require("lr_multiplier", 0.01)
     else:
         arguments.drop("layer_features", "activation", "lr_multiplier")
     return count
@@ -362,7 +364,7 @@ def _read_stylegan2(
     if resolution & (resolution - 1):
         raise UserError(f"StyleGAN2 supports images of 4, 8, 16, ... pixels, not of {resolution}")
     _read_layers(synthesis)
-    synthesis.only("use_noise", True)
+    synthesis.require("use_noise", True)
     config = StyleGAN2Config(
         **shared,
         base=(4, 4),
@@ -387,9 +389,9 @@ def _read_stylegan2(
 
 def _read_layers(arguments: Arguments) -> None:
     """Remove the arguments of convolutional layers that support only one value in this project."""
-    arguments.only("kernel_size", 3)
-    arguments.only("activation", "lrelu")
-    arguments.only("resample_filter", [1, 3, 3, 1])
+    arguments.require("kernel_size", 3)
+    arguments.require("activation", "lrelu")
+    arguments.require("resample_filter", [1, 3, 3, 1])
     arguments.drop("channels_last")
 
 
@@ -446,7 +448,7 @@ def _rows(tensors: Tensors, name: str) -> int:
 
 
 def _check_counts(arguments: Arguments, names: tuple[str, ...], found: tuple[int, ...]) -> None:
-    """Raise UserError if a per-resolution argument contradicts the tensors; its code ignored surplus values."""
+    """Raise UserError if a per-resolution argument contradicts the tensors; the release ignores surplus values."""
 
     def is_valid(value: Any) -> bool:
         if isinstance(value, dict):
@@ -509,7 +511,7 @@ def _read_discriminator(module: PickledModule, generator: ForeignNetwork) -> For
     _read_precision(arguments, resolution, generator.release)
     block.drop("fp16_channels_last")
     _read_layers(block)
-    epilogue.only("activation", "lrelu")
+    epilogue.require("activation", "lrelu")
     values = {"freeze_layers": block.integer("freeze_layers", 0, low=0)}
     for part in (block, epilogue, arguments):
         part.finish()
@@ -529,7 +531,7 @@ def convert_state(config: Any, tensors: Tensors, rename: Rename, name: str) -> d
     expected = outline(config, name).state_dict()
     used = {theirs for key in expected for theirs in rename(key)}
     _check_distinct(tensors, used, name)
-    state = {key: _assemble(tensors, rename(key), like, name) for key, like in expected.items()}
+    state = {key: _assemble(tensors, rename(key), target, name) for key, target in expected.items()}
     for key, tensor in tensors.items():
         if key not in used and not _is_redundant(key, tensor, tensors):
             raise UserError(f"{name}: {key} does not exist in the network that its arguments describe")
@@ -545,13 +547,13 @@ def _check_distinct(tensors: Tensors, names: set[str], network: str) -> None:
             raise UserError(f"{network}: {other} and {name} are the same tensor")
 
 
-def _assemble(tensors: Tensors, names: tuple[str, ...], like: Tensor, network: str) -> Tensor:
+def _assemble(tensors: Tensors, names: tuple[str, ...], target: Tensor, network: str) -> Tensor:
     for name in names:
         if name not in tensors:
             raise UserError(f"{network}: {name} is missing")
         if not tensors[name].is_floating_point():
             raise UserError(f"{network}: {name} is not a floating-point tensor")
-    shape = list(like.shape)
+    shape = list(target.shape)
     if len(names) > 1:
         shape[0] //= len(names)
     for name in names:
@@ -574,15 +576,15 @@ def _is_redundant(key: str, tensor: Tensor, tensors: Tensors) -> bool:
         expected = taps.outer(taps) if tensor.ndim == 2 else taps
         return tensor.shape == expected.shape and torch.allclose(tensor.float(), expected, atol=1e-6)
     if match := re.fullmatch(BLOCK + "proj_weight", key):
-        twin = tensors.get(f"synthesis.b{match[1]}_{match[2]}.enc.proj_weight")
-        return twin is not None and torch.equal(twin, tensor)
+        projection = tensors.get(f"synthesis.b{match[1]}_{match[2]}.enc.proj_weight")
+        return projection is not None and torch.equal(projection, tensor)
     return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Augmentation and data
 
-TRANSFORMS: Mapping[str, tuple[str, ...]] = {  # our group -> names of the strengths of its transforms
+TRANSFORMS: Mapping[str, tuple[str, ...]] = {  # augmentation group -> names of the strengths of its transforms
     "blit": ("xflip", "rotate90", "xint"),
     "geom": ("scale", "rotate", "aniso", "xfrac"),
     "color": ("brightness", "contrast", "lumaflip", "hue", "saturation"),
@@ -621,7 +623,7 @@ def _read_augment(module: Any, generator: GeneratorConfig) -> tuple[AugmentConfi
             raise UserError(f"augment_pipe: some of {', '.join(names)} are on and others off, which is not supported")
         groups += [group] if 1 in strengths else []
     for name, magnitude in MAGNITUDES.items():
-        arguments.only(name, magnitude)
+        arguments.require(name, magnitude)
     arguments.take("aug_linformer", None, lambda x: x in (True, False, None))
     arguments.finish()
     if not groups:

@@ -3,7 +3,7 @@
     HubModel(load_network("network-snapshot-000200.pkl"), license="cc-by-4.0").save_pretrained("shapes")
     G = HubModel.from_pretrained("shapes").G_ema                # a folder, or NAME/MODEL on the Hub
 
-The folder contains G_ema only, and the name of the dataset without its path. Metrics in the model card come from
+The folder contains neither G nor D, and names the dataset without its path. Metrics in the model card come from
 metric-*.jsonl beside the snapshot.
 """
 

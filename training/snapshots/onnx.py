@@ -3,7 +3,7 @@
     NAME-mapping.onnx     z (batch, z_dim), truncation_psi (num_ws), c (batch, c_dim) of a conditional network -> ws
     NAME-synthesis.onnx   ws (batch, num_ws, w_dim) -> img (batch, channels, height, width) in about [-1, 1]
 
-Both graphs take batches of any size, compute in float32 and consist of standard operators. truncation_psi has one value
+Both graphs accept any batch size, compute in float32 and consist of standard operators. truncation_psi has one value
 per style, which also covers the truncation cutoff: for example 0.7 for the first styles and 1 for the others.
 """
 

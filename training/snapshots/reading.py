@@ -1,4 +1,4 @@
-"""Reading of all kinds of snapshots: of this project, of other projects, and folders of safetensors."""
+"""Loading of snapshots of any kind: of this project, of other projects, and folders of safetensors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def local_file(path: str | Path) -> Path:
 
 
 def local_snapshot(path: str | Path) -> Path:
-    """Return the same as `local_file`, or the newest snapshot of a run's folder. Raises UserError if there is none."""
+    """Return `local_file(path)`, or a run's newest snapshot. Raises UserError for any other folder."""
     path = local_file(path)
     if not path.is_dir() or is_folder(path):
         return path

@@ -50,7 +50,7 @@ class Snapshot:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def require_generator(self, use: str) -> None:
-        """Raise UserError, with the purpose `use` of G_ema, if the file does not contain G_ema."""
+        """Raise UserError if the file does not contain G_ema; `use` completes "G_ema, which ..."."""
         if self.G_ema is None:
             raise UserError(f"{self.path}: contains no averaged generator (G_ema), which {use}")
 
@@ -156,7 +156,7 @@ def parts_of(payload: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], di
 
 
 def read_network(path: Path) -> dict[str, Any]:
-    """Return the whole content of a snapshot file, as `read_document` does. Raises UserError."""
+    """Return the whole content of a snapshot file, in the form of `read_document`. Raises UserError."""
     return read_document(path, FORMAT, VERSION, MIGRATIONS)
 
 
@@ -216,7 +216,7 @@ def outline(config: Any, where: str) -> nn.Module:
     try:
         with OnMeta():
             network: nn.Module = config.build()
-    except (ConfigError, RuntimeError, OverflowError, TypeError) as error:  # the last three for shapes beyond 64 bits
+    except (ConfigError, RuntimeError, OverflowError, TypeError) as error:  # the last three: sizes beyond 64 bits
         raise UserError(f"{where}: no network can be built from its configuration ({describe_error(error)})") from None
     stored = network.state_dict()
     derived = sum(x.numel() for name, x in network.named_buffers() if name not in stored)

@@ -1,4 +1,4 @@
-"""Transfer learning: initialise networks from the networks of a snapshot, as far as they fit.
+"""Transfer learning: initialise networks from the tensors of a snapshot that fit.
 
 Tensors are matched by function and not by index: the blocks of a grid are copied to the blocks of the same grid at
 any image resolution. For this, a module may define `place`, which replaces its index in tensor names. If the
@@ -97,8 +97,8 @@ def copy_weights(source: nn.Module, target: nn.Module, name: str) -> Copied:
     """Copy to `target` all tensors of `source` that fit.
 
     Raises UserError and leaves the target unchanged if the style dimensions differ or if too little fits: less than
-    MIN_FITTING of the matched parameters or less than MIN_COPIED of all parameters. Mapping networks do not count,
-    because they nearly always fit.
+    MIN_FITTING of the matched parameters or less than MIN_COPIED of all parameters. Both limits exclude mapping
+    networks, which nearly always fit.
     """
     matches = _match(source, target)
     sizes = {key: x.numel() for key, x in target.named_parameters()}
@@ -121,23 +121,24 @@ def copy_weights(source: nn.Module, target: nn.Module, name: str) -> Copied:
 def _match(source: nn.Module, target: nn.Module) -> dict[str, Match]:
     """Return {tensor name: match} for the tensors of the target whose place exists in the source."""
     old, new = source.state_dict(), target.state_dict()
-    there, gains, own_gains = {place: key for key, place in places(source).items()}, _gains(source), _gains(target)
+    source_keys = {place: key for key, place in places(source).items()}
+    gains, own_gains = _gains(source), _gains(target)
     sizes = _adjustable_sizes(source, target)
     matches = {}
     for key, place in places(target).items():
-        if theirs := there.get(place):
-            gain = gains.get(theirs, 1.0) / own_gains.get(key, 1.0)
-            matches[key] = Match(place, old[theirs], new[key], gain, fit(old[theirs], new[key], sizes))
+        if source_key := source_keys.get(place):
+            gain = gains.get(source_key, 1.0) / own_gains.get(key, 1.0)
+            matches[key] = Match(place, old[source_key], new[key], gain, fit(old[source_key], new[key], sizes))
     return matches
 
 
 def _check_styles(source: Any, target: Any, name: str) -> None:
     """Raise UserError if style dimensions differ: layers would fit, but their styles would be random."""
-    there, here = (getattr(network, "w_dim", None) for network in (source, target))
-    if there != here:
+    source_dim, target_dim = (getattr(network, "w_dim", None) for network in (source, target))
+    if source_dim != target_dim:
         raise UserError(
-            f"{name}: the snapshot has styles of {there} numbers, this network has styles of {here}: give --set "
-            f"generator.w_dim={there}"
+            f"{name}: the snapshot has styles of {source_dim} numbers, this network has styles of {target_dim}: give "
+            f"--set generator.w_dim={source_dim}"
         )
 
 
@@ -150,7 +151,8 @@ def _check_enough(matches: Mapping[str, Match], sizes: Mapping[str, int], proble
     misfit = next((match for match in shared.values() if match.part is None), None)
     example = ""
     if misfit:
-        example = f": {misfit.place} has shape {tuple(misfit.old.shape)} there and {tuple(misfit.new.shape)} here"
+        shapes = f"{tuple(misfit.old.shape)} in the snapshot and {tuple(misfit.new.shape)} in this network"
+        example = f": {misfit.place} has shape {shapes}"
     raise UserError(f"{problem}; it was trained with another configuration{example}")
 
 
