@@ -65,7 +65,7 @@ class ImageRequest:
 
 
 class Player:
-    """Handler of the requests of the page. Images are generated in batches and cached.
+    """Request handler of the page. Images are generated in batches and cached.
 
     With `has_classes`, requests to a conditional network specify a class. Otherwise all images have the label of the
     model.
@@ -185,7 +185,7 @@ def take_int(given: dict[str, str], name: str, low: int, high: int, default: int
     if text is None and default is not None:
         return default
     if text is None:
-        raise UserError(f"{name}: is missing; must be a whole number from {low} to {high}")
+        raise UserError(f"{name}: missing; must be a whole number from {low} to {high}")
     if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not low <= int(text) <= high:
         raise UserError(f"{name}={text}: must be a whole number from {low} to {high}")
     return int(text)
@@ -215,7 +215,7 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 def refusal_of(headers: Message, path: str) -> str | None:
-    """Return the reason for refusing a request, or None for requests by this page and navigation to this page.
+    """Return the reason for refusing a request, or None for requests from this page and navigation to it.
 
     Other sites can send a browser here through DNS rebinding, a form, an image or a script. A link to the page has no
     side effects and is allowed, as a top-level navigation.

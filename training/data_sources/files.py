@@ -217,7 +217,7 @@ class LabelledStore(Protocol):
 def open_store(path: Path, listing: Listing | None = None) -> FileStore:
     """Open a folder or .zip file of images; `listing` is the list of files of a folder, if already known.
 
-    Raises UserError if the path is missing, of another kind, or contains no images.
+    Raises UserError if the path does not exist, is neither a folder nor a .zip file, or contains no images.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder or .zip file of images")
@@ -276,7 +276,7 @@ def _with_store_names(content: DatasetJson, store: LabelledStore, where: str) ->
     """Return the content with labels keyed by the image names of the store.
 
     Names in the file may be relative to its folder or to the top of the store, with `./` or `\\`. The interpretation
-    under which most names exist in the store is used.
+    that matches the most names in the store is used.
     """
     labels = content.labels
     assert store.json_name is not None

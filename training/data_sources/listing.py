@@ -14,7 +14,7 @@ from dnnlib.config import UserError
 from dnnlib.images import IMAGE_SUFFIXES, remedy
 from dnnlib.screen import printable
 
-# Folders in which programs store copies and thumbnails. Names that start with a dot are hidden, too.
+# Folders in which other programs store copies and thumbnails. Names that start with a dot are hidden as well.
 TOOL_FOLDERS = frozenset(
     (
         *("@eaDir", "@Recycle", "@Recently-Snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot"),  # file servers
