@@ -1,10 +1,10 @@
 """Attention maps of chosen positions, per resolution, block and head, and attention rollout.
 
 For every attention variant, the output is linear in the values: A V for each head. A row of A is therefore the gradient
-with respect to V for a unit cotangent. A row costs one run of the block, and the N x N matrix is never stored. For
-Linformer, A is softmax(Q (E K)^T) E, the map over projected keys *pulled back* to positions; for Nystrom landmarks,
-F A+ B; for axial attention, the product of column and row maps. Weights of Linformer and Nystrom can be negative and
-need not sum to one.
+with respect to V for a unit cotangent. One backward pass computes as many rows as a head has channels, and the N x N
+matrix is never stored. For Linformer, A is softmax(Q (E K)^T) E, the map over projected keys *pulled back* to
+positions; for Nystrom landmarks, F A+ B; for axial attention, the product of column and row maps. Weights of Linformer
+and Nystrom can be negative and need not sum to one.
 """
 
 from __future__ import annotations

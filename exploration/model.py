@@ -203,7 +203,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path with the same suffix. On success, the file is renamed to `path`.
 
-    Raises WriteError if writing fails; a previous file at `path` then stays intact.
+    Raises WriteError if writing fails; an existing file at `path` is then unchanged.
     """
     try:
         if path.is_dir():

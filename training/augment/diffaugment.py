@@ -103,8 +103,8 @@ class DiffCutout(Transform):
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
         inside = []
         for size, (first, end) in zip(self.size, values.t().unflatten(0, (2, 2)), strict=True):
-            place = torch.arange(size, device=images.device)
-            inside.append((place >= first[:, None]) & (place < end[:, None]))  # (B, size)
+            position = torch.arange(size, device=images.device)
+            inside.append((position >= first[:, None]) & (position < end[:, None]))  # (B, size)
         rows, columns = inside
         return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 

@@ -31,7 +31,7 @@ from dnnlib.config import ConfigError
 from torch_utils.ops.grid_sample import grid_sample
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
-# Values of `--augpipe` and the groups of transforms that each one enables.
+# Values of `--augpipe` and the groups of transforms that each value enables.
 PIPES: dict[str, tuple[str, ...]] = {
     "blit": ("blit",),
     "geom": ("geom",),
@@ -473,7 +473,7 @@ class NoiseStage(AugmentStage):
 
 
 class CutoutStage(AugmentStage):
-    """Cutout of a rectangle of half the image height and width, which may lie partly outside the image."""
+    """Cutout of a rectangle of half the image height and width, which may be partly outside the image."""
 
     groups = ("cutout",)
 

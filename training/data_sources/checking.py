@@ -201,9 +201,9 @@ def find_remarks(findings: Findings, content: DatasetJson, *, verbose: bool) -> 
     limit = len(findings.names) if verbose else _MAX_COPIES
     copies = []
     for group in groups:
-        others = len(group) - limit
+        num_hidden = len(group) - limit
         named = " = ".join(findings.names[position] for position in group[:limit])
-        copies.append(f"{named} and {others} more" if others > 0 else named)
+        copies.append(f"{named} and {num_hidden} more" if num_hidden > 0 else named)
     constant, black = findings.by_defect["constant"], findings.by_defect["nearly black"]
     remarks = {
         f"{counted(sum(map(len, groups)), 'image')} in {counted(len(groups), 'group')} of exact copies:": copies,

@@ -41,7 +41,7 @@ def is_hidden(folder: str) -> bool:
 
 
 def split_images(names: Iterable[str]) -> tuple[list[str], LeftOut]:
-    """Split file names, with `/` as separator, into sorted images and other files by kind."""
+    """Split file names (separator `/`) into sorted images and other files by kind."""
     images: list[str] = []
     left_out: LeftOut = {}
     for name in sorted(names):

@@ -30,7 +30,7 @@ _MAX_JSON_BYTES = 1 << 24
 
 @dataclass(kw_only=True)
 class Parts:
-    """Files of one kind (a key of SUFFIXES) by split; if no file name contains a split, all files are in split "".
+    """Files of one kind (a key of SUFFIXES) by split; if no file name contains a split, all files are in the split "".
 
     `left_out` and `notes` are defined as in Source.
     """
