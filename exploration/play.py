@@ -185,7 +185,7 @@ def take_int(given: dict[str, str], name: str, low: int, high: int, default: int
     if text is None and default is not None:
         return default
     if text is None:
-        raise UserError(f"{name}: missing; must be a whole number from {low} to {high}")
+        raise UserError(f"{name}: is missing; must be a whole number from {low} to {high}")
     if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not low <= int(text) <= high:
         raise UserError(f"{name}={text}: must be a whole number from {low} to {high}")
     return int(text)
