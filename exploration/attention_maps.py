@@ -1,10 +1,10 @@
 """Attention maps of chosen positions, per resolution, block and head, and attention rollout.
 
 For every attention variant, the output is linear in the values: A V for each head. A row of A is therefore the gradient
-with respect to V for a unit cotangent. A row costs one run of the block, and the N x N matrix is never stored. For
-Linformer, A is softmax(Q (E K)^T) E, the map over projected keys *pulled back* to positions; for Nystroem landmarks,
-F A+ B; for axial attention, the product of columns and rows. Weights of Linformer and Nystroem can be negative and
-need not sum to one.
+with respect to V for a unit cotangent. One backward pass computes as many rows as a head has channels, and the N x N
+matrix is never stored. For Linformer, A is softmax(Q (E K)^T) E, the map over projected keys *pulled back* to
+positions; for Nystrom landmarks, F A+ B; for axial attention, the product of column and row maps. Weights of Linformer
+and Nystrom can be negative and need not sum to one.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def choose_pixels(queries: Sequence[str], records: Sequence[BlockRecord], image:
 
 
 def most_attended(records: Sequence[BlockRecord], image: int, img_size: Grid, count: int) -> list[tuple[int, int]]:
-    """Return the pixels (x, y) with the most attention over all blocks, at least an eighth of the image apart.
+    """Return the pixels (x, y) that receive the most attention over all blocks, at least an eighth of the image apart.
 
     Raises UserError if fewer than `count` such pixels fit into the image.
     """
@@ -214,15 +214,15 @@ def most_attended(records: Sequence[BlockRecord], image: int, img_size: Grid, co
     for block in records:
         received = block.received(image).reshape(1, 1, *block.grid)
         total += F.interpolate(received, img_size, mode="bilinear")[0, 0] * received.numel()
-    heights = total.cpu().numpy()
+    scores = total.cpu().numpy()
     radius = max(img_size) // 8
     peaks: list[tuple[int, int]] = []
     for _ in range(count):
-        y, x = np.unravel_index(np.argmax(heights), heights.shape)
-        if not np.isfinite(heights[y, x]):
+        y, x = np.unravel_index(np.argmax(scores), scores.shape)
+        if not np.isfinite(scores[y, x]):
             raise UserError(f"--query=most:{count}: the image has room for {len(peaks)} positions; choose fewer")
         peaks.append((int(x), int(y)))
-        heights[max(y - radius, 0) : y + radius + 1, max(x - radius, 0) : x + radius + 1] = -np.inf
+        scores[max(y - radius, 0) : y + radius + 1, max(x - radius, 0) : x + radius + 1] = -np.inf
     return peaks
 
 
@@ -241,7 +241,7 @@ class AttentionMaps:
     rolled: dict[str, np.ndarray]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return all arrays by their names in an .npz file: queries, map_8x8_0, projected_32x32_0, rollout_8x8_0."""
+        """Return all arrays, keyed by .npz name: queries, map_8x8_0, projected_32x32_0, rollout_8x8_0."""
         named = {"map": self.maps, "projected": self.projected, "rollout": self.rolled}
         found = {f"{kind}_{block}": array for kind, arrays in named.items() for block, array in arrays.items()}
         return {"queries": self.pixels, **found}

@@ -65,7 +65,7 @@ def sampled_w(model: Model, count: int) -> Tensor:
 
 
 def style_layers(network: nn.Module, num_ws: int, w_dim: int) -> list[list[FullyConnected | nn.Linear]]:
-    """Return the layers that read each style. The synthesis runs once, on styles filled with their index."""
+    """Return the layers that read each style, found in one forward pass with each style filled with its index."""
     readers: list[list[FullyConnected | nn.Linear]] = [[] for _ in range(num_ws)]
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -149,7 +149,7 @@ def direction_between(
 
 
 def _directions(vectors: Tensor, values: Tensor, samples: Tensor, styles: Sequence[int]) -> Directions:
-    """Build Directions from eigenvectors (n, w_dim). Signs are chosen so that the largest entry is positive."""
+    """Build Directions from eigenvectors (n, w_dim). The sign of a vector makes its largest entry positive."""
     largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
     vectors = vectors * largest.sign()
     sigmas = (samples @ vectors.t()).std(dim=0)

@@ -22,8 +22,8 @@ from torch_utils.images import to_uint8
 from training.data_sources.bounds import load_npz
 from training.networks import execution
 
-# CPU matrix libraries round a row differently for different batch sizes, but not for multiples of this size. Batches
-# are padded to a multiple, so that the image of a seed is bit-identical for any --batch.
+# In CPU matrix libraries, the rounding of a row depends on the batch size, except for multiples of this size. Batches
+# are padded to a multiple, so the image of a seed is bit-identical for any --batch.
 BATCH_MULTIPLE = 8
 MAPPING_BATCH = 1024
 
@@ -35,7 +35,7 @@ def seed_latents(seeds: Sequence[int], z_dim: int) -> Tensor:
 
 
 def pad_batch(x: Tensor, multiple: int = BATCH_MULTIPLE) -> Tensor:
-    """Pad x (n, ...) to a multiple of rows by repeating the last row."""
+    """Pad x (n, ...) to a multiple of `multiple` rows by repeating the last row."""
     return torch.cat([x, x[-1:].expand(-len(x) % multiple, *x.shape[1:])])
 
 
@@ -90,9 +90,9 @@ class Model:
 
 
 def read_styles(path: Path, G: Any) -> Tensor:
-    """Read `w` (n, num_ws, w_dim) from a file of `save_styles`. A `w` of (n, 1, w_dim) is broadcast to all layers.
+    """Read `w` (n, num_ws, w_dim) from a file of `save_styles`. Shape (n, 1, w_dim) is broadcast to all layers.
 
-    Raises UserError for a file that is not of this form, or that holds styles of another network.
+    Raises UserError for any other file, and for styles that do not fit the network.
     """
     arrays = read_arrays(path, f"--projected-w={path}")
     if "w" not in arrays:
@@ -116,7 +116,7 @@ def gather_styles(
     flag: str = "--seeds",
     name: str = "seed{:04d}",
 ) -> tuple[list[str], Tensor]:
-    """Return the names and styles (n, num_ws, w_dim) of saved styles, followed by those of seeds."""
+    """Return names and styles (n, num_ws, w_dim): the saved styles, then the styles of the seeds."""
     names, batches = style_batches(model, seeds, projected_w, flag=flag, name=name)
     return names, torch.cat(list(batches))
 
@@ -146,10 +146,9 @@ def check_seeds(flag: str, seeds: tuple[int, ...] | None) -> None:
 
 
 def label_of(c_dim: int, class_index: int | None, flag: str = "--class", *, is_needed: bool = True) -> Tensor:
-    """Return the one-hot label (1, c_dim), or zeros if no class is given and no latent is mapped.
+    """Return the one-hot label (1, c_dim), or zeros if no class is given or needed.
 
-    Raises UserError, with the flag, for a class that is missing or unknown, and for any class of an unconditional
-    network.
+    Raises UserError, with the flag, if the class is missing, unknown, or given for an unconditional network.
     """
     if c_dim == 0:
         if class_index is not None:
@@ -204,7 +203,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path with the same suffix. On success, the file is renamed to `path`.
 
-    Raises WriteError if writing fails; a previous file at `path` then stays intact.
+    Raises WriteError if writing fails; an existing file at `path` is then unchanged.
     """
     try:
         if path.is_dir():

@@ -117,7 +117,7 @@ def sweep_truncation(path: StylesAt, w_avg: Tensor, first: float, last: float, t
 
 
 def sweep_direction(path: StylesAt, found: Directions, index: int, strength: float, timing: Timing) -> StylesAt:
-    """Sweep an edit along a direction from -strength to +strength; in a loop 0, +strength, -strength, 0."""
+    """Sweep an edit along a direction from -strength to +strength; in a loop: 0, +strength, -strength, 0."""
 
     def styles_at(times: Tensor) -> Tensor:
         ws = path(times)  # (T, cells, num_ws, w_dim)

@@ -65,7 +65,7 @@ def choose_label(
 ) -> Tensor:
     """Return the label (1, c_dim) of --class or --label, or zeros if no label is given or needed.
 
-    Raises UserError for a label that the network does not have, and for a class of a network with vector labels.
+    Raises UserError for a label that the network does not support, such as a class if labels are vectors.
     """
     c_dim, kind = snapshot.config.generator.c_dim, snapshot.label_kind()
     if label is not None:

@@ -37,7 +37,7 @@ from exploration.sheets import enlarged, marked, overlay, to_rgb
 HOST = "127.0.0.1"
 PATHS = ("/images", "/attention")
 MAX_IMAGES = 64  # per response
-MAX_CACHE_BYTES = 2**30  # bytes of cached images; the cache always holds at least one response
+MAX_CACHE_BYTES = 2**30  # bytes of cached images; the cache always has room for one response
 MAX_SEED = 2**32 - 1
 MAX_PSI = 2.0
 IDLE_TIMEOUT = 30.0  # seconds after which a connection without a request is closed
@@ -65,7 +65,7 @@ class ImageRequest:
 
 
 class Player:
-    """Handler of the requests of the page. Images are generated in batches and cached.
+    """Request handler of the page. Images are generated in batches and cached.
 
     With `has_classes`, requests to a conditional network specify a class. Otherwise all images have the label of the
     model.
@@ -148,7 +148,7 @@ class Player:
         missing = [seed for seed in seeds if (seed, rest) not in self.images]
         if missing:
             for seed, img in zip(missing, self.model.images(self._styles(request, missing)), strict=True):
-                self.images[seed, rest] = img.clone()  # a view would keep the whole batch in memory
+                self.images[seed, rest] = img.clone()  # a view would retain the whole batch
         for seed in seeds:
             self.images.move_to_end((seed, rest))
         found = [self.images[seed, rest] for seed in seeds]
@@ -215,7 +215,7 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 def refusal_of(headers: Message, path: str) -> str | None:
-    """Return the reason for refusing a request, or None for requests by this page and navigation to this page.
+    """Return the reason for refusing a request, or None for requests from this page and navigation to it.
 
     Other sites can send a browser here through DNS rebinding, a form, an image or a script. A link to the page has no
     side effects and is allowed, as a top-level navigation.

@@ -44,7 +44,7 @@ class ProjectionConfig:
     """Settings of the optimization. Space 'w' is one style for all layers, 'w+' one style per layer.
 
     The learning rate rises linearly over the first fraction `ramp_up` of the steps and falls along a cosine over the
-    last fraction `ramp_down`. Noise of `exploration` standard deviations of w is added to the styles and fades until
+    last fraction `ramp_down`. Noise of `exploration` standard deviations of w is added to the styles and fades out by
     `explore_until`. The noise maps of the network are optimized too, unless `fix_noise`; `noise_weight` is the weight
     of the regularization that keeps signal out of the noise.
     """

@@ -1,4 +1,4 @@
-"""Image generation from seeds, for any generator. Each image depends on its own seed only."""
+"""Image generation from seeds, for any generator. Each image depends only on its own seed."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def seed_images(
     noise_mode: str = "const",
     batch_multiple: int = BATCH_MULTIPLE,
 ) -> Tensor:
-    """Generate uint8 images (len(seeds), C, H, W) with label c (1, c_dim). Each depends on its own seed only.
+    """Generate uint8 images (len(seeds), C, H, W) with label c (1, c_dim). Each depends only on its own seed.
 
-    G is called with batch sizes that are multiples of `batch_multiple`. Noise mode 'random' draws noise per seed as
-    well, so these images are generated one by one, in the smallest batches.
+    G is called with batch sizes that are multiples of `batch_multiple`. In noise mode 'random', the noise also
+    depends on the seed, so images are generated one by one, in the smallest batches.
     """
     if noise_mode == "random":
         batch_multiple = BATCH_MULTIPLE

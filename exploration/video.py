@@ -25,7 +25,7 @@ AddFrame = Callable[[np.ndarray], None]  # uint8 (H, W, 3)
 def check_encoder(path: Path, fps: float, *, instead: str = "write a .gif") -> None:
     """Raise UserError for an unsupported suffix or frame rate, or a missing encoder.
 
-    `instead` is the alternative that the message offers for a missing encoder.
+    `instead` is the alternative to a missing encoder that the message suggests.
     """
     if not fps >= 1:
         raise UserError(f"--fps={fps:g}: must be at least 1")
@@ -78,7 +78,7 @@ def _mp4(path: Path, fps: float) -> Iterator[AddFrame]:
 def _start_ffmpeg(path: Path, temporary: Path, shape: tuple[int, ...], fps: float) -> Any:
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{shape[1]}x{shape[0]}", "-r", f"{fps:g}", "-i", "-"]
     result = ["-c:v", "libx264", "-crf", QUALITY, "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
-    command = [_ffmpeg(path), "-y", "-v", "error", *source, *result, f"file:{temporary}"]  # file: paths may hold colons
+    command = [_ffmpeg(path), "-y", "-v", "error", *source, *result, f"file:{temporary}"]  # paths may contain colons
     return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

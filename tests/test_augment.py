@@ -624,8 +624,8 @@ def test_an_unknown_pipe_is_refused_with_the_known_ones() -> None:
     ("pipe", "img_shape", "message"),
     [
         ("bgcf", (3, 21, 64), "at least 22 pixels.*21x64"),
-        ("bgc", (2, 32, 32), "1, 3 or 4 channels, the images have 2"),
-        ("color", (5, 32, 32), "1, 3 or 4 channels, the images have 5"),
+        ("bgc", (2, 32, 32), "1, 3 or 4 channels, but the images have 2"),
+        ("color", (5, 32, 32), "1, 3 or 4 channels, but the images have 5"),
         ("blit", (3, 2, 32), "2x32 are too small"),
     ],
 )

@@ -284,7 +284,7 @@ def test_cuda_equals_cpu_without_synchronisation() -> None:
 @pytest.mark.parametrize(
     ("policy", "img_shape", "message"),
     [
-        (("filter",), (3, 21, 64), "at least 22 pixels a side, the images have 21x64; leave filter out"),
+        (("filter",), (3, 21, 64), "at least 22 pixels per side, but the images are 21x64; remove filter"),
         (("hue",), (1, 32, 32), "needs RGB channels, but the images have 1 channels"),
     ],
 )
@@ -340,7 +340,7 @@ def test_command_line_options_set_the_policy(shapes_zip: Path, shapes32_zip: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--aug=diffaug", "--p=0.5"], "--p=0.5: mode 'diffaug' takes no probability"),
+        (["--aug=diffaug", "--p=0.5"], "--p=0.5: mode 'diffaug' does not use a probability"),
         (
             ["--aug=diffaug", "--target=0.5"],
             "--target=0.5: --aug=diffaug does not use it: omit it, or",
@@ -370,7 +370,7 @@ def test_command_line_options_set_the_policy(shapes_zip: Path, shapes32_zip: Pat
         (["--set=augment.translation=0.2"], "--set augment.translation=0.2: --aug=ada does not use it"),
         (
             ["--set=augment.policy=color"],
-            "--set augment.policy=color: mode 'ada' takes no policy; leave it out or use 'diffaug'",
+            "--set augment.policy=color: mode 'ada' does not use a policy; omit it or use 'diffaug'",
         ),
         (
             ["--aug=diffaug", "--set=augment.policy=colour"],

@@ -282,7 +282,7 @@ LABEL_LISTS = {
 def test_several_labels_of_an_image_are_refused(tmp_path: Path, pairs: list[Any]) -> None:
     files = images("a.png", "b.png") | {"dataset.json": json.dumps({"labels": pairs}).encode()}
     source = write_files(tmp_path / "in", files)
-    remedy = 'a vector for each image, the same length for all: ["img.png", [0, 1, 0, 1]]'
+    remedy = 'a vector per image, all of the same length: ["img.png", [0, 1, 0, 1]]'
     message = assert_refused(tmp_path, source)
     assert "'a.png'" in message
     assert remedy in message

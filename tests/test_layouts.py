@@ -187,7 +187,7 @@ def test_labels_match_images_despite_different_path_spellings(
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ([("a.png", 0), ("./a.png", 1), ("./b.png", 0)], "'a.png' with several labels (0, 1)"),
+        ([("a.png", 0), ("./a.png", 1), ("./b.png", 0)], "'a.png' has several labels (0, 1)"),
         ([("./a.png", 0)], "has no label for 'b.png'"),
         ([("q/a.png", 0), ("q/b.png", 1)], "has no label for 'a.png' and 1 other image"),
     ],

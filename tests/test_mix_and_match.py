@@ -85,7 +85,7 @@ def test_every_combination_trains(scenes: Path, match: tuple[str, str, str, str]
         (["--aug=noaug", "--augpipe=bgc"], "--augpipe=bgc: --aug=noaug does not use it"),
         (
             ["--aug=fixed", "--p=0.5", "--set=augment.policy=color"],
-            "--set augment.policy=color: mode 'fixed' takes no policy",
+            "--set augment.policy=color: mode 'fixed' does not use a policy",
         ),
         (
             ["--gen=stylegan2", "--set=generator.ffn=true"],

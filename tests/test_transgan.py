@@ -373,7 +373,7 @@ def test_second_derivatives_of_a_block_are_correct(kind: Any, norm: Any) -> None
     config = BlockConfig(num_heads=2, norm=norm, attention=kind, window=2, landmarks=2)
     torch.manual_seed(0)
     attention = config.build_attention((2, 4), is_full=False)
-    block = Block(config, 4, attention, other_width=3).double()
+    block = Block(config, 4, attention, context_width=3).double()
     x, others = (torch.randn(1, n, C, dtype=torch.float64, requires_grad=True) for n, C in ((8, 4), (2, 3)))
     names = [name for name, _ in block.named_parameters()]
 
@@ -627,7 +627,7 @@ def test_changing_the_family_keeps_the_shared_fields() -> None:
     ("changes", "field", "text"),
     [
         ({"widths": (16, 8, 4)}, "widths", r"after 16 must be 16 \(bicubic upsampling\) or 4 \(pixel shuffle\), not 8"),
-        ({"widths": (16, 16, 3)}, "widths", "multiple of the 2 heads, 3 is not"),
+        ({"widths": (16, 16, 3)}, "widths", "multiple of num_heads=2, but 3 is not"),
         ({"layers": (1, 1)}, "layers", "one entry per resolution"),
         ({"layers": (1, 1, -1)}, "layers", "each must be at least 0"),
         (
@@ -653,7 +653,7 @@ def test_invalid_generator_configurations_are_refused(changes: dict[str, Any], f
 @pytest.mark.parametrize(
     ("changes", "field", "text"),
     [
-        ({"widths": (5, 2, 4)}, "widths", "multiple of the 2 heads, 5 is not"),
+        ({"widths": (5, 2, 4)}, "widths", "multiple of num_heads=2, but 5 is not"),
         ({"layers": (1, 1)}, "layers", "one entry per scale"),
         ({"local_layers": (3, 0, 0)}, "local_layers", "between 0 and the number of blocks"),
         ({"img_size": (12, 16)}, "img_size", "3 scales from patches of 2 need sides divisible by 8"),

@@ -13,7 +13,7 @@ from exploration.commands.options import MODEL_OPTIONS, OUTDIR
 MIX_OPTIONS = (
     *MODEL_OPTIONS,
     option("--rows", type=IntRanges(), help="Seeds of the row images."),
-    option("--projected-w", type=click.Path(path_type=Path), help="Saved styles, as rows above those of --rows."),
+    option("--projected-w", type=click.Path(path_type=Path), help="Saved styles of further row images, above --rows."),
     option("--cols", required=True, type=IntRanges(), help="Seeds of the column images."),
     OUTDIR,
 )

@@ -27,7 +27,7 @@ PRECISION = option(
     show_default=True,
     help="Precision of activations; bf16 and fp16 are faster on a GPU and change images slightly.",
 )
-# Commands that analyse a model treat an image as a function of its styles, so random noise is not offered.
+# Commands that analyse a model treat an image as a function of its styles, so they do not support random noise.
 FIXED_NOISE = option(
     "--noise-mode",
     type=click.Choice(["const", "none"]),

@@ -42,7 +42,7 @@ PROJECTION_OPTIONS = (
         help="w: one style for all layers; w+: one style per layer.",
     ),
     option("--lr", type=float, default=0.1, show_default=True, help="Maximum learning rate."),
-    option("--fix-noise", is_flag=True, help="Keep the noise of the network instead of optimizing it as well."),
+    option("--fix-noise", is_flag=True, help="Do not optimize the noise maps of the network."),
 )
 
 

@@ -27,7 +27,7 @@ class GridSize(click.ParamType):
 @click.command("video", cls=Script)
 @with_options(MODEL_OPTIONS)
 @option("--seeds", "--seed", type=IntRanges(), help="Seeds of the keyframes.")
-@option("--projected-w", type=click.Path(path_type=Path), help="Saved styles, as keyframes before those of --seeds.")
+@option("--projected-w", type=click.Path(path_type=Path), help="Saved styles of further keyframes, before --seeds.")
 @option("--output", required=True, type=click.Path(path_type=Path), help="Output video, .mp4 or .gif.")
 @option(
     "--interpolation",
@@ -36,12 +36,12 @@ class GridSize(click.ParamType):
     show_default=True,
     help="Interpolation between keyframes: linear in w, spherical in z, or a cubic spline in w.",
 )
-@option("--grid", type=GridSize(), default="1x1", show_default=True, help="Cells; each gets consecutive keyframes.")
+@option("--grid", type=GridSize(), default="1x1", show_default=True, help="Cells; each shows consecutive keyframes.")
 @option("--frames", type=click.IntRange(min=1), default=60, show_default=True, help="Frames per keyframe interval.")
 @option("--fps", type=float, default=30, show_default=True, help="Frames per second.")
 @switch("--loop", default=True, show_default=True, help="Return to the first keyframe at the end.")
 @option("--classes", type=IntRanges(), help="Class labels of the keyframes in a cell, e.g. 0-9.")
-@option("--trunc-to", type=float, help="Sweep psi from --trunc to this value, and back if looped.")
+@option("--trunc-to", type=float, help="Sweep psi from --trunc to this value, and back with --loop.")
 @option("--direction", metavar="FILE:INDEX", help="Sweep an edit along a direction found by `directions`.")
 @option("--strength", type=float, help="Largest edit in both directions, in standard deviations of w.  [default: 3]")
 @option("--scale", type=click.IntRange(min=1), help="Integer upscaling of images.  [default: to at least 128 pixels]")

@@ -1,10 +1,10 @@
 """DiffAugment: differentiable transforms of real and generated images, with parameters drawn per image.
 
-Zhao et al. 2020, "Differentiable augmentation for data-efficient GAN training", where every transform is applied to
-every image. The probabilities of individual transforms follow the training setup of TransGAN (Jiang et al. 2021). As in
+Zhao et al. 2020, "Differentiable augmentation for data-efficient GAN training". The paper applies every transform to
+every image; the probabilities of individual transforms follow the training setup of TransGAN (Jiang et al. 2021). As in
 stages.py, a transform consists of `draw` (random parameters) and `transform` (a deterministic, twice differentiable
-function of images and parameters). The number and shape of the random draws do not depend on their values. The p of the
-pipe is always 1 in this mode.
+function of images and parameters). The number and shape of the random draws do not depend on their values. In this
+mode, the p of the pipe is always 1.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ class DiffCutout(Transform):
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
         """Return the rectangles [B, 4]: row start, row end, column start, column end; empty if not applied."""
-        fires = torch.rand([], dtype=images.dtype, device=images.device) < self.probability * p
+        is_applied = torch.rand([], dtype=images.dtype, device=images.device) < self.probability * p
         u = torch.rand([2, 2, len(images)], dtype=images.dtype, device=images.device)
         bounds = []
         for size, (u_side, u_centre) in zip(self.size, u, strict=True):
             side = self.side(size, u_side)  # (B,)
             centre = (u_centre * (size + 1 - side % 2)).floor()
             first = centre - (side / 2).floor()
-            bounds += [first, torch.where(fires, first + side, first)]
+            bounds += [first, torch.where(is_applied, first + side, first)]
         return torch.stack(bounds, dim=1)
 
     def side(self, size: int, u: Tensor) -> Tensor:
@@ -103,8 +103,8 @@ class DiffCutout(Transform):
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
         inside = []
         for size, (first, end) in zip(self.size, values.t().unflatten(0, (2, 2)), strict=True):
-            place = torch.arange(size, device=images.device)
-            inside.append((place >= first[:, None]) & (place < end[:, None]))  # (B, size)
+            position = torch.arange(size, device=images.device)
+            inside.append((position >= first[:, None]) & (position < end[:, None]))  # (B, size)
         rows, columns = inside
         return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
@@ -126,7 +126,7 @@ class DiffFilter(FilterStage):
         min_side = 22
         if min(img_shape[1:]) < min_side:
             found = f"{img_shape[1]}x{img_shape[2]}"
-            problem = f"image filters need at least {min_side} pixels a side, the images have {found}; leave filter out"
+            problem = f"filters need at least {min_side} pixels per side, but the images are {found}; remove filter"
             raise ConfigError("policy", ("filter",), problem)
         super().__init__("filter", img_shape)
         self.probability = probability
@@ -141,7 +141,7 @@ class DiffHue(ColorStage):
 
     def __init__(self, img_shape: ImgShape, probability: float = 1.0) -> None:
         if img_shape[0] not in (3, 4):
-            problem = f"hue rotation needs RGB channels, but the images have {img_shape[0]} channels; leave hue out"
+            problem = f"hue rotation needs RGB channels, but the images have {img_shape[0]} channels; remove hue"
             raise ConfigError("policy", ("hue",), problem)
         super().__init__("color", img_shape)
         self.transforms = [t for t in COLOR if t.name == "hue"]
@@ -162,7 +162,7 @@ DIFFAUG: dict[str, Callable[..., Transform]] = {
     "filter": DiffFilter,
     "hue": DiffHue,
 }
-# Field of AugmentConfig that parameterizes each transform; the others have no parameter.
+# Field of AugmentConfig that parameterizes each transform; transforms not listed have no parameter.
 PARAMETERS: dict[str, str] = {
     "translation": "translation",
     "cutout": "cutout_p",

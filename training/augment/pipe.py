@@ -17,7 +17,7 @@ from training.augment.stages import PIPES, STAGES, Transform
 
 Mode = Literal["noaug", "ada", "fixed", "diffaug"]
 
-# Fields that each mode reads. Flags of other fields are rejected.
+# Fields used by each mode. Flags for other fields are rejected.
 MODE_FIELDS: dict[str, tuple[str, ...]] = {
     "noaug": (),
     "ada": ("pipe", "target", "ada_kimg", "ada_interval", "max_p"),
@@ -63,13 +63,13 @@ class AugmentConfig:
         if self.mode == "fixed" and self.p is None:
             raise ConfigError("p", self.p, "mode 'fixed' needs the probability of augmentation, from 0 to 1")
         if self.mode != "fixed" and self.p is not None:
-            raise ConfigError("p", self.p, f"mode '{self.mode}' takes no probability; leave it out or use 'fixed'")
+            raise ConfigError("p", self.p, f"mode '{self.mode}' does not use a probability; omit it or use 'fixed'")
         if self.policy is not None:
             self._check_policy(self.policy)
 
     def _check_policy(self, policy: tuple[str, ...]) -> None:
         if self.mode != "diffaug":
-            raise ConfigError("policy", policy, f"mode '{self.mode}' takes no policy; leave it out or use 'diffaug'")
+            raise ConfigError("policy", policy, f"mode '{self.mode}' does not use a policy; omit it or use 'diffaug'")
         if not policy or len(set(policy)) < len(policy):
             raise ConfigError("policy", policy, f"give one or more of {', '.join(DIFFAUG)}, each at most once")
 
@@ -84,8 +84,8 @@ class AugmentPipe(nn.Module):
 
     Each transform is applied to each image with probability `p`, a scalar tensor on the device. In mode 'diffaug' p is
     1, and some transforms have their own probability. With p = 0 the images are unchanged. In mode 'noaug' there are no
-    transforms. Twice differentiable with respect to the images. Raises ConfigError if the pipe or policy does not
-    support the image shape.
+    transforms. The pipe is twice differentiable with respect to the images. Raises ConfigError if the pipe or policy
+    does not support the image shape.
     """
 
     p: Tensor

@@ -2,7 +2,7 @@
 
 Karras et al. 2020b, "Training generative adversarial networks with limited data", appendix B.
 
-A stage has two parts: `draw` draws the random parameters of each image, neutral with probability 1 - p, and `transform`
+A stage has two parts: `draw` samples the parameters of each image, the identity with probability 1 - p, and `transform`
 is a deterministic function of images and parameters. A test or figure can therefore choose the parameters:
 
     ColorStage("color", (3, 32, 32)).transform(images, contrast(u, n, (32, 32)))
@@ -31,7 +31,7 @@ from dnnlib.config import ConfigError
 from torch_utils.ops.grid_sample import grid_sample
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
-# Values of `--augpipe` and the groups of transforms that each one enables.
+# Values of `--augpipe` and the groups of transforms that each value enables.
 PIPES: dict[str, tuple[str, ...]] = {
     "blit": ("blit",),
     "geom": ("geom",),
@@ -90,9 +90,9 @@ def gate_matrices(
     """
     matrices = torch.stack([t.matrix(u[i, :2], n[i], size) for i, t in enumerate(transforms)])  # (T, B, k, k)
     chances = torch.stack([t.chance(p) for t in transforms])  # (T,)
-    fires = u[:, 2] < chances[:, None]  # (T, B)
-    neutral = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    return torch.where(fires[..., None, None], matrices, neutral).unbind(0)
+    is_applied = u[:, 2] < chances[:, None]  # (T, B)
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return torch.where(is_applied[..., None, None], matrices, identity).unbind(0)
 
 
 def stack_matrix(rows: Sequence[Sequence[Tensor | float]], like: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ class Transform(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
-        """Draw the parameters of each image of [B, C, H, W], neutral with probability 1 - p."""
+        """Draw the parameters of each image of [B, C, H, W], the identity with probability 1 - p."""
 
     @abstractmethod
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
@@ -375,7 +375,7 @@ class ColorStage(AugmentStage):
     def __init__(self, pipe: str, img_shape: tuple[int, int, int]) -> None:
         super().__init__(pipe, img_shape)
         if self.channels not in (1, 3, 4):
-            problem = f"colour transforms need 1, 3 or 4 channels, the images have {self.channels}; use 'bg'"
+            problem = f"colour transforms need 1, 3 or 4 channels, but the images have {self.channels}; use 'bg'"
             raise ConfigError("pipe", pipe, problem)
         self.transforms = [t for t in COLOR if t.group in self.active and (self.channels >= 3 or not t.rgb_only)]
 
@@ -430,7 +430,7 @@ class FilterStage(AugmentStage):
         self.radius = self.bank.shape[1] // 2
         if min(self.size) <= self.radius:
             H, W = self.size
-            problem = f"image filters need at least {self.radius + 1} pixels a side, the images have {H}x{W}; use 'bgc'"
+            problem = f"filters need at least {self.radius + 1} pixels per side, but the images are {H}x{W}; use 'bgc'"
             raise ConfigError("pipe", pipe, problem)
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
@@ -473,7 +473,7 @@ class NoiseStage(AugmentStage):
 
 
 class CutoutStage(AugmentStage):
-    """Cutout of a rectangle of half the image height and width, which may lie partly outside the image."""
+    """Cutout of a rectangle of half the image height and width, which may be partly outside the image."""
 
     groups = ("cutout",)
 

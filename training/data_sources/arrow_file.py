@@ -29,7 +29,7 @@ class ArrowFile:
         self.num_rows = sum(batch.num_rows for batch in self._batches([]))
 
     def close(self) -> None:
-        """Do nothing; the mapping is released together with the last array that refers to it."""
+        """Do nothing; the mapping is released with the last array that references it."""
 
     def slices(self, column: str) -> Iterator[Any]:
         """Yield the values of a column as validated arrays of a few megabytes."""
@@ -47,7 +47,7 @@ class ArrowFile:
         schema = next(messages)
         for message in messages:
             if message.type != "record batch":
-                raise ValueError("it has dictionaries: save it as Parquet")
+                raise ValueError("it has dictionary-encoded columns: save it as Parquet")
             if _is_compressed(message.metadata.to_pybytes()):
                 raise ValueError("it is compressed: save it uncompressed, or as Parquet")
             batch = self._pa.ipc.read_record_batch(message, schema)

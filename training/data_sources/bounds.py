@@ -140,7 +140,7 @@ class Member(NamedTuple):
 def read_tar(stream: Unpacked, max_members: int | None = None) -> Iterator[Member]:
     """Yield the members of a tar archive in order, with the stream positioned at the content of the current member.
 
-    Concatenated archives are read to the end. Header extensions (PAX, GNU) are read for long names only, because the
+    Concatenated archives are read as one. Header extensions (PAX, GNU) are read for long names only, because the
     module tarfile can use time and memory out of proportion to their size. Raises PACKED_ERRORS for a corrupt archive,
     for more than `max_members` members (default: 10,000) and for a missing end marker.
     """

@@ -36,7 +36,7 @@ from training.data_sources.stored_zip import StoredZip
 
 Writer = Callable[[str, bytes], None]
 
-MAX_LISTED = 10  # lines of each kind
+MAX_LISTED = 10  # lines per kind of problem, without --verbose
 
 _CHUNK_BYTES = 1 << 22  # pixel bytes that one worker task returns
 _CHUNK_IMAGES = 256
@@ -59,7 +59,7 @@ class Problems:
 
     @property
     def stop_the_build(self) -> bool:
-        """True after a problem that no option skips. The remaining images are then checked but not written."""
+        """True after a problem that is not skipped. The remaining images are then checked but not written."""
         return bool(self.other_size) or (bool(self.broken) and not self.skip_bad)
 
     def note(self, item: Item, converted: Converted) -> bytes | None:
@@ -83,7 +83,7 @@ class Problems:
 
 
 def listed(lines: list[str], *, verbose: bool) -> list[str]:
-    """Indent lines for output: the first MAX_LISTED and the number of the others, or all lines with `verbose`."""
+    """Indent lines for output: the first MAX_LISTED and the number of omitted lines, or all lines if `verbose`."""
     shown = lines if verbose else lines[:MAX_LISTED]
     rest = len(lines) - len(shown)
     return [f"  {printable(line)}" for line in shown] + ([f"  and {rest} more (--verbose lists them)"] if rest else [])
@@ -175,7 +175,7 @@ def refuse_dest(dest: Path, source: str) -> None:
 
 
 def refuse_existing(dest: Path) -> None:
-    """Raise UserError if `dest` exists, unless both `dest` and the dataset are folders and `dest` is empty."""
+    """Raise UserError if `dest` exists; an existing empty folder is accepted unless `dest` ends in .zip."""
     is_usable = not _is_zip(dest) and dest.is_dir() and not dest.is_symlink() and not any(dest.iterdir())
     if os.path.lexists(dest) and not is_usable:
         raise UserError(f"--dest={dest} exists: remove it or choose another name")

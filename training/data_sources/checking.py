@@ -24,14 +24,14 @@ from training.data_sources.sizes import CHANNEL_NAMES, Shape, Sizes, by_short_si
 # An image is nearly black if at most one value in a thousand, composited over white, exceeds BLACK. 12-bit camera data
 # in 16-bit files is an example: its 8-bit values are 0 to 16.
 BLACK = 16
-BRIGHT_PART = 0.001
+BRIGHT_FRACTION = 0.001
 
 _DIGEST_BYTES = 16
 _BAR = 40  # characters of the longest histogram bar
 _CHUNK_BYTES = 1 << 22  # encoded images per worker task
 _CHUNK_IMAGES = 64
 _MAX_COPIES = 5  # names shown per group of copies
-_FEW = 256  # no workers are started for at most this number of images
+_MAX_SERIAL = 256  # images; larger datasets are inspected in worker processes
 
 
 class Inspection(NamedTuple):
@@ -67,7 +67,7 @@ def defect_of(pixels: np.ndarray) -> str:
         return "constant"
     if pixels.shape[2] == 4 and not pixels[:, :, 3].any():
         return "constant"
-    max_bright = BRIGHT_PART * pixels[:, :, :3].size
+    max_bright = BRIGHT_FRACTION * pixels[:, :, :3].size
     if np.count_nonzero(subset[:, :, :3] > BLACK) > max_bright:  # compositing over white cannot darken a value
         return ""
     shown = force_channels(pixels, 3) if pixels.shape[2] == 4 else pixels
@@ -133,7 +133,7 @@ def inspect_all(names: Sequence[str], items: Iterable[Item], workers: int) -> Fi
     known: dict[Shape, int] = {}
     chunks = _chunks(items)
     results: Iterator[tuple[Item, Inspection | BrokenImageError]]
-    if workers == 1 or len(names) <= _FEW:
+    if workers == 1 or len(names) <= _MAX_SERIAL:
         results = (pair for chunk in chunks for pair in zip(chunk, inspect_items(chunk), strict=True))
     else:
         results = map_chunks(inspect_items, chunks, workers)
@@ -178,21 +178,21 @@ def find_problems(findings: Findings, content: DatasetJson) -> dict[str, list[st
     return {heading: lines for heading, lines in problems.items() if lines}
 
 
-def _differing(findings: Findings, what: str, kinds: Mapping[Shape, str]) -> dict[str, list[str]]:
-    """Return lines about images subject kind is not the most common one; `kinds` maps each shape to a kind."""
+def _differing(findings: Findings, attribute: str, kinds: Mapping[Shape, str]) -> dict[str, list[str]]:
+    """Return lines about images that are not of the most common kind; `kinds` maps each shape to a kind."""
     counts: Counter[str] = Counter()
     for shape, count in findings.shape_counts.items():
         counts[kinds[shape]] += count
     if len(counts) < 2:
         return {}
-    usual, count = counts.most_common(1)[0]
+    majority, count = counts.most_common(1)[0]
     if count < counts.total() / 2:
         lines = [f"{kind}: {counted(count, 'image')}" for kind, count in counts.most_common()]
-        return {f"{counts.total():,} images of {len(counts):,} {what}s:": lines}
+        return {f"{counts.total():,} images of {len(counts):,} {attribute}s:": lines}
     found = ((findings.names[position], kinds[findings.shape_of(position)]) for position in findings.readable)
-    lines = [f"{name}: {kind}" for name, kind in found if kind != usual]
+    lines = [f"{name}: {kind}" for name, kind in found if kind != majority]
     differ = "differs" if len(lines) == 1 else "differ"
-    return {f"{counted(len(lines), 'image')} that {differ} in {what} from the most common, {usual}:": lines}
+    return {f"{counted(len(lines), 'image')} that {differ} in {attribute} from the most common, {majority}:": lines}
 
 
 def find_remarks(findings: Findings, content: DatasetJson, *, verbose: bool) -> dict[str, list[str]]:
@@ -201,14 +201,14 @@ def find_remarks(findings: Findings, content: DatasetJson, *, verbose: bool) -> 
     limit = len(findings.names) if verbose else _MAX_COPIES
     copies = []
     for group in groups:
-        others = len(group) - limit
+        num_hidden = len(group) - limit
         named = " = ".join(findings.names[position] for position in group[:limit])
-        copies.append(f"{named} and {others} more" if others > 0 else named)
+        copies.append(f"{named} and {num_hidden} more" if num_hidden > 0 else named)
     constant, black = findings.by_defect["constant"], findings.by_defect["nearly black"]
     remarks = {
         f"{counted(sum(map(len, groups)), 'image')} in {counted(len(groups), 'group')} of exact copies:": copies,
         f"{counted(len(constant), 'constant image')}, all pixels the same:": constant,
-        f"{counted(len(black), 'nearly black image')}, {1 - BRIGHT_PART:.1%} of the values at most {BLACK} of 255, "
+        f"{counted(len(black), 'nearly black image')}, {1 - BRIGHT_FRACTION:.1%} of the values at most {BLACK} of 255, "
         "typical of 12-bit data in 16-bit files:": black,
     }
     return {heading: lines for heading, lines in remarks.items() if lines} | _empty_classes(findings, content)
@@ -237,9 +237,9 @@ def describe_findings(findings: Findings, content: DatasetJson) -> list[str]:
 
 
 def short_sides(findings: Findings, content: DatasetJson) -> tuple[dict[int, int], bool]:
-    """Count images by shorter side in power-of-two bins; True if the counts describe the original images.
+    """Return image counts by shorter side in power-of-two bins, and whether they describe the original images.
 
-    A built dataset records the shorter sides of its originals in dataset.json.
+    The dataset builder records the shorter sides of the originals in dataset.json.
     """
     recorded: Any = content.meta.get("short_sides")
     if isinstance(recorded, dict) and recorded and all(map(_is_count, recorded.items())):

@@ -36,7 +36,7 @@ class FolderClasses(NamedTuple):
 
 
 def classes_from_folders(names: Sequence[str], level: int | None, where: str) -> FolderClasses:
-    """Make each folder at a level a class; level 1 is the top of `where`, None selects the level by `find_level`.
+    """Use each folder at a level as a class. Level 1 is the top of `where`; None: the level found by `find_level`.
 
     Raises UserError if an image is not in a folder at that level.
     """
@@ -85,7 +85,7 @@ def find_level(folders: Sequence[Sequence[str]]) -> tuple[int, list[str]]:
     if found := _flat_splits(folders, level):
         notes.append(
             f"{_listed(found)} look like splits, but are used as classes, because images "
-            f"lie directly in them: to read one split, {_ONE_SPLIT}"
+            f"are directly in them: to read one split, {_ONE_SPLIT}"
         )
     return level, notes
 
@@ -142,7 +142,7 @@ def describe_classes(labels: Sequence[Label], class_names: Sequence[str] | None)
 
 
 def _count(labels: Sequence[Label], class_names: Sequence[str] | None) -> tuple[dict[int, int], int]:
-    """Return the number of images of each class number that occurs, and the number of classes."""
+    """Return the number of images per class number, without empty classes, and the number of classes."""
     counts = Counter(label for label in labels if isinstance(label, int))
     return counts, max(max(counts) + 1, len(class_names or ()))
 
@@ -157,7 +157,7 @@ def _describe(counts: Mapping[str, int], noun: str) -> str:
 
 
 class Classes(NamedTuple):
-    """Labels and class names of a dataset, None without labels; `notes` reports changes relative to the source."""
+    """Labels and class names of a dataset, None without labels; `notes` describes changes to the source's labels."""
 
     labels: Sequence[Label] | None
     names: list[str] | None
@@ -165,7 +165,7 @@ class Classes(NamedTuple):
 
 
 def choose_classes(labels: Sequence[Label] | None, class_names: list[str] | None) -> Classes:
-    """Renumber classes from 0 if most numbers up to the highest do not occur, as in a subset of a larger dataset.
+    """Renumber classes from 0 if most class numbers up to the maximum are unused, as in a subset of a dataset.
 
     The old numbers become the class names. Named classes keep their numbers.
     """
@@ -177,13 +177,13 @@ def choose_classes(labels: Sequence[Label] | None, class_names: list[str] | None
 
 
 def note_on_gaps(labels: Sequence[Label], class_names: list[str] | None) -> list[str]:
-    """Return a note if most class numbers up to the highest do not occur, for images not built into a dataset."""
+    """Return a note if most class numbers up to the maximum are unused, for images not built into a dataset."""
     gaps = _describe_gaps(labels, class_names)
     return [f"{gaps}: building a dataset with dataset_tool.py renumbers the classes from 0"] if gaps else []
 
 
 def _describe_gaps(labels: Sequence[Label], class_names: list[str] | None) -> str:
-    """Return a clause if most class numbers up to the highest do not occur and the classes are unnamed, else ''."""
+    """Return a clause if most class numbers up to the maximum are unused and the classes are unnamed, else ''."""
     counts, num_classes = _count(labels, None)
     if class_names is not None or 2 * len(counts) >= num_classes:
         return ""

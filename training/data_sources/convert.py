@@ -137,7 +137,7 @@ def force_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 
 def fit_channels(pixels: np.ndarray, channels: int) -> np.ndarray | None:
-    """Convert losslessly, or return None: gray to RGB and back, opaque alpha added or removed."""
+    """Convert without loss (gray to RGB and back, opaque alpha added or removed), or return None."""
     if pixels.shape[2] == channels:
         return pixels
     if pixels.shape[2] == 4:
@@ -181,7 +181,7 @@ def encoded(item: Item) -> bytes:
 
 
 def is_all_gray(items: Iterable[Item]) -> bool:
-    """Return whether all readable images are stored as grayscale; stops at the first image that is not."""
+    """Return whether all readable images are stored as grayscale; stop at the first image that is not."""
     found = None
     for item in items:
         try:

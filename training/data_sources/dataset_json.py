@@ -15,7 +15,7 @@ Label = int | list[float]
 
 NAME = "dataset.json"
 MAX_CLASS = 2**31 - 1
-VECTOR_FORM = 'a vector for each image, the same length for all: ["img.png", [0, 1, 0, 1]]'
+VECTOR_FORM = 'a vector per image, all of the same length: ["img.png", [0, 1, 0, 1]]'
 
 SEVERAL_LABELS = f"several labels for one image need {VECTOR_FORM}; if the label is a vector, write integers as 3.0"
 
@@ -29,7 +29,7 @@ def is_dataset_json(name: str) -> bool:
 class DatasetJson:
     """Content of dataset.json: labels by image name (None without labels), and all other keys as `meta`.
 
-    `notes` report deviations from the format that the reader accepts.
+    `notes` lists tolerated deviations from the format.
     """
 
     labels: dict[str, Label] | None = None
@@ -122,7 +122,10 @@ def refuse_several(pairs: Iterable[Sequence[Any]], where: str) -> None:
     several = [name for name, count in counts.items() if count > 1]
     found = ", ".join(str(label) for name, label in pairs if name == several[0])
     others = f" and {len(several) - 1} other images" if len(several) > 1 else ""
-    raise UserError(f"{where}{several[0]!r}{others} with several labels ({found:.80}): give one each, or {VECTOR_FORM}")
+    have = "have" if others else "has"
+    raise UserError(
+        f"{where}{several[0]!r}{others} {have} several labels ({found:.80}): give one each, or {VECTOR_FORM}"
+    )
 
 
 def _is_pair(pair: object) -> bool:

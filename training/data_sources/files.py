@@ -42,7 +42,7 @@ def read_image_file(path: Path) -> bytes:
 
 
 class FolderStore:
-    """Image files below a folder; `listing` is the list of its files, if already known.
+    """Image files below a folder; `listing` is the list of files, if already known.
 
     names      sorted paths of the images, relative to the folder
     left_out   other files by kind, see listing.py
@@ -149,7 +149,7 @@ class ZipStore:
             self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
             # The local header (PKWARE APPNOTE 4.3.7) has 30 bytes. The last four are the lengths of the name and of the
-            # extra field. Usually the lengths match the directory, and one read is enough.
+            # extra field. The lengths usually match the directory, so one read suffices.
             guess = 30 + len(info.orig_filename)
             found = _read_at(self._file, guess + size, info.header_offset)
             head = 30 + int.from_bytes(found[26:28], "little") + int.from_bytes(found[28:30], "little")
@@ -217,7 +217,7 @@ class LabelledStore(Protocol):
 def open_store(path: Path, listing: Listing | None = None) -> FileStore:
     """Open a folder or .zip file of images; `listing` is the list of files of a folder, if already known.
 
-    Raises UserError if the path is missing, of another kind, or contains no images.
+    Raises UserError if the path does not exist, is neither a folder nor a .zip file, or contains no images.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder or .zip file of images")
@@ -276,7 +276,7 @@ def _with_store_names(content: DatasetJson, store: LabelledStore, where: str) ->
     """Return the content with labels keyed by the image names of the store.
 
     Names in the file may be relative to its folder or to the top of the store, with `./` or `\\`. The interpretation
-    under which most names exist in the store is used.
+    that matches the most names in the store is used.
     """
     labels = content.labels
     assert store.json_name is not None

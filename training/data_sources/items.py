@@ -41,7 +41,7 @@ class Source(Protocol):
     pad          zero pixels to add on each side by default
     labels       labels of all images in order, None without labels
     class_names  None without classes or class names
-    channels     number of channels of all images, 1 or 3; None if it is to be determined from the image headers
+    channels     number of channels of all images, 1 or 3; None: determined from the image headers
     left_out     files that are not images, by kind
     notes        lines about the interpretation of the source, for the user
     """

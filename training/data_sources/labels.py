@@ -14,7 +14,7 @@ Labels = tuple[list[Label] | None, list[str] | None]  # labels of all images, cl
 
 
 def to_labels(values: list[Any], place: Callable[[int], str]) -> Labels:
-    """Convert one value per image, an integer, a class name, a list of numbers or None, to labels and class names.
+    """Convert one value per image (integer, class name, list of numbers or None) to labels and class names.
 
     Returns (None, None) if all values are None or all are -1, as in published test sets. `place(k)` describes image k
     in messages. Raises UserError for the first invalid label.

@@ -14,7 +14,7 @@ from dnnlib.config import UserError
 from dnnlib.images import IMAGE_SUFFIXES, remedy
 from dnnlib.screen import printable
 
-# Folders in which programs store copies and thumbnails. Names that start with a dot are hidden, too.
+# Folders in which other programs store copies and thumbnails. Names that start with a dot are hidden as well.
 TOOL_FOLDERS = frozenset(
     (
         *("@eaDir", "@Recycle", "@Recently-Snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot"),  # file servers
@@ -41,7 +41,7 @@ def is_hidden(folder: str) -> bool:
 
 
 def split_images(names: Iterable[str]) -> tuple[list[str], LeftOut]:
-    """Split file names, with `/` as separator, into sorted images and other files by kind."""
+    """Split file names (separator `/`) into sorted images and other files by kind."""
     images: list[str] = []
     left_out: LeftOut = {}
     for name in sorted(names):

@@ -34,7 +34,7 @@ class LmdbFile:
         self._size = os.fstat(self._file.fileno()).st_size
         self._page_size = struct.unpack("<I", self._read(_HEAD + 24, 4))[0]
         if self._page_size not in (1 << bits for bits in range(9, 17)):
-            raise ValueError(f"pages of {self._page_size} bytes")
+            raise ValueError(f"invalid page size of {self._page_size} bytes")
         metas = [self._read_meta(offset) for offset in (0, self._page_size)]
         _, self.num_entries, self._root, last_page = max(metas)  # the last transaction
         if self._size < (last_page + 1) * self._page_size:

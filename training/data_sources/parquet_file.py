@@ -1,6 +1,6 @@
 """Streaming reader of Parquet files. Metadata and page headers are validated before pyarrow reads them.
 
-pyarrow crashes the process on some corrupt metadata, and allocates whatever memory a page header declares.
+pyarrow crashes on some corrupt metadata, and allocates as much memory as a page header declares.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class ParquetFile:
         """
         num_bytes, largest = self._check_pages(column)
         rows = min(_MAX_ROWS, _MAX_BYTES * self.num_rows // max(num_bytes, 1), _MAX_REPEATED // max(largest, 1))
-        left = unpacked_limit(self._size)
+        remaining = unpacked_limit(self._size)
         for batch in self._parquet.iter_batches(batch_size=max(rows, 1), columns=[column], use_threads=False):
             array = batch.column(column)
-            left -= array.nbytes
-            if left < 0:
+            remaining -= array.nbytes
+            if remaining < 0:
                 raise ValueError(f"column {column} has more than {unpacked_limit(self._size)} bytes")
             yield array
 

@@ -22,7 +22,7 @@ SUFFIXES = {
 }
 _ALL_SUFFIXES = tuple(chain.from_iterable(SUFFIXES.values()))
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")  # lower-case column names in order of preference
-_OTHERS = "others"  # split of files whose names contain no split, if other names do
+_OTHERS = "others"  # split of files without a split in their names, if other files have one
 _NUMBERED = re.compile(r"(?:.*-)?(\w+)-(\d{5})-of-(\d{5})")  # stem of a file, such as NAME-train-00000-of-00005
 _SERIAL = re.compile(r"(?<!\d)00\d")  # zero-padded number of a file in a series, such as 000017
 _MAX_JSON_BYTES = 1 << 24
@@ -30,7 +30,7 @@ _MAX_JSON_BYTES = 1 << 24
 
 @dataclass(kw_only=True)
 class Parts:
-    """Files of one kind (a key of SUFFIXES) by split; if no file name contains a split, all files are in split "".
+    """Files of one kind (a key of SUFFIXES) by split; if no file name contains a split, all files are in the split "".
 
     `left_out` and `notes` are defined as in Source.
     """
@@ -86,7 +86,7 @@ def find_parts(path: Path, listing: Listing | None) -> Parts | None:
     """Find the tables or tar shards of a folder, or recognize a single table file; None for anything else.
 
     `listing` is the list of files of a folder, None for a file. In a folder, the dataset is the kind with the
-    most bytes, unless `_are_content` selects the images. Raises UserError for datasets saved by the library `datasets`
+    most bytes, unless `_are_dataset` selects the images. Raises UserError for datasets saved by the library `datasets`
     in an unsupported format.
     """
     if listing is None:
@@ -106,10 +106,10 @@ def find_parts(path: Path, listing: Listing | None) -> Parts | None:
         return None
     kind = max(by_kind, key=lambda kind: _total_size(path, by_kind[kind]))
     names = sorted(by_kind[kind])
-    if images and not _are_content(path, kind, names, images):
+    if images and not _are_dataset(path, kind, names, images):
         return None
-    taken = set(names)
-    others = {other: [name for name in found if name not in taken] for other, found in left_out.items()}
+    selected = set(names)
+    others = {other: [name for name in found if name not in selected] for other, found in left_out.items()}
     others |= {"images beside them": images, "caches of datasets": list(filter(_is_cache, names)), **links}
     parts = [name for name in names if not _is_cache(name)]
     return Parts(
@@ -121,10 +121,10 @@ def find_parts(path: Path, listing: Listing | None) -> Parts | None:
     )
 
 
-def _are_content(root: Path, kind: str, names: list[str], images: list[str]) -> bool:
+def _are_dataset(root: Path, kind: str, names: list[str], images: list[str]) -> bool:
     """Return whether tables or shards, rather than the images beside them, are the dataset.
 
-    The tables or shards must have more bytes than the images, and must either be at least as numerous or be named like
+    The tables or shards must have more bytes than the images. They must also be at least as numerous, or be named like
     parts, such as `0017.tar` or `train.parquet`. A single `train.tar` may be an archive of the same images.
     """
     files = [name.rpartition("/")[2] for name in names]

@@ -41,7 +41,7 @@ class _Location(NamedTuple):
 
 @dataclass
 class _Sample:
-    """Members of a sample: images, candidates for the label by extension (or an error), and the names of the others."""
+    """Members of a sample: images, label candidates (or errors) keyed by extension, and names of other members."""
 
     shard: int
     key: str
@@ -105,13 +105,13 @@ class ShardSource(SourceBase):
             raise error
         _refuse_labels_apart(paths, samples)
         if any(sample.label is not None for sample in with_images):
-            further = [image.name for sample in with_images for image in _by_rank(sample)[1:]]
+            further = [image.name for sample in with_images for image in _fewest_dots_first(sample)[1:]]
             self.add_left_out({"further images of a sample": further})
             self.labels, self.class_names = to_labels(
                 [sample.label for sample in with_images],
                 lambda k: f"{paths[with_images[k].shard]}: sample {with_images[k].key!r}",
             )
-            self._images = [_by_rank(sample)[0] for sample in with_images]
+            self._images = [_fewest_dots_first(sample)[0] for sample in with_images]
         else:
             self._images = [image for sample in with_images for image in sample.images]
         if not self._images:
@@ -162,8 +162,8 @@ def _content(stream: Unpacked, image: _Location) -> bytes | BrokenImageError:
     return oversize(image.size) or stream.read(image.size)
 
 
-def _by_rank(sample: _Sample) -> list[_Location]:
-    """Sort the images of a sample by the number of dots in the extension, fewest first."""
+def _fewest_dots_first(sample: _Sample) -> list[_Location]:
+    """Sort the images of a sample by the number of dots in the extension."""
     return sorted(sample.images, key=lambda image: split_name(image.name)[1].count("."))
 
 
@@ -187,7 +187,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[Unpacked]:
-    """Open an archive. Raises UserError for errors on opening and for read errors within the context."""
+    """Open an archive. Raises UserError if the archive cannot be opened, or read within the context."""
     try:
         with open_packed(path) as stream:
             yield stream
@@ -232,7 +232,7 @@ def _group(stream: Unpacked, members: Iterable[Member], shard: int, path: Path) 
         if extension in (*_TEXTS, "json"):
             sample.labels[extension] = _read_label(member, extension, stream, path)
         elif kind in _TEXTS:
-            sample.labels.setdefault(kind, _error_about_dots(member, path))
+            sample.labels.setdefault(kind, _dotted_name_error(member, path))
         elif split_images([member.name])[0]:
             sample.images.append(_Location(shard, stream.position, member.size, member.name))
             continue
@@ -243,7 +243,7 @@ def _group(stream: Unpacked, members: Iterable[Member], shard: int, path: Path) 
 
 
 def _read_label(member: Member, extension: str, stream: Unpacked, path: Path) -> Any:
-    """Read the label in a member: a number, string or list, None if empty, or a UserError if it cannot be read."""
+    """Return the label in a member: a number, string or list; None if empty; a UserError if unreadable."""
     where = f"{path}: {member.name!r:.200}"
     if member.size > _MAX_LABEL_BYTES:
         problem = f"more than the limit of {_MAX_LABEL_BYTES} for a label"
@@ -259,7 +259,7 @@ def _read_label(member: Member, extension: str, stream: Unpacked, path: Path) ->
     return _number(content) if isinstance(content, str) else content
 
 
-def _error_about_dots(member: Member, path: Path) -> UserError:
+def _dotted_name_error(member: Member, path: Path) -> UserError:
     return UserError(
         f"{path}: {member.name!r:.200}: the name of a sample ends at the first dot, but this name has further dots: "
         "write the archive again without dots in the names of samples"

@@ -71,12 +71,12 @@ def choose_tiles(positions: Sequence[int], classes: Mapping[int, int]) -> list[i
     numbers = sorted(members)
     numbers = [numbers[k] for k in spread(len(numbers), MAX_TILES)]
     shares = dict.fromkeys(numbers, 0)
-    left = min(MAX_TILES, sum(len(members[number]) for number in numbers))
-    while left:
+    remaining = min(MAX_TILES, sum(len(members[number]) for number in numbers))
+    while remaining:
         for number in numbers:
-            if left and shares[number] < len(members[number]):
+            if remaining and shares[number] < len(members[number]):
                 shares[number] += 1
-                left -= 1
+                remaining -= 1
     return [members[number][k] for number in numbers for k in spread(len(members[number]), shares[number])]
 
 
@@ -102,7 +102,7 @@ def make_sheet(store: FileStore, content: DatasetJson, findings: Findings) -> Im
 def _facts(findings: Findings, content: DatasetJson, classes: Mapping[int, int]) -> list[str]:
     """Return the lines of the header."""
     channels = " and ".join(CHANNEL_NAMES[kind] for kind, _ in findings.channels.most_common())
-    sizes = f"{describe_sizes(findings.sizes)}, {channels}" if findings.sizes else "none can be read"
+    sizes = f"{describe_sizes(findings.sizes)}, {channels}" if findings.sizes else "no readable images"
     if classes:
         labels = f"{max(max(classes.values()) + 1, len(content.class_names or ())):,} classes"
     else:
@@ -196,7 +196,7 @@ def _write(
 ) -> None:
     """Write a line at its upper left corner, shortened to `max_width` pixels.
 
-    If no font has all characters of `text`, accents are removed; if this does not suffice, `fallback` is written.
+    If no font has all characters of `text`, accents are removed; if this is not sufficient, `fallback` is written.
     """
     text = printable(text)
     font = _font_for(text, size)

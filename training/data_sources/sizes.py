@@ -17,7 +17,7 @@ Sizes = Counter[Size]  # number of images by size
 CHANNEL_NAMES = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 MIN_SIDE, MAX_SIDE = 8, 1024  # range of suggested sides
 MIN_FRACTION = 0.9  # minimum fraction of images that are at least as large as the suggested size
-MAJORITY = 0.9  # minimum fraction of images of one shape; below it, no image is reported as an exception
+MAJORITY = 0.9  # minimum fraction of images of one shape for reporting the other images as exceptions
 
 
 def sizes_of(shapes: Mapping[Shape, int]) -> Sizes:
@@ -59,7 +59,7 @@ def describe_sizes(sizes: Sizes) -> str:
 def candidate_sizes(sizes: Sizes, base: Size = (MIN_SIDE, MIN_SIDE)) -> list[Size]:
     """List `base` times powers of two with sides of 8 to 1024 pixels, most suitable size first.
 
-    The first size is the largest for which both sides of 90 % of the images are large enough. Smaller sizes follow in
+    The first size is the largest that at least 90 % of the images reach on both sides. Smaller sizes follow in
     descending order, then larger sizes in ascending order.
     """
     doubled = [(base[0] << n, base[1] << n) for n in range(MAX_SIDE.bit_length())]
@@ -74,7 +74,7 @@ def _count_reaching(sizes: Sizes, size: Size) -> int:
 
 
 def suggest_size(sizes: Sizes) -> Size:
-    """Return the largest power-of-two square that the shorter side of 90 % of the images reaches."""
+    """Return the largest power-of-two square that fits into at least 90 % of the images."""
     return candidate_sizes(sizes)[0]
 
 
@@ -139,8 +139,8 @@ class Survey:
         """Describe the first image that differs from the most common shape; [] without a MAJORITY of one shape."""
         if len(self.counts) < 2:
             return []
-        usual, count = self.counts.most_common(1)[0]
+        majority, count = self.counts.most_common(1)[0]
         if count < MAJORITY * self.counts.total():
             return []
-        shape, name = next(first for first in self.firsts.items() if first[0] != usual)
+        shape, name = next(first for first in self.firsts.items() if first[0] != majority)
         return [f"the first different image is {name!r}, {describe_shape(shape)}"]

@@ -53,7 +53,7 @@ def open_source(
     split: str | None = None,
     skip_missing: bool = False,
 ) -> Source:
-    """Open a source of any supported kind. Raises UserError if `path` is missing, corrupt or of an unknown kind.
+    """Open a source of any supported kind. Raises UserError if `path` is missing, corrupt or not a supported source.
 
     `labels_from_folders`: level of the class folders, 1 for the top. `split`: split to read, None for the default.
     `skip_missing`: accept missing files in a numbered series.
@@ -165,7 +165,7 @@ def _content(store: FileStore, name: str) -> bytes | Path | BrokenImageError:
 class ArraySource(SourceBase):
     """Images in an array, uint8 [N, H, W, C], in memory or memory-mapped."""
 
-    _BATCH = 64  # images copied to contiguous memory at a time
+    _BATCH = 64  # images per copy to contiguous memory
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ _MAX_16, _MAX_32 = 0xFFFF, 0xFFFFFFFF
 
 
 class StoredZip:
-    """Zip file writer (PKWARE APPNOTE 6.3). Members are written in order, the directory at the end of a `with` block.
+    """Zip file writer (PKWARE APPNOTE 6.3). Members are written in order, the directory on leaving the `with` block.
 
     Names must be ASCII, and members smaller than 4 GiB. Zip64 records are written if necessary. After an error in the
     block, no directory is written.

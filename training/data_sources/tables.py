@@ -62,7 +62,7 @@ class TableSource(SourceBase):
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[ParquetFile | ArrowFile]:
-        """Open a table. Raises UserError for errors on opening and for read errors within the context."""
+        """Open a table. Raises UserError if the table cannot be opened, or read within the context."""
         pa = import_extra("pyarrow", "parquet")
         try:
             table = _FILES[self._parts.kind](path)
@@ -135,7 +135,7 @@ class TableSource(SourceBase):
 def find_columns(schema: Any, path: Path) -> Columns:
     """Find the image and label columns of an Arrow schema, by name, feature of the library `datasets`, or type.
 
-    The criteria are applied in this order. Raises UserError, listing the columns, without a single image column.
+    The criteria are applied in this order. Raises UserError, with the columns, if the image column is not unique.
     """
     features = _features(schema)
     held = [field.name for field in schema if _holds_images(field.type)]

@@ -1,4 +1,4 @@
-"""Multi-head attention over tokens: the common interface, and full self-attention with optional Linformer."""
+"""Multi-head attention over tokens: common interface, and full self-attention with an optional Linformer projection."""
 
 from __future__ import annotations
 

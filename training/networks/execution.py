@@ -27,8 +27,8 @@ class Execution:
     `reduced`: dtype of activations on grids whose longer side is at least `min_grid`; None: no reduced precision.
     `twice_differentiable`: use implementations of attention and convolution with an efficient double backward.
     `recompute`: gradient checkpointing; discard the activations inside a block and recompute them in the backward pass,
-    which saves memory at the cost of one more forward pass. `random_noise`: draw fresh noise in discriminators that
-    have noise, as in training.
+    which saves memory at the cost of one more forward pass. `random_noise`: draw fresh noise in discriminators with
+    noise, as in training.
     """
 
     reduced: torch.dtype | None = None

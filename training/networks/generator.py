@@ -54,7 +54,7 @@ class GeneratorConfig(ABC):
 
     @property
     def folder_words(self) -> tuple[str, ...]:
-        """Words in the name of a run folder that distinguish the run from others of the same preset."""
+        """Words added to the name of the run folder to distinguish runs with the same preset."""
         return ()
 
     @property
@@ -136,7 +136,7 @@ class DoublingConfig(GeneratorConfig):
         return self.grids[-1]
 
     def fit(self, height: int, width: int) -> Self:
-        """Choose the number of resolutions for the image size. Raises ConfigError, listing possible base grids."""
+        """Choose the number of resolutions for the image size. Raises ConfigError with the possible base grids."""
         return replace(self, resolutions=count_resolutions(self.base, height, width))
 
 
@@ -191,7 +191,7 @@ class StagedConfig(GeneratorConfig):
             raise ConfigError("widths", self.widths, "not chosen yet: give one hidden size per resolution")
 
     def check_img_size(self, height: int, width: int) -> None:
-        """Raise ConfigError if the generated images have another size; the message lists matching base grids."""
+        """Raise ConfigError unless the generated images have this size; the message lists matching base grids."""
         if self.widths and self.img_size == (height, width):
             return
         options = [f"base={grid} with {count} width{'s' * (count > 1)}" for grid, count in base_grids(height, width)]
@@ -218,7 +218,7 @@ class Generator(nn.Module, ImageShape, ABC):
         self.synthesis = self.build_synthesis(config)
 
     def build_mapping(self, config: Any) -> StyleMapping:
-        """Build the mapping network; StyleGAN's unless a family overrides this method."""
+        """Build the mapping network. The default is StyleGAN2-ADA's; a family may override this method."""
         return MappingNetwork(
             z_dim=config.z_dim,
             c_dim=config.c_dim,
@@ -265,7 +265,7 @@ class Synthesis(nn.Module, ImageShape, ABC):
         force_fp32: bool = False,
         fused_modconv: bool | None = None,
     ) -> Tensor:
-        """Synthesize images from styles. Raises ValueError for a wrong shape of `ws` or an unknown noise mode.
+        """Synthesize images from styles. Raises ValueError if the shape of `ws` or the noise mode is invalid.
 
         `force_fp32` computes in full precision even inside `execution.using(reduced=...)`. `fused_modconv` is accepted
         for compatibility with StyleGAN2-ADA, where it selects one of two implementations, and has no effect.
@@ -302,7 +302,7 @@ def doubled_grids(base: Grid, count: int) -> tuple[Grid, ...]:
 
 
 def count_resolutions(base: Grid, height: int, width: int) -> int:
-    """Return the number of resolutions from `base` to the image size. Raises ConfigError, listing possible bases."""
+    """Return the number of resolutions from `base` to the image size. Raises ConfigError with the possible bases."""
     bases = dict(base_grids(height, width))
     if base not in bases:
         options = ", ".join(f"{h}x{w}" for h, w in bases)

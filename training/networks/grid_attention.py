@@ -79,7 +79,7 @@ class AxisAttention(Attention):
 
 
 class NystromAttention(Attention):
-    """Nystrom approximation of softmax attention, with a cost linear in N (Xiong et al. 2021, "Nystroemformer").
+    """Nystrom approximation of softmax attention, with a cost linear in N (Xiong et al. 2021, "Nyströmformer").
 
         F = softmax(Q K~^T / sqrt(D)),   A = softmax(Q~ K~^T / sqrt(D)),   B = softmax(Q~ K^T / sqrt(D))
         out = F A+ (B V)

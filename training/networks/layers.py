@@ -28,7 +28,7 @@ def resample_filter() -> Tensor:
 
 
 class Resampling(nn.Module):
-    """Base class of layers for linear resampling of tokens (B, N, C) between or within grids, identical per channel.
+    """Base class of layers that linearly resample tokens (B, N, C) between or within grids, alike in all channels.
 
     Each output channel is computed from GROUP consecutive input channels.
     """
@@ -124,8 +124,8 @@ def demodulated_linear(
 def limit_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Normalize each row of x (rows, C) to a largest absolute value of 1 if `dtype` is float16; return x otherwise.
 
-    Prevents products from exceeding float16's maximum, 65,504. Use only for weights and styles with a scale that
-    demodulation cancels.
+    Prevents products from exceeding float16's maximum, 65,504. Use only for weights and styles, because demodulation
+    cancels their scale.
     """
     return x / x.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) if dtype == torch.float16 else x
 
@@ -253,7 +253,7 @@ class MinibatchStd(nn.Module):
         if B % G:
             raise ValueError(
                 f"a minibatch of {B} images cannot be cut into minibatch-std groups of {G}: "
-                f"choose a batch size per GPU that is a multiple of {G}, or another mbstd_group_size"
+                f"choose a batch size per GPU that is a multiple of {G}, or change mbstd_group_size"
             )
 
         groups = x.reshape(G, B // G, C, H, W)

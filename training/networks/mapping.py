@@ -75,7 +75,7 @@ class MappingNetwork(StyleMapping):
 
 
 class LatentMapping(StyleMapping):
-    """Identity mapping w = z; for conditional models w = z + E c with a learned class embedding E, initially N(0, 1).
+    """Identity mapping w = z; w = z + E c in conditional models, with a learned class embedding E, initially N(0, 1).
 
     Truncation therefore scales both z and the distances between classes, about the mean of w.
     """

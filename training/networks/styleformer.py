@@ -57,7 +57,7 @@ class StyleformerConfig(StagedConfig):
     up. A block has max(minimum_head, width // depth) heads. With `linformer`, blocks with at least
     `linformer_min_tokens` tokens attend to `linformer_k` projected tokens. `fit` chooses `widths` and `layers` if they
     are (), and `linformer` if it is None. `ffn`, `layernorm`, `style_attention` and `residual` select the ablations of
-    the paper, see `AblatedEncoderBlock`.
+    the paper (see `AblatedEncoderBlock`).
     """
 
     widths: tuple[int, ...] = setting(
@@ -71,7 +71,7 @@ class StyleformerConfig(StagedConfig):
     depth: int = setting(32, "Channels per attention head.", at_least=1)
     minimum_head: int = setting(1, "Minimum number of attention heads.", at_least=1)
     linformer: bool | None = setting(
-        False, "Use Linformer attention on large grids; None: if there are more than 3 resolutions.", auto=True
+        False, "Use Linformer attention on large grids; None: only with more than 3 resolutions.", auto=True
     )
     linformer_k: int = setting(256, "Number of tokens to which Linformer projects keys and values.", at_least=1)
     linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer attention.", at_least=1)
@@ -122,7 +122,7 @@ class StyleformerConfig(StagedConfig):
         return (*blocks, self.grids[-1])
 
     def fit(self, height: int, width: int) -> Self:
-        """Choose unresolved widths, blocks and Linformer from the number of resolutions up to the image size."""
+        """Choose unresolved widths, numbers of blocks and `linformer` from the number of resolutions."""
         count = len(self.widths) or count_resolutions(self.base, height, width)
         fitted = self._with_defaults(count, f"for images of {height}x{width}")
         fitted.check_img_size(height, width)

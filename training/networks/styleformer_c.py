@@ -58,11 +58,11 @@ class StyleformerCConfig(StyleformerConfig):
         super().__post_init__()
         if self.widths and max(self.grids[-1]) != self.handover:
             last, count = max(self.grids[-1]), len(self.widths)
-            problem = f"base={self.base} with {count} widths ends at {last}: set {last}, or another number of widths"
+            problem = f"base={self.base} with {count} widths ends at {last}: set {last}, or change the number of widths"
             raise ConfigError("handover", self.handover, problem)
         if self.resolutions is not None:
             if self.resolutions <= len(self.widths):
-                problem = f"leaves none of the {self.resolutions} resolutions for StyleGAN2 stages: choose a lower one"
+                problem = f"leaves none of the {self.resolutions} resolutions for StyleGAN2 stages: reduce it"
                 raise ConfigError("handover", self.handover, problem)
             check_channel_base(self, self.img_size)
 

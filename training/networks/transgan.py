@@ -31,7 +31,7 @@ from training.networks.vit import Block, BlockConfig, Linear, position_embedding
 class TransGANConfig(BlockConfig, StagedConfig):
     """Configuration of a TransGAN generator for images of base * 2^(len(widths) - 1) pixels.
 
-    `widths` and `layers` hold the number of channels and of blocks of each resolution, from the base grid up. Each
+    `widths` and `layers` hold the numbers of channels and blocks of each resolution, from the base grid up. Each
     width equals the width of the resolution below (bicubic upsampling) or a quarter of that width (pixel shuffle). The
     last `antialias` upsamplings are followed by a low-pass filter. Grids whose longer side is at most `full_upto` use
     full attention, larger grids the attention type `attention`. Every block also attends to `latent_tokens` tokens
@@ -50,9 +50,7 @@ class TransGANConfig(BlockConfig, StagedConfig):
     latent_tokens: int = setting(
         0, "Number of tokens computed from the latent for cross-attention in every block; 0: none.", at_least=0
     )
-    antialias: int = setting(
-        0, "Number of upsampling steps, counted from the last, followed by a low-pass filter.", at_least=0
-    )
+    antialias: int = setting(0, "Number of final upsamplings that are followed by a low-pass filter.", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +106,7 @@ class TransGANConfig(BlockConfig, StagedConfig):
 
 
 def published_stages(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the published widths and numbers of blocks for `count` resolutions, with added stages of width 1024."""
+    """Return the published widths and numbers of blocks, extended to `count` resolutions by stages of width 1024."""
     if count <= 3:
         return (1024, 256, 64)[:count], (5, 4, 2)[:count]
     first = max(count - 3, 3)
@@ -183,14 +181,14 @@ class TransGANStage(nn.Module):
             self.upsampling = nn.Sequential(*steps)
         self.position = position_embedding(self.grid, width) if config.has_absolute else None
         is_full = max(self.grid) <= config.full_upto
-        other_width = config.widths[0] if config.latent_tokens else None
+        context_width = config.widths[0] if config.latent_tokens else None
         self.blocks = nn.ModuleList(
             Block(
                 config,
                 width,
                 config.build_attention(self.grid, is_full=is_full),
                 noise=config.build_noise(math.prod(self.grid)),
-                other_width=other_width,
+                context_width=context_width,
                 clamp=config.conv_clamp,
             )
             for _ in range(config.layers[index])

@@ -27,9 +27,9 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
 
     Scale i embeds patches of patch * 2^i pixels into `widths[i]` channels and concatenates them with the tokens of the
     previous scale, average-pooled by 2; `layers[i]` blocks follow. The first `local_layers[i]` blocks use the attention
-    type `attention`, the others full attention. Without `multi_scale`, the first scale has all channels and the others
-    only pool. With `overlap`, the patches of the first scale are twice as large as their stride. `fit` chooses `patch`
-    if it is 0, and `widths`, `layers` and `local_layers` if they are ().
+    type `attention`, the others full attention. Without `multi_scale`, the first scale has all channels and the other
+    scales only pool. With `overlap`, the patches of the first scale are twice as large as their stride. `fit` chooses
+    `patch` if it is 0, and `widths`, `layers` and `local_layers` if they are ().
     """
 
     norm: Norm = setting("layer", "Normalisation: token-wise (token) or LayerNorm (layer).")
@@ -45,7 +45,7 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
         "Number of leading blocks per scale that use `attention`, not full attention; (): from the image size.",
         at_least=0,
     )
-    multi_scale: bool = setting(True, "Add image patches at every scale, not only at the finest.")
+    multi_scale: bool = setting(True, "Add image patches at every scale, not only at the finest scale.")
     overlap: bool = setting(False, "Overlap the finest patches by half their size.")
 
     AUTO: ClassVar[Mapping[str, Any]] = {"patch": 0, "widths": (), "layers": (), "local_layers": ()}
@@ -64,7 +64,7 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
                 raise ConfigError(name, getattr(self, name), problem)
         for count, local in zip(self.layers, self.local_layers, strict=True):
             if local > count:
-                problem = f"must lie between 0 and the number of blocks of each scale, layers={self.layers}"
+                problem = f"must be between 0 and the number of blocks of each scale, layers={self.layers}"
                 raise ConfigError("local_layers", self.local_layers, problem)
         for width in self.stage_widths:
             self.check_width("widths", width)

@@ -44,7 +44,7 @@ class BlockConfig:
     def check_width(self, field: str, width: int) -> None:
         """Raise ConfigError for `field` unless `width` is a positive multiple of the number of heads."""
         if width < 1 or width % self.num_heads:
-            problem = f"every width must be a positive multiple of the {self.num_heads} heads, {width} is not"
+            problem = f"every width must be a positive multiple of num_heads={self.num_heads}, but {width} is not"
             raise ConfigError(field, getattr(self, field), problem)
 
     def check_grid(self, grid: Grid) -> None:
@@ -135,17 +135,17 @@ class TokenNoise(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head cross-attention from tokens (B, N, C) to other tokens (B, M, C')."""
+    """Multi-head cross-attention from tokens (B, N, C) to context tokens (B, M, C')."""
 
-    def __init__(self, width: int, other_width: int, num_heads: int) -> None:
+    def __init__(self, width: int, context_width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q = Linear(width, width, bias=False)
-        self.kv = Linear(other_width, 2 * width, bias=False)
+        self.kv = Linear(context_width, 2 * width, bias=False)
         self.out = Linear(width, width)
 
-    def forward(self, x: Tensor, others: Tensor) -> Tensor:
-        k, v = self.kv(others).chunk(2, dim=2)  # each (B, M, C)
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        k, v = self.kv(context).chunk(2, dim=2)  # each (B, M, C)
         q, k, v = (split_heads(part, self.num_heads) for part in (self.q(x), k, v))
         y: Tensor = self.out(attend(q, k, v).transpose(1, 2).flatten(2))
         return y
@@ -155,7 +155,7 @@ class Block(nn.Module):
     """Pre-norm transformer block (Dosovitskiy et al. 2021, figure 1) with optional noise and cross-attention.
 
         x <- x + Attention(norm(x) + noise) W_o^T + b_o
-        x <- x + CrossAttention(norm(x), others)            if `other_width`, the width of the other tokens, is given
+        x <- x + CrossAttention(norm(x), context)           if `context_width`, the width of the context, is given
         x <- x + W_2 gelu(W_1 norm(x) + b_1) + b_2
 
     Query, key and value projections have no bias. There is no dropout. GELU is exact, not the tanh approximation. The
@@ -169,7 +169,7 @@ class Block(nn.Module):
         attention: Attention,
         *,
         noise: TokenNoise | None = None,
-        other_width: int | None = None,
+        context_width: int | None = None,
         clamp: float | None = None,
     ) -> None:
         super().__init__()
@@ -180,23 +180,23 @@ class Block(nn.Module):
         self.attention = attention
         self.out = Linear(width, width)
         self.cross_norm: nn.Module | None = None
-        if other_width is not None:
+        if context_width is not None:
             self.cross_norm = config.build_norm(width)
-            self.cross = CrossAttention(width, other_width, config.num_heads)
+            self.cross = CrossAttention(width, context_width, config.num_heads)
         self.norm2 = config.build_norm(width)
         self.fc1 = Linear(width, MLP_RATIO * width)
         self.fc2 = Linear(MLP_RATIO * width, width)
 
-    def forward(self, x: Tensor, others: Tensor | None = None, noise_mode: NoiseMode = "const") -> Tensor:
-        """Map x (B, N, C) and others (B, M, other_width) or None to (B, N, C), in the dtype of x."""
+    def forward(self, x: Tensor, context: Tensor | None = None, noise_mode: NoiseMode = "const") -> Tensor:
+        """Map x (B, N, C) and context (B, M, context_width) or None to (B, N, C), in the dtype of x."""
         y = self.norm1(x)
         if self.noise is not None:
             y = self.noise(y, noise_mode)
         q, k, v = self.qkv(y).chunk(3, dim=2)  # each (B, N, C)
         x = x + self.out(self.attention(q, k, v))
         if self.cross_norm is not None:
-            assert others is not None
-            x = x + self.cross(self.cross_norm(x), others.to(x.dtype))
+            assert context is not None
+            x = x + self.cross(self.cross_norm(x), context.to(x.dtype))
         x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
 
