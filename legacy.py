@@ -182,7 +182,7 @@ def kind_of(dest: Path) -> str:
 @click.argument("file", type=FileOrURL())
 @option("--json", "as_json", is_flag=True, help="Print all information, including the full configuration, as JSON.")
 def info(file: Path | str, as_json: bool) -> None:
-    """Describe FILE: a snapshot of this or another project, a URL of one, or a safetensors folder.
+    """Describe FILE: a snapshot of this or another project (path or URL), or a safetensors folder.
 
     Prints its networks, configuration and metrics. Networks are not allocated, and no code in the file is run.
     """

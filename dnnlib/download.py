@@ -278,7 +278,7 @@ def _fetch_rest(session: requests.Session, url: str, part: Path) -> None:
         is_resumed = response.status_code == 206
         start = start if is_resumed else 0
         _save_etag(response, validator)
-        total = _announced(response, start, url)
+        total = _total_size(response, start, url)
         with (
             open(part, "ab" if is_resumed else "wb", opener=_opener) as file,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None, leave=False) as progress,
@@ -302,8 +302,8 @@ def _save_etag(response: requests.Response, validator: Path) -> None:
             file.write(name.encode())
 
 
-def _announced(response: requests.Response, start: int, url: str) -> int | None:
-    """Return the total file size by Content-Length; None without it. Raises UserError if it is invalid or too large."""
+def _total_size(response: requests.Response, start: int, url: str) -> int | None:
+    """Return the total file size from Content-Length; None without it. Raises UserError for an invalid size."""
     length = response.headers.get("Content-Length")
     if length is None:
         return None
@@ -365,7 +365,7 @@ def _get_file(session: requests.Session, url: str, headers: dict[str, str]) -> r
     """Return the response that contains the file, not an HTML page. Raises UserError for any other response."""
     for _ in range(3):
         response = _get(session, url, headers)
-        # 416: the file is shorter than the part.
+        # 416: the file is shorter than the partial download.
         if response.status_code in (206, 416) and not _is_rest(response, headers):
             response.close()
             response = _get(session, url, {"Accept-Encoding": "identity"})

@@ -19,7 +19,7 @@ from PIL import Image
 
 from dnnlib import pnm, tiff
 
-MAX_SCANS = 64  # scans of a progressive JPEG; encoders write about 10; even a short scan visits all pixels
+MAX_SCANS = 64  # scans of a progressive JPEG; encoders write about 10; decoding even a short scan visits every pixel
 MAX_EXIF_SEGMENTS = 2  # 64 KB segments of a JPEG; k segments can hold k^2 times 90 MB of overlapping values
 MAX_PROFILE = 1 << 20  # bytes of EXIF text in a PNG; the rest is ignored
 MAX_COMMENTS = 1 << 20  # bytes of comments before the first image of a GIF

@@ -73,7 +73,7 @@ class OnMeta(TorchFunctionMode):
     """Context in which modules are built on the meta device: tensors with shape and dtype but without storage.
 
     With `torch.device("meta")` alone, random initialisation, division, identity matrices and resampling load PyTorch's
-    compiler, which takes a second or more. Here functions with an output of the same shape replace them.
+    compiler, which takes a second or more. This context replaces them with functions whose outputs have the same shape.
     """
 
     REPLACEMENTS: ClassVar[dict[Any, Any]] = {
