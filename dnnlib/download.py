@@ -248,7 +248,7 @@ def _fetch_all(url: str, part: Path) -> None:
         for attempt in range(1, ATTEMPTS + 1):
             before = _size(part)
             try:
-                _fetch_rest(session, url, part)
+                _fetch_remainder(session, url, part)
                 return
             except (requests.ConnectionError, requests.Timeout, _TruncatedError):
                 after = _size(part)
@@ -266,7 +266,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if _to_write(path).is_file() else 0
 
 
-def _fetch_rest(session: requests.Session, url: str, part: Path) -> None:
+def _fetch_remainder(session: requests.Session, url: str, part: Path) -> None:
     """Download the remainder of `part`. Raises OSError if interrupted, UserError if the response is not a file."""
     validator = _to_write(_validator_of(part))
     start = _size(part) if validator.is_file() else 0
@@ -366,10 +366,10 @@ def _get_file(session: requests.Session, url: str, headers: dict[str, str]) -> r
     for _ in range(3):
         response = _get(session, url, headers)
         # 416: the file is shorter than the partial download.
-        if response.status_code in (206, 416) and not _is_rest(response, headers):
+        if response.status_code in (206, 416) and not _is_requested_range(response, headers):
             response.close()
             response = _get(session, url, {"Accept-Encoding": "identity"})
-        if response.status_code != 200 and not _is_rest(response, headers):
+        if response.status_code != 200 and not _is_requested_range(response, headers):
             response.close()
             reason = printable(str(response.reason))[:100]
             raise UserError(f"{public(url)}: the server returned {response.status_code} {reason}")
@@ -394,7 +394,7 @@ def _get_file(session: requests.Session, url: str, headers: dict[str, str]) -> r
     raise UserError(f"{public(url)}: the server keeps returning HTML pages")
 
 
-def _is_rest(response: requests.Response, headers: dict[str, str]) -> bool:
+def _is_requested_range(response: requests.Response, headers: dict[str, str]) -> bool:
     """Return whether a response is partial content from the requested position."""
     requested = headers.get("Range", "none").replace("=", " ")  # bytes START-
     return response.status_code == 206 and response.headers.get("Content-Range", "").startswith(requested)

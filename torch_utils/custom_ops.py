@@ -262,17 +262,17 @@ def build(archs: str | None = None, *, force: bool = False) -> Build:
 
 def check_toolkit() -> str:
     """Return the version of the CUDA toolkit. Raises UserError if it cannot compile for this torch."""
-    wanted = torch.version.cuda
-    if wanted is None:
+    expected = torch.version.cuda
+    if expected is None:
         raise UserError("this torch was built without CUDA; install a CUDA build")
-    major = wanted.split(".")[0]
+    major = expected.split(".")[0]
     nvcc = find_nvcc()
     if nvcc is None:
         raise UserError(f"nvcc was not found; install a CUDA {major} toolkit, or set CUDA_HOME to its folder")
     version = toolkit_version(nvcc)
     if version.split(".")[0] != major:
         raise UserError(
-            f"{nvcc} has CUDA {version}, torch {torch.__version__} has CUDA {wanted}: the major versions must agree; "
+            f"{nvcc} has CUDA {version}, torch {torch.__version__} has CUDA {expected}: the major versions must agree; "
             f"set CUDA_HOME to a CUDA {major} toolkit"
         )
     if shutil.which("ninja") is None:
