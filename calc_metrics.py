@@ -113,7 +113,7 @@ def explain(spec: MetricSpec) -> str:
 @option("--device", metavar="NAME", help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
 @option("--batch", "batch_size", type=click.IntRange(min=1), default=64, help="Generator batch size per process.")
 @option("--detector-batch", type=click.IntRange(min=1), default=64, help="Feature network batch size.")
-@option("--seed", type=int, default=0, help="Random seed of latents, labels, noise, and of the metrics' sampling.")
+@option("--seed", type=int, default=0, help="Random seed of latents, labels, noise and metric sampling.")
 @option("--trunc", "truncation_psi", type=float, default=1.0, help="Truncation psi; 1 disables truncation.")
 @option("--noise-mode", type=click.Choice(["const", "random", "none"]), default="const", help="Noise of the generator.")
 @click.pass_context
@@ -268,7 +268,7 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
             continue
         for note in snapshot.notes():
             click.echo(note, err=True)
-        snapshot.require_generator("metrics are computed of")
+        snapshot.require_generator("is needed to compute metrics")
         config = snapshot_config(job, snapshot)
         execution.set_gpu_arithmetic(allow_tf32=config.allow_tf32)  # as in training
         if context is None or config.data != data:

@@ -75,7 +75,7 @@ def main(context: click.Context) -> None:
     "--transform",
     type=click.Choice(TRANSFORMS),
     help="center-crop: crop to the aspect ratio width:height, then resize; center-crop-wide: as in StyleGAN2-ADA for "
-    "LSUN Car, padded with black to a square of side width; center-crop-letterbox: center-crop, padded likewise "
+    "LSUN Car, padded with black to a square of side width; center-crop-letterbox: center-crop, then likewise padded "
     "[default: resize only]",
 )
 @option(
@@ -106,7 +106,7 @@ def main(context: click.Context) -> None:
     type=IntOrAuto(minimum=1),
     metavar="[LEVEL]",
     help="Use folders as classes: the top-level folders, or the folders inside a single enclosing folder or inside "
-    "train/ and val/; with LEVEL, the folders at that level, 1 for the top",
+    "train/ and val/; with LEVEL, the folders at that level (1: top)",
 )
 @option("--split", metavar="NAME", help="Split of a dataset of tables or shards, or all [default: train]")
 @option(

@@ -182,30 +182,30 @@ def kind_of(dest: Path) -> str:
 @click.argument("file", type=FileOrURL())
 @option("--json", "as_json", is_flag=True, help="Print all information, including the full configuration, as JSON.")
 def info(file: Path | str, as_json: bool) -> None:
-    """Describe FILE: a snapshot of this or another project, a URL of one, or a safetensors folder.
+    """Describe FILE: a snapshot of this or another project (path or URL), or a safetensors folder.
 
     Prints its networks, configuration and metrics. Networks are not allocated, and no code in the file is run.
     """
-    about = describe(local_snapshot(file))
-    click.echo(json.dumps(about, indent=2) if as_json else "\n".join(_lines(about)))
+    description = describe(local_snapshot(file))
+    click.echo(json.dumps(description, indent=2) if as_json else "\n".join(_lines(description)))
 
 
 def describe(path: Path) -> dict[str, Any]:
     """Return the description of a snapshot as plain values for JSON. Raises UserError."""
     if is_folder(path):
         document = read_folder(path)
-        config, about = _describe_own(document, path)
+        config, description = _describe_own(document, path)
         size = sum(file.stat().st_size for file in path.iterdir())
     else:
-        config, about = _describe_foreign(path) if is_foreign(path) else _describe_own(read_network(path), path)
+        config, description = _describe_foreign(path) if is_foreign(path) else _describe_own(read_network(path), path)
         size = path.stat().st_size
     sha256 = sha256_of_snapshot(path)
-    names = about.pop("networks")
+    names = description.pop("networks")
     return {
         "file": str(path),
         "bytes": size,
         "sha256": sha256,
-        **about,
+        **description,
         "networks": {name: _describe_network(config, name, path) for name in network_configs(config) if name in names},
         "metrics": [
             {key: record.get(key) for key in ("metric", "results", "mirror")} for record in results_of(path, sha256)
@@ -215,14 +215,14 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _describe_own(document: Mapping[str, Any], path: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    about, states = parts_of(document["payload"], path)
-    return about["config"], {
+    description, states = parts_of(document["payload"], path)
+    return description["config"], {
         "source": "Styleformer, this project",
         "format_version": document["version"],
         "written_by": document["written_by"],
-        "kimg": about["nimg"] / 1000,
-        "ada_p": about["ada_p"],
-        "labels": about["labels"],
+        "kimg": description["nimg"] / 1000,
+        "ada_p": description["ada_p"],
+        "labels": description["labels"],
         "networks": list(states),
         "left_out": {},
     }
@@ -248,32 +248,36 @@ def _describe_network(config: TrainConfig, name: str, path: Path) -> dict[str, A
     return {"family": to_json(config)[part]["family"], "parameters": count_parameters(network)}
 
 
-def _lines(about: dict[str, Any]) -> Iterator[str]:
+def _lines(description: dict[str, Any]) -> Iterator[str]:
     """Yield the description of a snapshot as lines of text."""
-    config = about["config"]
+    config = description["config"]
     G, augment, origin = config["generator"], config["augment"], config["origin"]
     height, width = config["discriminator"]["img_size"]
-    yield f"file           {about['file']}, {about['bytes']:,} bytes"
-    yield f"sha256         {about['sha256']}"
-    version = f", format {about['format_version']}, release {about['written_by']}" if about["written_by"] else ""
-    yield f"source         {about['source']}{version}"
+    yield f"file           {description['file']}, {description['bytes']:,} bytes"
+    yield f"sha256         {description['sha256']}"
+    version = (
+        f", format {description['format_version']}, release {description['written_by']}"
+        if description["written_by"]
+        else ""
+    )
+    yield f"source         {description['source']}{version}"
     labels = {"classes": f"{G['c_dim']} classes", "vectors": f"labels of {G['c_dim']} numbers"}
-    condition = labels.get(about["labels"], f"{G['c_dim']} classes or numbers") if G["c_dim"] else "no labels"
+    condition = labels.get(description["labels"], f"{G['c_dim']} classes or numbers") if G["c_dim"] else "no labels"
     yield f"images         {height}x{width}, {G['img_channels']} channels, {condition}"
-    for name, network in about["networks"].items():
+    for name, network in description["networks"].items():
         yield f"{name:14} {network['family']}, {network['parameters']:,} parameters"
-    kimg = "not known" if about["kimg"] is None else f"{about['kimg']:g}"
+    kimg = "not known" if description["kimg"] is None else f"{description['kimg']:g}"
     yield f"trained        kimg {kimg}, preset {config['preset']}, data {config['data']['path'] or 'not known'}"
-    details = "" if augment["mode"] == "noaug" else f" {augment['pipe']}, p {about['ada_p']:.3f}"
+    details = "" if augment["mode"] == "noaug" else f" {augment['pipe']}, p {description['ada_p']:.3f}"
     yield f"augmentation   {augment['mode']}{details}"
     if origin["source"]:
         yield f"started from   {origin['source']}, kimg {origin['kimg']:g}"
-    for name, reason in about["left_out"].items():
+    for name, reason in description["left_out"].items():
         yield f"left out       {name}: {reason}"
-    for record in about["metrics"]:
+    for record in description["metrics"]:
         values = ", ".join(f"{key} {value:.4g}" for key, value in record["results"].items())
         yield f"metric         {values}{' (flips counted)' if record['mirror'] else ''}"
-    for part in ("generator", "discriminator") if "D" in about["networks"] else ("generator",):
+    for part in ("generator", "discriminator") if "D" in description["networks"] else ("generator",):
         settings = (f"{key} {_text(value)}" for key, value in config[part].items() if key != "family")
         yield f"{part:14} {', '.join(settings)}"
 

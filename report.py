@@ -23,7 +23,7 @@ from reporting.run_reader import find_runs, read_run
     "--outdir",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Output folder.  [default: `report` in RUN; with several, in the parent folder of the first]",
+    help="Output folder.  [default: `report` in RUN; with several RUNs, next to the first]",
 )
 @option(
     "--images",
@@ -33,7 +33,7 @@ from reporting.run_reader import find_runs, read_run
     help="Maximum number of image grids in the page; each run shows at least two.",
 )
 def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
-    """Write report.html, and a PNG for each group of curves, to show one run or compare several.
+    """Report on one run, or compare several: report.html, and a PNG for each group of curves.
 
     RUN is the folder of a run, finished or not, or a folder of runs. An earlier report is overwritten.
 

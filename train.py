@@ -43,8 +43,8 @@ PRESETS = {  # their values are in training/config.py
     "transgan-church256": "TransGAN for LSUN Church, 256x256",
     "transgan-celebahq256": "TransGAN for CelebA-HQ, 256x256",
     "ablation-ffn": "cifar with a feed-forward network",
-    "ablation-depth16": "cifar with heads of 16",
-    "ablation-depth64": "cifar with heads of 64",
+    "ablation-depth16": "cifar with 16 channels per head",
+    "ablation-depth64": "cifar with 64 channels per head",
     "ablation-norm-after": "cifar with LayerNorm after attention",
     "ablation-no-style": "cifar without styles before attention",
     "ablation-no-residual": "cifar without residual connection",
@@ -56,7 +56,7 @@ def _choose_preset(context: click.Context, parameter: click.Parameter, name: str
         click.echo("\n".join(f"{preset:22}{summary}" for preset, summary in PRESETS.items()))
         context.exit()
     if name is not None and name not in PRESETS:
-        raise click.BadParameter(f"no preset {name!r}{did_you_mean(name, PRESETS)} --cfg=help lists them")
+        raise click.BadParameter(f"no preset {name!r}; --cfg=help lists the presets{did_you_mean(name, PRESETS)}")
     return name
 
 
@@ -249,7 +249,7 @@ REMOVED = {  # flag of an earlier version -> its field or fields
 def main(context: click.Context, **options: Any) -> None:
     """Train a GAN: Styleformer, StyleGAN2 or TransGAN networks, with adaptive discriminator augmentation.
 
-    Options that are not given take the values of the preset (--cfg); [brackets] show the value in most presets.
+    Options not given default to the values of the preset (--cfg); [brackets] show the value in most presets.
 
     \b
     python train.py --outdir=runs --data=mydata.zip --gpus=1 --batch=32 --cfg=cifar \\

@@ -81,8 +81,8 @@ def cases() -> Iterator[tuple[str, str, click.Command, Make]]:
         yield "arrays of styles", name, generate.main, _arrays(members)
     for name, config in bounds.CONFIGS.items():
         yield "DINOv2", name, calc_metrics.main, _dinov2(config)
-    for name, damage in bounds.DAMAGED_RUNS.items():
-        yield "options of a run", name, train.main, _damaged_run(damage)
+    for name, corrupt in bounds.DAMAGED_RUNS.items():
+        yield "options of a run", name, train.main, _corrupt_run(corrupt)
     for name, build in data.BOMBS.items():
         yield "images", name, dataset_tool.main, _source("folder/0.png", build)
     for name, (files, _) in data.PICKLES.items():
@@ -164,14 +164,14 @@ def _dinov2(config: Any) -> Make:
     return write
 
 
-def _damaged_run(damage: Callable[[Path], Any]) -> Make:
+def _corrupt_run(corrupt: Callable[[Path], Any]) -> Make:
     def write(folder: Path) -> list[str]:
         run_dir = folder / "00000-run"
         run_dir.mkdir()
         shutil.copy(STATE, run_dir / "training-state-000001.pt")
         options = to_json(read_config(Checkpoint.read(STATE)["config"]))
         (run_dir / OPTIONS_FILE).write_text(json.dumps(options))
-        damage(run_dir / OPTIONS_FILE)
+        corrupt(run_dir / OPTIONS_FILE)
         return ["-n", f"--data={DATA / 'shapes.zip'}", f"--resume={run_dir}", f"--outdir={folder}", "--device=cpu"]
 
     return write

@@ -36,7 +36,7 @@ PLAIN_TOOL = ROOT / "benchmarks" / "plain_tool.py"
 @click.option("--side", type=click.IntRange(min=1), help="Crop the central square and resize it [default: no]")
 @click.option("--workers", type=click.IntRange(min=1), default=os.cpu_count(), show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--draw", type=click.IntRange(min=1), default=20000, show_default=True, help="Images without --source")
+@click.option("--draw", type=click.IntRange(min=1), default=20000, show_default=True, help="Synthetic images")
 def main(source: str | None, side: int | None, workers: int, batch_size: int, draw: int) -> None:
     """Print one line of JSON with images per second; *_plain and *_pillow are the baselines, in one process."""
     torch.set_num_threads(1)

@@ -219,10 +219,10 @@ def train(options: Options) -> SuiteStage:
     return SuiteStage(command=command, limit=options.train_seconds, needs=("data",), expected=(0, 3))
 
 
-def measure_snapshots(options: Options, which: str) -> SuiteStage:
+def measure_snapshots(options: Options, network: str) -> SuiteStage:
     """Compute Frechet distances on the detector's features for one snapshot, or for all snapshots of a run."""
     metric = "fid64_full" if options.quick else "fid10k_full"
-    command = ["calc_metrics.py", f"--network={options.workdir / which}", f"--metrics={metric}"]
+    command = ["calc_metrics.py", f"--network={options.workdir / network}", f"--metrics={metric}"]
     command += [f"--detector={options.detector}", f"--device={options.device}", "--no-cache", "--detector-batch=256"]
     return SuiteStage(command=command, limit=90, needs=("train",))
 
@@ -376,8 +376,8 @@ SHARED = {"benchmark", "part", "device", "torch", "threads", "cores", "load_at_s
 def summary(results: dict[str, Any], rerun_command: Callable[[Sequence[str]], str]) -> str:
     """Return the results as Markdown tables."""
     machine, stages = results["machine"], results["stages"]
-    place = f"Measured on {machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}."
-    lines = [place, "", "| stage | outcome | seconds | tests |", "| --- | --- | --- | --- |"]
+    intro = f"Measured on {machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit']}."
+    lines = [intro, "", "| stage | outcome | seconds | tests |", "| --- | --- | --- | --- |"]
     for name, found in stages.items():
         lines.append(f"| {name} | {found['outcome']} | {found.get('seconds', '')} | {cell(found.get('tests', ''))} |")
     lines += [f"\nKernels: {found['kernels']}." for found in stages.values() if "kernels" in found]
@@ -394,8 +394,8 @@ def summary(results: dict[str, Any], rerun_command: Callable[[Sequence[str]], st
     lines += table("snapshots", snapshots)
     problems = {name: found["problem"] for name, found in stages.items() if "problem" in found}
     lines += [f"\nProblem in {name}:\n\n    {indent(problem)}" for name, problem in problems.items()]
-    late = [name for name, found in stages.items() if found["outcome"] == NOT_STARTED]
-    lines += ["", "Not started; to run these stages:", "", f"    {rerun_command(late)}"] if late else []
+    not_started = [name for name, found in stages.items() if found["outcome"] == NOT_STARTED]
+    lines += ["", "Not started; to run these stages:", "", f"    {rerun_command(not_started)}"] if not_started else []
     return "\n".join(lines) + "\n"
 
 
@@ -425,9 +425,9 @@ def indent(text: str) -> str:
 
 def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
     """Return hardware, software versions, commit, date and command."""
-    place = torch.device(device)
+    torch_device = torch.device(device)
     return {
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else device,
+        "device": torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else device,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
@@ -445,10 +445,10 @@ def choose(stages: dict[str, SuiteStage], only: Sequence[str] | None, skip: Sequ
         for name in names:
             if name not in stages:
                 raise UserError(f"{flag}={name}: no such stage; choose from {', '.join(stages)}")
-    wanted = {*stages} if only is None else {*only, "build"}
-    while missing := {need for name in wanted & stages.keys() for need in stages[name].needs} - wanted:
-        wanted |= missing
-    return {name: stage for name, stage in stages.items() if name in wanted and name not in skip}
+    chosen = {*stages} if only is None else {*only, "build"}
+    while missing := {need for name in chosen & stages.keys() for need in stages[name].needs} - chosen:
+        chosen |= missing
+    return {name: stage for name, stage in stages.items() if name in chosen and name not in skip}
 
 
 def rerun(minutes: float, commit: str | None, options: Options, names: Sequence[str]) -> str:

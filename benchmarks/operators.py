@@ -2,8 +2,8 @@
 
 Prints one line of JSON for each case and implementation: the CUDA kernels, the PyTorch reference, and the reference
 under torch.compile. The operators should be limited by memory bandwidth: `gb_per_s` counts the traffic of a fused
-kernel (forward: input and output once; backward of bias_act also the saved output), and 1.0 in `of_copy` means as fast
-as a copy of a tensor of the input's size.
+kernel (forward: input and output once; backward of bias_act also the saved output), and `of_copy` is the speed
+relative to copying a tensor of the input's size.
 
     python benchmarks/operators.py --device=cuda --dtype=float32,bfloat16
 """

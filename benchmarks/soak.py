@@ -100,17 +100,17 @@ def count_session(session: int) -> int:
 def summarise(samples: Sequence[Sample], survivors: int) -> dict[str, Any]:
     """Compare the second quarter of the steps with the last, by minimum counts and median memory."""
     steps = samples[-1].steps
-    early = [sample for sample in samples if steps / 4 <= sample.steps <= steps / 2]
-    late = [sample for sample in samples if steps * 3 / 4 <= sample.steps]
+    earlier = [sample for sample in samples if steps / 4 <= sample.steps <= steps / 2]
+    later = [sample for sample in samples if steps * 3 / 4 <= sample.steps]
 
     def both(name: str) -> list[float]:
-        return [min(getattr(sample, name) for sample in part) for part in (early, late)]
+        return [min(getattr(sample, name) for sample in part) for part in (earlier, later)]
 
-    rss = [sorted(sample.rss_mb for sample in part)[len(part) // 2] for part in (early, late)]
+    rss = [sorted(sample.rss_mb for sample in part)[len(part) // 2] for part in (earlier, later)]
     return {
         "benchmark": "soak",
         "steps": steps,
-        "steps_between": late[len(late) // 2].steps - early[len(early) // 2].steps,
+        "steps_between": later[len(later) // 2].steps - earlier[len(earlier) // 2].steps,
         "rss_mb": [round(x, 1) for x in rss],
         "rss_mb_highest": round(max(sample.rss_mb for sample in samples), 1),
         "files": both("files"),

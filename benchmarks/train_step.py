@@ -88,9 +88,9 @@ class Settings:
 @option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images per step.")
 @option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 @option("--modes", type=NameList(), default="fp32", show_default=True,
-        help=f"Modes to measure, each of words joined by +: {', '.join(CHANGES)}.")  # fmt: skip
+        help=f"Modes to measure, each one or more words joined by +: {', '.join(CHANGES)}.")  # fmt: skip
 @option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Timed runs of each phase.")
-@option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Untimed runs of each phase first.")
+@option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Untimed runs of each phase.")
 @option("--threads", type=click.IntRange(min=1), help="CPU threads. [PyTorch's choice]")
 def main(
     preset: str | None,

@@ -13,9 +13,9 @@ M_MMAP_THRESHOLD = -3
 def tune_allocator() -> None:
     """Make glibc keep freed buffers for reuse; do nothing on other platforms.
 
-    By default glibc maps every buffer above 32 MiB separately, unmaps it when it is freed, and also trims its heap.
-    Every training step on the CPU, and every decoded image, then pays for the page faults of its buffers again. With
-    this setting, memory usage grows to its peak and stays there.
+    By default glibc maps every buffer above 32 MiB separately, unmaps the buffer on free, and trims the heap. Every
+    training step on the CPU and every decoded image then incurs the same page faults again. With this setting, memory
+    usage grows to its peak and stays there.
     """
     if not sys.platform.startswith("linux"):
         return

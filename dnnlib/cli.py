@@ -28,7 +28,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 MAX_NUMBERS = 10_000_000  # maximum size of a list of ranges, e.g. of seeds (one image each)
-HEAD_START = 5.0  # seconds by which local rank 0 reports an error before the other ranks under torchrun
+HEAD_START = 5.0  # seconds that other ranks wait under torchrun, so that local rank 0 reports an error first
 _BARE_GROUP = "dnnlib.cli.bare_group"  # key of the DefaultGroup in a context's meta if no argument follows the group
 
 
@@ -121,7 +121,7 @@ def with_sections(sections: Mapping[str, Iterable[Decorator]]) -> Decorator:
 
 
 def call(function: str, **options: Any) -> Any:
-    """Import and call a function given as e.g. `exploration.play:play`, so that --help does not import torch."""
+    """Import and call a function, e.g. `exploration.play:play`; deferring the import keeps torch out of --help."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)(**options)
 
@@ -138,7 +138,7 @@ def settings_option() -> Decorator:
 
 
 def with_both_spellings(flags: Iterable[str]) -> list[str]:
-    """Return the flags, each long flag followed by its spelling with `-` for `_` or `_` for `-`."""
+    """Return the flags, with the other spelling (`-` for `_` or `_` for `-`) after each long flag."""
     both = []
     for flag in flags:
         both.append(flag)
@@ -269,7 +269,7 @@ class Script(Program):
         """List the group's other commands in the help of its default command, which also serves as the group's help."""
         group = ctx.parent.command if ctx.parent else None
         if isinstance(group, DefaultGroup) and group.default == ctx.info_name:
-            others = [(name, one.get_short_help_str(90)) for name, one in group.commands.items() if one is not self]
+            others = [(name, cmd.get_short_help_str(90)) for name, cmd in group.commands.items() if cmd is not self]
             with formatter.section("Other commands (COMMAND --help)"):
                 formatter.write_dl(others)
 
@@ -305,11 +305,11 @@ class DefaultGroup(ProgramGroup):
 
 
 def with_run_name(text: str, context: click.Context | None = None) -> str:
-    """Replace script names in text by the command that was run, e.g. `python train.py` by `styleformer train`.
+    """Replace script names in text with the command the user ran, e.g. `python train.py` with `styleformer train`.
 
     Text is unchanged if a script was run directly. A command that runs scripts as subcommands lists them in its
-    attribute `scripts`, {script: subcommand}. A match that may be part of a user's path is not replaced: after a quote,
-    `-`, `=`, `.` or a slash, or at the start of the text.
+    attribute `scripts`, {script: subcommand}. A match after a quote, `-`, `=`, `.` or a slash, or at the start of the
+    text, may be part of a user's path and is not replaced.
     """
     context = context or click.get_current_context(silent=True)
     root = context.find_root() if context else None

@@ -123,8 +123,8 @@ def setting(
     """Declare a configuration field with its default, its description for the documentation, and its Bounds.
 
     `parse` converts command-line text to a value if the type alone is not sufficient; it raises ValueError. `families`
-    maps names to the dataclasses that the field can hold. On the command line, None is written `none`; with
-    `auto`, it is written `auto`, and the value then depends on the data and the machine.
+    maps names to the dataclasses that the field can hold. On the command line, `none` denotes None; if
+    `auto` is set, the word is `auto`, and the value is chosen from the data and the machine.
     """
     metadata = {"help": help, "bounds": Bounds(**bounds), "auto": auto}
     metadata |= {"families": families} if families else {}
@@ -142,7 +142,7 @@ def check_bounds(config: Any) -> None:
 
 
 def bounds_of(config_class: Any) -> Mapping[str, Bounds]:
-    """Return the Bounds of each field of a config class, as declared and completed from the type annotations.
+    """Return the Bounds of each field of a config class: the declared bounds plus those implied by its type.
 
     The type determines the choices of a Literal, the length of a tuple, and whether None is allowed.
     """
@@ -179,8 +179,8 @@ def parse_size(text: str) -> tuple[int, int]:
 def override(config: T, values: Mapping[str, Any]) -> T:
     """Return `config` with the fields at the given dotted paths replaced, e.g. {"loss.r1_gamma": 10}.
 
-    All fields of one dataclass are replaced at once, so that it validates the final values; a new family is applied
-    first. Raises ConfigError for a path that does not exist and for values that the dataclass rejects.
+    All fields of one dataclass are replaced at once, so that only the final values are validated; a new family is
+    applied first. Raises ConfigError for a path that does not exist and for values that the dataclass rejects.
     """
     fields = {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     own: dict[str, Any] = {}
@@ -245,7 +245,7 @@ def from_json(config_class: type[T], data: Mapping[str, Any]) -> T:
 
 @contextmanager
 def path_prefix(name: str) -> Iterator[None]:
-    """Prefix the field of a ConfigError raised inside with the name of the field that holds it."""
+    """Prepend `name` to the field path of a ConfigError raised in the block."""
     try:
         yield
     except ConfigError as error:
@@ -302,7 +302,7 @@ def check_setting(family: str, name: str, value: object, families: Mapping[str, 
 def check_family(name: Any, families: Mapping[str, Any]) -> None:
     """Raise ConfigError for an unknown family."""
     if not isinstance(name, str) or name not in families:
-        raise ConfigError("family", name, f"unknown family; known are {', '.join(families)}")
+        raise ConfigError("family", name, f"unknown family; choose one of {', '.join(families)}")
 
 
 def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
@@ -348,5 +348,5 @@ def _matches(hint: Any, value: Any) -> bool:
 
 
 def _is_number(kind: Any, value: Any) -> bool:
-    """Return whether `kind` is int or float and `value` is of that type, of any size; integers count as floats."""
+    """Return whether `kind` is int or float and `value` is of that type, at any magnitude; integers count as floats."""
     return kind in (int, float) and isinstance(value, (int, kind)) and not isinstance(value, bool)

@@ -33,7 +33,7 @@ def parse_texts(config: Any, texts: Mapping[str, str]) -> dict[str, Any]:
     """Parse {path: text} for fields of `config` to {path: value}.
 
     The family of a part is taken from `texts` if specified there, else from `config`. Raises ConfigError for an unknown
-    path, with the closest existing paths, and for text that is not a value of the field.
+    path, with the closest existing paths, and for text that does not parse as a value of the field.
     """
     return {path: _parse_path(config, path, text, texts) for path, text in texts.items()}
 

@@ -248,7 +248,7 @@ def _fetch_all(url: str, part: Path) -> None:
         for attempt in range(1, ATTEMPTS + 1):
             before = _size(part)
             try:
-                _fetch_rest(session, url, part)
+                _fetch_remainder(session, url, part)
                 return
             except (requests.ConnectionError, requests.Timeout, _TruncatedError):
                 after = _size(part)
@@ -266,7 +266,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if _to_write(path).is_file() else 0
 
 
-def _fetch_rest(session: requests.Session, url: str, part: Path) -> None:
+def _fetch_remainder(session: requests.Session, url: str, part: Path) -> None:
     """Download the remainder of `part`. Raises OSError if interrupted, UserError if the response is not a file."""
     validator = _to_write(_validator_of(part))
     start = _size(part) if validator.is_file() else 0
@@ -278,7 +278,7 @@ def _fetch_rest(session: requests.Session, url: str, part: Path) -> None:
         is_resumed = response.status_code == 206
         start = start if is_resumed else 0
         _save_etag(response, validator)
-        total = _announced(response, start, url)
+        total = _total_size(response, start, url)
         with (
             open(part, "ab" if is_resumed else "wb", opener=_opener) as file,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None, leave=False) as progress,
@@ -302,8 +302,8 @@ def _save_etag(response: requests.Response, validator: Path) -> None:
             file.write(name.encode())
 
 
-def _announced(response: requests.Response, start: int, url: str) -> int | None:
-    """Return the total file size by Content-Length; None without it. Raises UserError if it is invalid or too large."""
+def _total_size(response: requests.Response, start: int, url: str) -> int | None:
+    """Return the total file size from Content-Length; None without it. Raises UserError for an invalid size."""
     length = response.headers.get("Content-Length")
     if length is None:
         return None
@@ -365,11 +365,11 @@ def _get_file(session: requests.Session, url: str, headers: dict[str, str]) -> r
     """Return the response that contains the file, not an HTML page. Raises UserError for any other response."""
     for _ in range(3):
         response = _get(session, url, headers)
-        # 416: the file is shorter than the part.
-        if response.status_code in (206, 416) and not _is_rest(response, headers):
+        # 416: the file is shorter than the partial download.
+        if response.status_code in (206, 416) and not _is_requested_range(response, headers):
             response.close()
             response = _get(session, url, {"Accept-Encoding": "identity"})
-        if response.status_code != 200 and not _is_rest(response, headers):
+        if response.status_code != 200 and not _is_requested_range(response, headers):
             response.close()
             reason = printable(str(response.reason))[:100]
             raise UserError(f"{public(url)}: the server returned {response.status_code} {reason}")
@@ -394,7 +394,7 @@ def _get_file(session: requests.Session, url: str, headers: dict[str, str]) -> r
     raise UserError(f"{public(url)}: the server keeps returning HTML pages")
 
 
-def _is_rest(response: requests.Response, headers: dict[str, str]) -> bool:
+def _is_requested_range(response: requests.Response, headers: dict[str, str]) -> bool:
     """Return whether a response is partial content from the requested position."""
     requested = headers.get("Range", "none").replace("=", " ")  # bytes START-
     return response.status_code == 206 and response.headers.get("Content-Range", "").startswith(requested)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from dnnlib import pnm, tiff
 
-MAX_SCANS = 64  # scans of a progressive JPEG; encoders write about 10; even a short scan visits all pixels
+MAX_SCANS = 64  # scans of a progressive JPEG; encoders write about 10; decoding even a short scan visits every pixel
 MAX_EXIF_SEGMENTS = 2  # 64 KB segments of a JPEG; k segments can hold k^2 times 90 MB of overlapping values
 MAX_PROFILE = 1 << 20  # bytes of EXIF text in a PNG; the rest is ignored
 MAX_COMMENTS = 1 << 20  # bytes of comments before the first image of a GIF
@@ -325,30 +325,32 @@ _SIZE, _STYLE, _STYLE_OF_ONE, _TILE_PART, _PIXELS = 0xFF51, 0xFF52, 0xFF53, 0xFF
 
 def _jpeg2000(data: bytes) -> File:
     """Reject images with too many tiles, blocks or layers for the file size: the decoder allocates memory for each."""
-    width = height = parts = 0
+    width = height = components = 0
     for marker, content in _segments_of_jpeg2000(data, _start_of_codestream(data)):
         try:
             if marker == _SIZE:
-                _, right, bottom, left, top, across, down, x, y, parts = struct.unpack_from(">HIIIIIIIIH", content)
+                _, right, bottom, left, top, across, down, x, y, components = struct.unpack_from(">HIIIIIIIIH", content)
                 width, height = right - left, bottom - top
                 check_pixels(max(width, 0), max(height, 0), data)
                 tiles = math.ceil((right - x) / across) * math.ceil((bottom - y) / down)
-                if not (width > 0 and height > 0 and 0 < parts <= 4 and tiles <= max(1, len(data) // 14)):
-                    raise BrokenImageError(f"a JPEG 2000 of {width}x{height} pixels, {parts} channels, {tiles} tiles")
+                if not (width > 0 and height > 0 and 0 < components <= 4 and tiles <= max(1, len(data) // 14)):
+                    raise BrokenImageError(
+                        f"a JPEG 2000 of {width}x{height} pixels, {components} channels, {tiles} tiles"
+                    )
             elif marker == _STYLE:
                 if int.from_bytes(content[2:4]) > MAX_LAYERS:
                     raise BrokenImageError(f"a JPEG 2000 of more than {MAX_LAYERS} layers: save it again")
-                _check_blocks(width, height, parts, content[5:], bool(content[0] & 1), data)
+                _check_blocks(width, height, components, content[5:], bool(content[0] & 1), data)
             elif marker == _STYLE_OF_ONE:
                 _check_blocks(width, height, 1, content[2:], bool(content[1] & 1), data)
         except (struct.error, IndexError, ZeroDivisionError):
             raise BrokenImageError("a corrupt JPEG 2000") from None
-    if not parts:
+    if not components:
         raise BrokenImageError("a JPEG 2000 without a size")
     return File("JPEG2000", data)
 
 
-def _check_blocks(width: int, height: int, parts: int, style: bytes, has_precincts: bool, data: bytes) -> None:
+def _check_blocks(width: int, height: int, components: int, style: bytes, has_precincts: bool, data: bytes) -> None:
     """Reject too many code blocks and precincts over all resolutions. `style` is the parameter part of COD or COC."""
     levels, block_x, block_y = style[0], style[1] + 2, style[2] + 2
     if levels > 32:
@@ -359,8 +361,8 @@ def _check_blocks(width: int, height: int, parts: int, style: bytes, has_precinc
         precinct = style[5 + level] if has_precincts else 0xFF
         sides = precinct & 15, precinct >> 4
         count += math.ceil(w / 2 ** min(block_x, sides[0])) * math.ceil(h / 2 ** min(block_y, sides[1]))
-    if count * parts > max(MAX_BLOCKS, len(data)):
-        raise BrokenImageError(f"a JPEG 2000 of {count * parts} blocks in {len(data)} bytes: save it again")
+    if count * components > max(MAX_BLOCKS, len(data)):
+        raise BrokenImageError(f"a JPEG 2000 of {count * components} blocks in {len(data)} bytes: save it again")
 
 
 def _start_of_codestream(data: bytes) -> int:

@@ -110,7 +110,7 @@ def home_folder(override_variable: str) -> Path:
 
 
 def partial_path(path: Path, ending: str = "") -> Path:
-    """Return the temporary path, in the same folder, to which this process writes before it renames to `path`."""
+    """Return the temporary path, in the same folder, that this process writes before renaming it to `path`."""
     return path.with_name(f".{path.name[:40]}.{os.getpid()}{PARTIAL}{ending}")  # file names are limited to 255 bytes
 
 
@@ -207,7 +207,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def open_regular(path: str | os.PathLike[str], *, to_append: bool = False) -> BinaryIO:
-    """Open a regular file for reading, or for appending, which creates a missing file; in binary mode.
+    """Open a regular file in binary mode for reading, or for appending, which creates a missing file.
 
     Raises OSError for a pipe, device, socket or folder, without blocking, and for other errors of `open`.
     """
@@ -223,7 +223,7 @@ def open_regular(path: str | os.PathLike[str], *, to_append: bool = False) -> Bi
 
 
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Return the content of a regular file. Raises OSError, also for a file of more than `limit` bytes."""
+    """Return the content of a regular file. Raises OSError, including for a file larger than `limit` bytes."""
     with open_regular(path) as file:
         content = b""  # read in pieces, because read(n) allocates n bytes
         while len(content) <= limit and (piece := file.read(min(1 << 24, limit + 1 - len(content)))):
@@ -325,14 +325,14 @@ class FolderLock:
             self.file = None
 
     def holds(self, folder: Path) -> bool:
-        """Return whether the locked file is still `.lock` of this folder. Raises OSError if it cannot be determined."""
+        """Return whether the locked file is still `.lock` of this folder. Raises OSError if that is unknown."""
         try:
             return self.file is not None and os.path.samestat(os.stat(folder / self.NAME), os.fstat(self.file.fileno()))
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def acquire(self, folder: Path) -> None:
-        """Acquire the lock. Raises UserError, naming the holder, if held; warns if the file system has no locks."""
+        """Acquire the lock. Raises UserError, naming any other holder; warns if the file system has no locks."""
         try:
             self.release()
             open_regular(folder / self.NAME, to_append=True).close()

@@ -78,7 +78,7 @@ def generate(
         if device is not None:
             raise UserError(f"device={device}: the network is already loaded; pass the device to load_network")
         snapshot = network
-        snapshot.require_generator("images are made by")
+        snapshot.require_generator("is needed to generate images")
         execution.set_gpu_arithmetic()
     else:
         snapshot, _ = open_network(network, device)

@@ -141,7 +141,7 @@ def test_old_transgan_configurations_have_no_noise() -> None:
 def test_an_unknown_family_in_a_file_is_refused(family: Any) -> None:
     data = to_json(resolve(PRESETS["tiny"], Environment(img_shape=(3, 32, 32), c_dim=0)))
     for part in ("generator", "discriminator"):
-        with pytest.raises(ConfigError, match=rf"{part}\.family=.*: unknown family; known are style"):
+        with pytest.raises(ConfigError, match=rf"{part}\.family=.*: unknown family; choose one of style"):
             read_config(data | {part: data[part] | {"family": family}})
 
 

@@ -101,12 +101,12 @@ def test_unknown_families_are_refused() -> None:
         (["--cfg=paper256", "--linformer"], "--linformer=true: is not a setting of the family stylegan2"),
         (
             ["--cfg=cifar", "--set=generator.architecture=skip"],
-            "--set generator.architecture=skip: is not a setting of the family styleformer; stylegan2",
+            "--set generator.architecture=skip: is not a setting of the family styleformer; supported by stylegan2",
         ),
-        (["--gen=biggan"], "--gen=biggan: unknown family; known are styleformer, stylegan2"),
+        (["--gen=biggan"], "--gen=biggan: unknown family; choose one of styleformer, stylegan2"),
         (
             ["--gen=stylegan2", "--set=generator.handover=16"],
-            "--set generator.handover=16: is not a setting of the family stylegan2; styleformer-c",
+            "--set generator.handover=16: is not a setting of the family stylegan2; supported by styleformer-c",
         ),
         (
             ["--gen=styleformer-c"],

@@ -140,10 +140,10 @@ def _sum_of_bits(value: Any) -> int:
 
 
 def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Convert the optimizer state of each parameter to the memory layout of the parameter; the file's may differ.
+    """Convert the optimizer state of each parameter to the parameter's memory layout, which may differ from the file's.
 
-    Fused optimizers iterate over both in storage order: the CPU kernel does not check the layouts, the GPU kernel
-    raises. Raises ValueError for a state of another shape.
+    Fused optimizers iterate over both in storage order. If the layouts differ, the GPU kernel raises; the CPU
+    kernel does not check them. Raises ValueError for a state of another shape.
     """
     for parameter, memory in optimizer.state.items():
         for name, x in memory.items():

@@ -90,7 +90,7 @@ class Build:
 
 @dataclass(kw_only=True)
 class _State:
-    """Load state of this process: both None before the first attempt, then the kernels or the reason of failure."""
+    """Load state of this process: both None before the first attempt, then the kernels or the reason for failure."""
 
     kernels: Kernels | None = None
     reason: str | None = None
@@ -102,7 +102,7 @@ _auto: Impl = "auto"  # implementation used for impl="auto"
 
 @contextlib.contextmanager
 def implementation(impl: Impl) -> Iterator[None]:
-    """Context manager in which impl="auto" means `impl`; benchmarks and tests compare the implementations with it."""
+    """Context manager in which impl="auto" means `impl`, to compare implementations in benchmarks and tests."""
     global _auto
     _check_name(impl)
     before, _auto = _auto, impl
@@ -161,7 +161,7 @@ why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _load_quietly() -> str | None:
-    """Build and load the kernels; store them, or store and return the reason of failure. Never raises or prints."""
+    """Build and load the kernels; store them, or store and return the reason for failure. Never raises or prints."""
     try:
         kernels = Kernels(build().path)
         error = kernels.library.probe()
@@ -180,7 +180,7 @@ def prepare(device: torch.device) -> str:
     """Build and load the kernels in every process at the start of a run; return a line for the log.
 
     Local rank 0 of each machine builds while the other ranks wait. If any process fails, all use the reference, so that
-    all ranks compute the same. A collective call that never raises, so no rank can deadlock.
+    all ranks compute the same results. A collective call; it never raises, so that no rank can deadlock.
     """
     if device.type != "cuda":
         return "CUDA operators: not used on the CPU"
@@ -262,17 +262,17 @@ def build(archs: str | None = None, *, force: bool = False) -> Build:
 
 def check_toolkit() -> str:
     """Return the version of the CUDA toolkit. Raises UserError if it cannot compile for this torch."""
-    wanted = torch.version.cuda
-    if wanted is None:
+    expected = torch.version.cuda
+    if expected is None:
         raise UserError("this torch was built without CUDA; install a CUDA build")
-    major = wanted.split(".")[0]
+    major = expected.split(".")[0]
     nvcc = find_nvcc()
     if nvcc is None:
         raise UserError(f"nvcc was not found; install a CUDA {major} toolkit, or set CUDA_HOME to its folder")
     version = toolkit_version(nvcc)
     if version.split(".")[0] != major:
         raise UserError(
-            f"{nvcc} has CUDA {version}, torch {torch.__version__} has CUDA {wanted}: the major versions must agree; "
+            f"{nvcc} has CUDA {version}, torch {torch.__version__} has CUDA {expected}: the major versions must agree; "
             f"set CUDA_HOME to a CUDA {major} toolkit"
         )
     if shutil.which("ninja") is None:

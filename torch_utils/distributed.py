@@ -37,7 +37,7 @@ from torch_utils.watchdog import Watchdog
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT = 1800.0  # seconds
-MAX_ON_A_CPU = 16  # processes on a CPU with fewer cores
+MAX_ON_A_CPU = 16  # process limit on a CPU; the number of cores if that is larger
 MAX_PROCESSES = 10**6  # world size
 
 
@@ -87,7 +87,7 @@ def _launcher_variable(name: str, low: int, high: int) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise UserError(
             f"{name}={text[:40]}: this environment variable must be a whole number from {low} to {high}; torchrun sets "
-            "it, unset it when running without torchrun"
+            "it; unset it when running without torchrun"
         )
     return int(text)
 
@@ -256,7 +256,7 @@ def not_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
 
 
 _FORWARDED = {signal.SIGINT: signal.SIGTERM, signal.SIGTERM: signal.SIGTERM}
-if hasattr(signal, "SIGUSR1"):  # Windows has neither
+if hasattr(signal, "SIGUSR1"):  # Windows has neither SIGHUP nor SIGUSR1
     _FORWARDED |= {signal.SIGHUP: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
 
 

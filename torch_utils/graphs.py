@@ -45,7 +45,7 @@ class Captured(Generic[T]):
             self.result = self._capture(function, pool)
 
     def _warm_up(self, function: Callable[..., T]) -> None:
-        """Run the function on a side stream. The last call raises on a synchronization; no cleanup is needed yet."""
+        """Run the function on a side stream. The last call raises if it synchronizes, before a capture begins."""
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -67,7 +67,7 @@ class Captured(Generic[T]):
             with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 return function(*self.inputs)
         except BaseException:
-            torch.cuda.set_stream(stream)  # a failed capture leaves the capture stream as the current one
+            torch.cuda.set_stream(stream)  # a failed capture leaves its stream current
             _leave_pool(pool)
             _renew_generator()
             raise
@@ -94,9 +94,9 @@ class GraphPool(Generic[T]):
         self.is_closed = False  # GPU memory was too small
 
     def record(self, name: str, key: Hashable, function: Callable[..., T], *inputs: Tensor) -> Callable[..., T]:
-        """Return the graph of `key`, captured from function(*inputs) on first use; `function` itself if that fails.
+        """Return the graph of `key`, captured from function(*inputs) on first use; `function` itself if capture fails.
 
-        `name` denotes the function in the warning. Raises PyTorch's out-of-memory error if graphs must fit.
+        `name` identifies the function in the warning. With `must_fit`, raises PyTorch's out-of-memory error.
         """
         if self.is_closed or key in self.refused:
             return function

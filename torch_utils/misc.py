@@ -73,7 +73,7 @@ class OnMeta(TorchFunctionMode):
     """Context in which modules are built on the meta device: tensors with shape and dtype but without storage.
 
     With `torch.device("meta")` alone, random initialisation, division, identity matrices and resampling load PyTorch's
-    compiler, which takes a second or more. Here functions with an output of the same shape replace them.
+    compiler, which takes a second or more. This context replaces them with functions whose outputs have the same shape.
     """
 
     REPLACEMENTS: ClassVar[dict[Any, Any]] = {
@@ -107,17 +107,17 @@ def copy_params_and_buffers(src: nn.Module, dst: nn.Module, require_all: bool = 
     Tensors of `dst` that are missing in `src` keep their values, or raise ValueError with `require_all`. Raises
     ValueError for tensors of different shapes. Nothing is copied on an error.
     """
-    found, wanted = _params_and_buffers(src), _params_and_buffers(dst)
-    if require_all and (missing := sorted(wanted.keys() - found.keys())):
+    source, target = _params_and_buffers(src), _params_and_buffers(dst)
+    if require_all and (missing := sorted(target.keys() - source.keys())):
         raise ValueError(f"{', '.join(missing[:8])}: missing in the source; pass require_all=False to skip them")
-    common = wanted.keys() & found.keys()
+    common = target.keys() & source.keys()
     for name in sorted(common):
-        if found[name].shape != wanted[name].shape:
-            shapes = f"{tuple(found[name].shape)} in the source, {tuple(wanted[name].shape)} in the destination"
+        if source[name].shape != target[name].shape:
+            shapes = f"{tuple(source[name].shape)} in the source, {tuple(target[name].shape)} in the destination"
             raise ValueError(f"{name}: has shape {shapes}")
     with torch.no_grad():
         for name in common:
-            wanted[name].copy_(found[name])
+            target[name].copy_(source[name])
 
 
 def _params_and_buffers(module: nn.Module) -> dict[str, Tensor]:

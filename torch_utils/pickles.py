@@ -43,7 +43,7 @@ from dnnlib.config import UserError
 from dnnlib.util import describe_error, open_regular
 
 MAX_BYTES = 8 * 2**30  # size of a file
-MAX_INSTRUCTIONS = 500_000  # opcodes in all streams of a small file; the largest published networks need under a tenth
+MAX_INSTRUCTIONS = 500_000  # opcodes in all streams of a small file; published networks need less than a tenth
 BYTES_PER_INSTRUCTION = 4  # a large file may have one opcode per 4 bytes
 MAX_ARGUMENTS = 16  # arguments of a call
 MAX_INDEX_BYTES = 64 * 2**20  # size of data.pkl in a zip file
@@ -81,7 +81,7 @@ SCALARS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1
 
 
 class LimitError(UserError):
-    """A file exceeds a limit that follows from its size; reading stops."""
+    """A file exceeds a limit derived from its size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ class PickledModule:
             prefix, module = queue.pop()
             visited += 1 + sum(len(module.children(kind)) for kind in ("_parameters", "_buffers", "_modules"))
             if visited > MAX_ENTRIES or len(prefix) > MAX_PATH:
-                raise UserError("the modules, parameters and buffers are more than any network has")
+                raise UserError("it has more modules, parameters and buffers than any network")
             for kind in ("_parameters", "_buffers"):
                 for name, value in module.children(kind).items():
                     if value is not None and not isinstance(value, Tensor):
@@ -525,7 +525,7 @@ class _Machine:
             self.stack.append(Unreadable(f"{function.name} with arguments that no snapshot has ({reason[:200]})"))
 
     def call_with_keywords(self, _: None) -> None:
-        """Drop the keyword arguments and call. Raises UserError if the result is readable: no snapshot has one."""
+        """Drop the keyword arguments and call. Raises UserError if the result is readable; no snapshot needs it."""
         self._pop()
         self.call(_)
         if not isinstance(self.stack[-1], Unreadable):
@@ -545,7 +545,7 @@ class _Machine:
         elif type(value) is dict and isinstance(state, (dict, tuple)):
             pass
         elif not isinstance(value, Unreadable):
-            value = Unreadable("a state for an object without one")
+            value = Unreadable("a BUILD opcode for an object without a state")
         self.stack.append(value)
 
     def load_persistent(self, _: None) -> None:
@@ -735,7 +735,7 @@ def _read_storage(data: bytes, budget: _Budget) -> _Storage:
     torch.load allocates the size that the stream claims before it reads. Here the claimed size must match the data.
     """
     if not isinstance(data, bytes):
-        raise UserError("a tensor that is not made of bytes")
+        raise UserError("a tensor storage that is not a byte string")
     budget.spend("storage_bytes", len(data))
     stream = BytesIO(data)
     found: list[tuple[str, torch.dtype, int]] = []

@@ -56,7 +56,7 @@ class Stats:
         return {name: self.moments[name] for name in sorted(self.moments)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the state that rank 0 saved. It is restored on rank 0 only; the other ranks start from zero."""
+        """Restore the state that rank 0 saved, on rank 0 only; the other ranks start from zero."""
         if any(row.shape != (3,) or row.dtype != torch.float64 for row in state.values()):
             raise ValueError("moments are three numbers in float64")
         share = 1 if distributed.is_main() else 0

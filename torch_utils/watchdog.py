@@ -1,4 +1,4 @@
-"""Watchdog that reports a stopped rank and ends the run, because the other ranks would wait for it."""
+"""Watchdog that reports a stopped rank and ends the run; the other ranks would otherwise hang."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Pulse:
 class Watchdog:
     """Thread on every rank that publishes the progress of its process in the launcher's store.
 
-    A rank counts as stopped if the others have waited for it, or if its heartbeat has been missing (the process is
-    frozen), for `timeout` seconds. The lowest of the other ranks then prints the stopped ranks and exits, and the
+    A rank counts as stopped if for `timeout` seconds the others have waited for it, or its heartbeat has been missing
+    (frozen process). The lowest of the other ranks then prints the stopped ranks and exits, and the
     launcher ends all processes.
     """
 

@@ -20,7 +20,7 @@ def grid_sample(images: Tensor, grid: Tensor) -> Tensor:
     """Return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False).
 
     images (B, C, H, W), grid (B, h, w, 2) of x and y in [-1, 1] -> (B, C, h, w). Differentiable with respect to the
-    images any number of times. Raises ValueError for a grid that requires a gradient, which is not computed.
+    images any number of times. Raises ValueError for a grid that requires a gradient (not implemented).
     """
     if grid.requires_grad:
         raise ValueError("grid_sample has no gradient with respect to the grid: detach the grid")
