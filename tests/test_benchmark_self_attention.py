@@ -75,7 +75,7 @@ def test_attention_implementations_are_equal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "problem"), [("--forms=plain,flash", "no 'flash'"), ("--derivatives=1,3", "choose from 1,2")]
+    ("option", "problem"), [("--forms=plain,flash", "unknown type 'flash'"), ("--derivatives=1,3", "choose from 1,2")]
 )
 def test_attention_refuses_invalid_options(option: str, problem: str) -> None:
     outcome = CliRunner().invoke(self_attention.main, [option, "--device=cpu"])
@@ -109,7 +109,7 @@ def test_grid_attention_measures_the_modules_of_the_networks() -> None:
 @pytest.mark.parametrize(
     ("option", "problem"),
     [
-        ("--forms=full,sparse", "no 'sparse'"),
+        ("--forms=full,sparse", "unknown type 'sparse'"),
         ("--derivatives=3", "choose from 1,2"),
         ("--window=10", "--window=10: does not divide the grid 16x16; possible: 16, 8, 4, 2"),
     ],

@@ -50,7 +50,7 @@ def publish(site: Site, name: str, data: bytes, **changes: str) -> WeightFile:
     checksum = hashlib.sha256(data).hexdigest()
     site.files[f"/{name}"] = data
     return WeightFile(
-        **({"name": name, "url": f"{site.url}/{name}", "sha256": checksum[:8], "holds": "test"} | changes)
+        **({"name": name, "url": f"{site.url}/{name}", "sha256": checksum[:8], "content": "test"} | changes)
     )
 
 

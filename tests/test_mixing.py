@@ -57,7 +57,7 @@ def test_styles_are_chosen_by_number_range_and_name() -> None:
     assert choose_styles("all", 3, {}) == (0, 1, 2)
     assert format_ranges((0, 1, 2, 4, 6, 7)) == "0-2,4,6-7"
     for text in ("6", "2-1", "middle", "", "-1", "1-"):
-        with pytest.raises(UserError, match=r"this network has 0-5, or all, coarse \(0-1\), fine \(4-5\)"):
+        with pytest.raises(UserError, match=r"choose from 0-5, all, coarse \(0-1\), fine \(4-5\)"):
             choose_styles(text, 6, groups)
 
 
@@ -130,7 +130,7 @@ def test_style_mixing_py_is_mix_with_styles_0_to_6(shapes_zip: Path, tmp_path: P
     small = make_snapshot(tmp_path / "small.pkl", shapes_zip)
     arguments = [f"--network={small}", "--rows=1", "--cols=7", f"--outdir={tmp_path / 'small'}"]
     result = CliRunner().invoke(style_mixing.main, arguments)
-    assert (result.exit_code, "--styles=0-6: " in result.stderr, "has 0-4, or all" in result.stderr) == (2, True, True)
+    assert (result.exit_code, "--styles=0-6: " in result.stderr, "choose from 0-4, all" in result.stderr) == (2, True, True)
     assert CliRunner().invoke(style_mixing.main, [*arguments, "--styles=coarse"]).exit_code == 0
 
 
@@ -142,7 +142,7 @@ def test_invalid_arguments_are_refused(shapes_zip: Path, tmp_path: Path) -> None
     np.savez(tmp_path / "code.npz", w=np.array([{}]))
     (tmp_path / "text.npz").write_text("no")
     cases = {
-        "--styles=9": "this network has 0-4, or all, coarse (0), middle (1-2), fine (3-4)",
+        "--styles=9": "choose from 0-4, all, coarse (0), middle (1-2), fine (3-4)",
         f"--projected-w={tmp_path / 'shape.npz'}": "w has shape (1, 5, 7), this network needs (n, 5, 12)",
         f"--projected-w={tmp_path / 'name.npz'}": "has no array w",
         f"--projected-w={tmp_path / 'word.npz'}": "w holds <U1, not numbers",

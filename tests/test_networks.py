@@ -309,7 +309,7 @@ def test_an_image_size_that_does_not_fit_is_refused() -> None:
         ({"layers": (1, 0, 3)}, "layers", "each must be at least 1"),
         ({"widths": (256, 0, 16)}, "widths", "each must be at least 1"),
         ({"widths": (256, 100, 16)}, "widths", "100 is not a multiple of its 3 heads .* 99 or 102"),
-        ({"widths": (3,), "layers": (1,), "minimum_head": 4}, "widths", "work: 4"),
+        ({"widths": (3,), "layers": (1,), "minimum_head": 4}, "widths", "nearest valid widths: 4"),
         ({"base": (8,)}, "base", "height and width"),
         ({"base": (8, 0)}, "base", "height and width"),
         ({"z_dim": 0}, "z_dim", "at least 1"),
