@@ -69,7 +69,7 @@ def profile_phases(settings: Settings, device: torch.device, tables: Path) -> No
             for _ in range(settings.warmup):
                 trainer.run_phase(phase, img, c)
             values, table = profile_phase(trainer, phase, img, c, settings.steps)
-            is_graph = trainer.graphs is not None and phase.name in trainer.graphs.recorded
+            is_graph = trainer.graphs is not None and phase.name in trainer.graphs.captured
             emit(
                 {"benchmark": "profile", "mode": settings.mode, "phase": phase.name, "graph": is_graph} | values,
                 device,

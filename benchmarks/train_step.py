@@ -243,7 +243,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "step_ms": round(step, 2),
         "ms": {name: round(ms, 2) for name, ms in milliseconds.items()},
         "intervals": intervals,
-        "graphs": [*trainer.graphs.recorded] if trainer.graphs else [],
+        "graphs": [*trainer.graphs.captured] if trainer.graphs else [],
         "peak_mib": peak_mib(trainer.device),
         "steps": settings.steps,
         "threads": settings.threads,

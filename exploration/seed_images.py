@@ -38,7 +38,7 @@ class FastGenerator:
         if self.graphs is None:
             return run(z, c)
         key = (len(z), truncation_psi, noise_mode, execution.current)
-        return self.graphs.record("the generator", key, run, z, c)(z, c)
+        return self.graphs.capture("the generator", key, run, z, c)(z, c)
 
 
 def seed_images(

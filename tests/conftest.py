@@ -88,9 +88,9 @@ class OnTick(Hook):
         self.function(trainer, tick)
 
 
-def all_recorded(trainer: Trainer) -> bool:
+def all_captured(trainer: Trainer) -> bool:
     """Return whether every phase was captured as a CUDA graph; an uncaptured phase trains without an error."""
-    return trainer.graphs is not None and trainer.graphs.recorded.keys() == {phase.name for phase in trainer.phases}
+    return trainer.graphs is not None and trainer.graphs.captured.keys() == {phase.name for phase in trainer.phases}
 
 
 def launch_as(monkeypatch: pytest.MonkeyPatch, **changes: str) -> None:

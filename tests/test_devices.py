@@ -228,9 +228,9 @@ def test_a_phase_that_cannot_be_captured_runs_eagerly(
 ) -> None:
     pool: GraphPool[torch.Tensor] = GraphPool()
     bad = Failing(recordings, RuntimeError("called a synchronizing CUDA operation"), early=early)
-    assert isinstance(pool.record("G_main", "G_main", lambda x: x, NOTHING), Captured)
+    assert isinstance(pool.capture("G_main", "G_main", lambda x: x, NOTHING), Captured)
     for _ in range(2):
-        assert pool.record("D_reg", "D_reg", bad, NOTHING) is bad
+        assert pool.capture("D_reg", "D_reg", bad, NOTHING) is bad
     assert bad.calls <= 4
     message = capsys.readouterr().err
     assert message == (
@@ -238,31 +238,31 @@ def test_a_phase_that_cannot_be_captured_runs_eagerly(
         "one; --graphs=0 turns graphs off\n"
     )
     assert not pool.recorded  # random numbers would not follow the seed
-    assert isinstance(pool.record("G_main", "G_main", lambda x: x, NOTHING), Captured)
+    assert isinstance(pool.capture("G_main", "G_main", lambda x: x, NOTHING), Captured)
 
 
 def test_graphs_are_disabled_when_memory_runs_out(recordings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     bad = Failing(recordings, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     pool: GraphPool[torch.Tensor] = GraphPool(must_fit=True)
     with pytest.raises(torch.OutOfMemoryError):
-        pool.record("G_main", "G_main", bad, NOTHING)
+        pool.capture("G_main", "G_main", bad, NOTHING)
     pool = GraphPool()
-    pool.record("G_main", "G_main", lambda x: x, NOTHING)
-    assert pool.record("D_main", "D_main", bad, NOTHING) is bad
+    pool.capture("G_main", "G_main", lambda x: x, NOTHING)
+    assert pool.capture("D_main", "D_main", bad, NOTHING) is bad
     assert recordings[-1] == "free memory"
     assert not pool.recorded
 
     def other(x: torch.Tensor) -> torch.Tensor:
         return x
 
-    assert pool.record("G_main", "G_main", other, NOTHING) is other
+    assert pool.capture("G_main", "G_main", other, NOTHING) is other
     assert capsys.readouterr().err.count("GPU memory is too small for CUDA graphs, so none are used") == 1
 
 
 def test_errors_in_a_captured_function_are_raised(recordings: list[str]) -> None:
     pool: GraphPool[torch.Tensor] = GraphPool()
     with pytest.raises(TypeError, match="a mistake"):
-        pool.record("G_main", "G_main", Failing(recordings, TypeError("a mistake"), early=True), NOTHING)
+        pool.capture("G_main", "G_main", Failing(recordings, TypeError("a mistake"), early=True), NOTHING)
 
 
 @pytest.mark.gpu

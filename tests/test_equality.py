@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import all_recorded, small_config
+from conftest import all_captured, small_config
 from torch import Tensor
 from training_helpers import OBJECTIVE_SETTINGS, OBJECTIVES
 
@@ -71,7 +71,7 @@ def trained(data: Path, device: str, **changes: Any) -> Tensor:
     trainer = build(data, device, **changes)
     trainer.total_nimg = STEPS * trainer.batch_size
     trainer.train()
-    assert all_recorded(trainer) == bool(changes.get("run__graphs"))
+    assert all_captured(trainer) == bool(changes.get("run__graphs"))
     return weights(trainer)
 
 
@@ -160,7 +160,7 @@ def test_graphs_compute_the_gradients_and_means_of_each_batch(shapes_zip: Path, 
                 buffers.append(torch.cat([phase.updater.gradients.buffer, phase.means.vector]))
             difference = (buffers[1] - buffers[0]).norm()
             assert difference < 1e-4 * buffers[0].norm(), phases[0].name
-    assert all_recorded(graphs)
+    assert all_captured(graphs)
 
 
 def gradients(trainer: Trainer, source: Trainer) -> dict[str, Tensor]:

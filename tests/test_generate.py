@@ -210,7 +210,7 @@ def test_graphs_do_not_change_the_images(snapshot: Path, noise_mode: str) -> Non
             plain = seed_images.seed_images(G, seeds, c, 0.7, noise_mode)
             assert torch.equal(seed_images.seed_images(fast, seeds, c, 0.7, noise_mode), plain)
     assert fast.graphs is not None
-    assert len(fast.graphs.recorded) == 1
+    assert len(fast.graphs.captured) == 1
 
 
 def test_random_noise_depends_only_on_the_seed(snapshot: Path) -> None:

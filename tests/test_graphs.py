@@ -56,8 +56,8 @@ def fail_to_capture(how: str) -> dict[str, Any]:
     stream = torch.cuda.current_stream()
     pool: GraphPool[Tensor] = GraphPool()
     with contextlib.redirect_stderr(io.StringIO()) as messages:
-        first = pool.record("G_main", "G_main", good, x)
-        second = pool.record("D_main", "D_main", BAD[how], x)
+        first = pool.capture("G_main", "G_main", good, x)
+        second = pool.capture("D_main", "D_main", BAD[how], x)
         facts: dict[str, Any] = {
             "first": isinstance(first, Captured),
             "second is the function": second is BAD[how],
@@ -67,7 +67,7 @@ def fail_to_capture(how: str) -> dict[str, Any]:
         }
         torch.randn(5, device="cuda")
         for name in ("G_main", "D_reg"):
-            graph = pool.record(name, name, good, x)
+            graph = pool.capture(name, name, good, x)
             facts[name] = isinstance(graph, Captured)
             graph(x)
     del first, second, graph, pool

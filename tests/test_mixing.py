@@ -130,7 +130,11 @@ def test_style_mixing_py_is_mix_with_styles_0_to_6(shapes_zip: Path, tmp_path: P
     small = make_snapshot(tmp_path / "small.pkl", shapes_zip)
     arguments = [f"--network={small}", "--rows=1", "--cols=7", f"--outdir={tmp_path / 'small'}"]
     result = CliRunner().invoke(style_mixing.main, arguments)
-    assert (result.exit_code, "--styles=0-6: " in result.stderr, "choose from 0-4, all" in result.stderr) == (2, True, True)
+    assert (result.exit_code, "--styles=0-6: " in result.stderr, "choose from 0-4, all" in result.stderr) == (
+        2,
+        True,
+        True,
+    )
     assert CliRunner().invoke(style_mixing.main, [*arguments, "--styles=coarse"]).exit_code == 0
 
 

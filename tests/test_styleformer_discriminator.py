@@ -201,4 +201,7 @@ def test_options_of_the_command_line_reach_the_network(shapes32_zip: Path) -> No
     refused = run("--set=discriminator.layers=2,2")
     assert refused.exit_code == 2
     assert "--set discriminator.layers=2,2: must have one entry per grid, 3 for images of 32x32" in refused.stderr
-    assert "--d-arch=skip: is not a setting of the family styleformer; supported by stylegan2" in run("--d-arch=skip").stderr
+    assert (
+        "--d-arch=skip: is not a setting of the family styleformer; supported by stylegan2"
+        in run("--d-arch=skip").stderr
+    )

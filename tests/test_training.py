@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PATIENCE, OnTick, all_recorded, small_config
+from conftest import PATIENCE, OnTick, all_captured, small_config
 from training_helpers import every_phase_config, new_trainer, saved_state, train_and_save, train_steps
 
 from dnnlib.config import OPTIONS_FILE, ConfigError, UserError, override
@@ -350,7 +350,7 @@ def test_no_phase_waits_for_the_gpu(shapes_zip: Path, use_graphs: bool) -> None:
             trainer.run_phase(phase, *batch)
         trainer.ema.update(8, 8)
         trainer.ada.update(4, 8)
-    assert all_recorded(trainer) == use_graphs
+    assert all_captured(trainer) == use_graphs
 
 
 @pytest.mark.gpu
@@ -383,7 +383,7 @@ def test_training_on_the_gpu_saves_and_resumes(shapes_zip: Path, tmp_path: Path,
     again.resume(tmp_path / "training-state-000000.pt")
     assert digest(saved_state(again)) == digest(saved_state(trainer))
     train_steps(again, 1)
-    assert all_recorded(trainer) == use_graphs
+    assert all_captured(trainer) == use_graphs
     assert all(x.isfinite().all() for x in again.G.state_dict().values())
 
 

@@ -89,11 +89,11 @@ class GraphPool(Generic[T]):
     def __init__(self, *, must_fit: bool = False) -> None:
         self.must_fit = must_fit
         self.pool = torch.cuda.graph_pool_handle()
-        self.recorded: dict[Hashable, Captured[T]] = {}
+        self.captured: dict[Hashable, Captured[T]] = {}
         self.refused: set[Hashable] = set()
         self.is_closed = False  # GPU memory was too small
 
-    def record(self, name: str, key: Hashable, function: Callable[..., T], *inputs: Tensor) -> Callable[..., T]:
+    def capture(self, name: str, key: Hashable, function: Callable[..., T], *inputs: Tensor) -> Callable[..., T]:
         """Return the graph of `key`, captured from function(*inputs) on first use; `function` itself if capture fails.
 
         `name` identifies the function in the warning. With `must_fit`, raises PyTorch's out-of-memory error.
@@ -101,9 +101,9 @@ class GraphPool(Generic[T]):
         if self.is_closed or key in self.refused:
             return function
         try:
-            if key not in self.recorded:
-                self.recorded[key] = Captured(function, *inputs, pool=self.pool)
-            return self.recorded[key]
+            if key not in self.captured:
+                self.captured[key] = Captured(function, *inputs, pool=self.pool)
+            return self.captured[key]
         except CaptureError as error:
             self.refused.add(key)
             problem = f"{name} cannot be captured as a CUDA graph ({error}) and runs without one"
@@ -112,7 +112,7 @@ class GraphPool(Generic[T]):
                 raise
             self.is_closed = True
             problem = "GPU memory is too small for CUDA graphs, so none are used"
-        self.recorded.clear()
+        self.captured.clear()
         self.pool = torch.cuda.graph_pool_handle()  # the old pool cannot be used for further captures
         gc.collect()
         torch.cuda.empty_cache()

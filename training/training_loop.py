@@ -277,7 +277,7 @@ class Trainer:
     def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
         """Return `_accumulate` for a phase; with run.graphs, as a CUDA graph for micro-batches of this shape."""
         accumulate = partial(self._accumulate, phase)
-        return self.graphs.record(phase.name, phase.name, accumulate, img, c) if self.graphs else accumulate
+        return self.graphs.capture(phase.name, phase.name, accumulate, img, c) if self.graphs else accumulate
 
     def _accumulate(self, phase: Phase, img: Tensor, c: Tensor) -> dict[str, Tensor]:
         """Accumulate the gradient and the batch means of a micro-batch; return the moments of its statistics."""
