@@ -141,13 +141,13 @@ class Stream:
 
 
 @pytest.fixture
-def recordings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Simulate a GPU that runs functions eagerly; return the capture calls in their order."""
     done: list[str] = []
 
     @contextlib.contextmanager
-    def recording(*args: Any, **options: Any) -> Iterator[None]:
-        done.append("record")
+    def graph(*args: Any, **options: Any) -> Iterator[None]:
+        done.append("capture")
         yield
 
     for name in ("Stream", "current_stream", "CUDAGraph"):
@@ -156,7 +156,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: done.append("restore the stream"))
-    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("free memory"))
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: done.append(f"waiting: {mode}"))
@@ -165,13 +165,13 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def test_synchronisation_before_a_capture_is_an_error(recordings: list[str]) -> None:
+def test_synchronisation_before_a_capture_is_an_error(captures: list[str]) -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
-        recordings.append("run")
+        captures.append("run")
         return x
 
     Captured(function, torch.zeros(1))
-    assert recordings == ["run", "run", "waiting: error", "run", "waiting: 0", "record", "run"]
+    assert captures == ["run", "run", "waiting: error", "run", "waiting: 0", "capture", "run"]
 
 
 class Freed:
@@ -181,12 +181,12 @@ class Freed:
         self.itself = self
 
 
-def test_nothing_is_freed_during_a_capture(recordings: list[str]) -> None:
+def test_nothing_is_freed_during_a_capture(captures: list[str]) -> None:
     garbage: list[weakref.ref[Freed]] = []
     left: list[int] = []
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        if "record" in recordings:
+        if "capture" in captures:
             left.append(sum(ref() is not None for ref in garbage))
         garbage.append(weakref.ref(Freed()))
         return x
@@ -203,20 +203,20 @@ def test_nothing_is_freed_during_a_capture(recordings: list[str]) -> None:
 class Failing:
     """A function that raises an error before or during a capture."""
 
-    def __init__(self, recordings: list[str], error: Exception, *, early: bool = False) -> None:
-        self.recordings, self.error, self.early, self.calls = recordings, error, early, 0
+    def __init__(self, captures: list[str], error: Exception, *, early: bool = False) -> None:
+        self.captures, self.error, self.early, self.calls = captures, error, early, 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        if self.early or self.recordings[-1:] == ["record"]:
+        if self.early or self.captures[-1:] == ["capture"]:
             raise self.error
         return x
 
 
-def test_an_aborted_capture_leaves_the_gpu_usable(recordings: list[str]) -> None:
+def test_an_aborted_capture_leaves_the_gpu_usable(captures: list[str]) -> None:
     with pytest.raises(CaptureError, match=r"^operation not permitted when stream is capturing$"):
-        Captured(Failing(recordings, RuntimeError("operation not permitted when stream is capturing\nAt ...")), NOTHING)
-    assert recordings[-2:] == ["restore the stream", "renew the generator"]
+        Captured(Failing(captures, RuntimeError("operation not permitted when stream is capturing\nAt ...")), NOTHING)
+    assert captures[-2:] == ["restore the stream", "renew the generator"]
 
 
 NOTHING = torch.zeros(1)
@@ -224,10 +224,10 @@ NOTHING = torch.zeros(1)
 
 @pytest.mark.parametrize("early", [False, True])
 def test_a_phase_that_cannot_be_captured_runs_eagerly(
-    recordings: list[str], early: bool, capsys: pytest.CaptureFixture[str]
+    captures: list[str], early: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pool: GraphPool[torch.Tensor] = GraphPool()
-    bad = Failing(recordings, RuntimeError("called a synchronizing CUDA operation"), early=early)
+    bad = Failing(captures, RuntimeError("called a synchronizing CUDA operation"), early=early)
     assert isinstance(pool.capture("G_main", "G_main", lambda x: x, NOTHING), Captured)
     for _ in range(2):
         assert pool.capture("D_reg", "D_reg", bad, NOTHING) is bad
@@ -237,20 +237,20 @@ def test_a_phase_that_cannot_be_captured_runs_eagerly(
         "Warning: D_reg cannot be captured as a CUDA graph (called a synchronizing CUDA operation) and runs without "
         "one; --graphs=0 turns graphs off\n"
     )
-    assert not pool.recorded  # random numbers would not follow the seed
+    assert not pool.captured  # random numbers would not follow the seed
     assert isinstance(pool.capture("G_main", "G_main", lambda x: x, NOTHING), Captured)
 
 
-def test_graphs_are_disabled_when_memory_runs_out(recordings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    bad = Failing(recordings, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+def test_graphs_are_disabled_when_memory_runs_out(captures: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    bad = Failing(captures, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     pool: GraphPool[torch.Tensor] = GraphPool(must_fit=True)
     with pytest.raises(torch.OutOfMemoryError):
         pool.capture("G_main", "G_main", bad, NOTHING)
     pool = GraphPool()
     pool.capture("G_main", "G_main", lambda x: x, NOTHING)
     assert pool.capture("D_main", "D_main", bad, NOTHING) is bad
-    assert recordings[-1] == "free memory"
-    assert not pool.recorded
+    assert captures[-1] == "free memory"
+    assert not pool.captured
 
     def other(x: torch.Tensor) -> torch.Tensor:
         return x
@@ -259,10 +259,10 @@ def test_graphs_are_disabled_when_memory_runs_out(recordings: list[str], capsys:
     assert capsys.readouterr().err.count("GPU memory is too small for CUDA graphs, so none are used") == 1
 
 
-def test_errors_in_a_captured_function_are_raised(recordings: list[str]) -> None:
+def test_errors_in_a_captured_function_are_raised(captures: list[str]) -> None:
     pool: GraphPool[torch.Tensor] = GraphPool()
     with pytest.raises(TypeError, match="a mistake"):
-        pool.capture("G_main", "G_main", Failing(recordings, TypeError("a mistake"), early=True), NOTHING)
+        pool.capture("G_main", "G_main", Failing(captures, TypeError("a mistake"), early=True), NOTHING)
 
 
 @pytest.mark.gpu
