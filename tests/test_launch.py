@@ -62,7 +62,7 @@ def test_two_nodes_equal_one_node_with_two_workers(shapes_zip: Path, tmp_path: P
         for agent in agents:
             agent.kill()
     printed = "".join(agent.output.read_text() for agent in agents)
-    assert printed.count("SIGTERM at kimg") == printed.count("Stopped; --resume=latest continues") == 1
+    assert printed.count("SIGTERM at kimg") == printed.count("Stopped; --resume=latest resumes this run") == 1
     (run_dir,) = (tmp_path / "two").iterdir()
     assert (run_dir / "training-state-000000.pt").exists()
 
