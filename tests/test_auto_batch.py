@@ -222,7 +222,7 @@ def test_out_of_memory_ends_with_one_line(shapes32_zip: Path, tmp_path: Path) ->
     """The address space is limited to 2 GiB above its size after start-up; one step needs more."""
     limited = """
 import resource, sys
-import train
+import train, training.startup  # with torch
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, used + 2**31))
 sys.argv = ["train.py", *sys.argv[1:]]
