@@ -334,16 +334,16 @@ def test_a_transferred_run_can_be_resumed(shapes_zip: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_run_resumes_with_another_number_of_processes(shapes_zip: Path, tmp_path: Path) -> None:
-    """The run keeps its batch size, even with `auto`, which derives the batch size from the number of GPUs."""
+    """The run keeps its batch size, even with `auto`, and the micro-batch size that divides it: results stay equal."""
     auto = ["--cfg=auto", *SMALL[1:6], "--tick=0.064", "--snap=1", "--metrics=swd60", "--device=cpu"]
     common = [f"--outdir={tmp_path}", f"--data={shapes_zip}", *auto]
     run_ok(*common, "--kimg=0.064", "--gpus=2")
     (run_dir,) = run_dirs(tmp_path)
     assert run_dir.name.endswith("gpus2-batch64")
-    run_ok(*common, "--kimg=0.128", "--resume=latest")
+    run_ok(*common, "--kimg=0.128", "--gpus=1", "--resume=latest")
     assert run_dirs(tmp_path) == [run_dir]
     options = json.loads((run_dir / "training_options.json").read_text())
-    assert (options["batch_size"], options["run"]["batch_gpu"], options["run"]["num_gpus"]) == (64, 64, 1)
+    assert (options["batch_size"], options["run"]["batch_gpu"], options["run"]["num_gpus"]) == (64, 32, 1)
     assert last_state(run_dir)["state"]["nimg"] == 128
     for name in ("stats", "metric-swd60"):
         assert len((run_dir / f"{name}.jsonl").read_text().splitlines()) == 3
