@@ -19,17 +19,9 @@ def ref_layer_norm(x: Array) -> Array:
     return (x - x.mean(axis=2, keepdims=True)) / np.sqrt(x.var(axis=2, keepdims=True) + 1e-5)
 
 
-def ref_encoder_block(
-    x: Array, w: Array, state: State, heads: int, clamp: float | None, noise: Array, norm_after: bool = False
-) -> Array:
-    B, N, C = x.shape
-    styles = ref_fc(w, below(state, "affine."))
-    s1, s2 = (styles[:, :C], styles[:, C:]) if styles.shape[1] == 2 * C else (np.ones([B, C]), styles)
-    Wq, Wk, Wv = state["qkv_weight"][:C], state["qkv_weight"][C : 2 * C], state["qkv_weight"][2 * C :]
-    x = x * s1[:, None, :]
-    x = x if norm_after else ref_layer_norm(x)
-    q, k, v = (ref_demodulated(x, W, s1) for W in (Wq, Wk, Wv))
-    v = v * s2[:, None, :]
+def ref_attention(q: Array, k: Array, v: Array, state: State, heads: int) -> Array:
+    """Multi-head attention of (B, N, C); of Linformer if the state has a token projection."""
+    B, N, C = q.shape
     keys, values = k, v
     if "attention.token_projection" in state:
         E = state["attention.token_projection"]
@@ -41,6 +33,21 @@ def ref_encoder_block(
             part = slice(h * D, (h + 1) * D)
             scores = np.exp(q[b, :, part] @ keys[b, :, part].T / np.sqrt(D))
             attended[b, :, part] = scores / scores.sum(axis=1, keepdims=True) @ values[b, :, part]
+    return attended
+
+
+def ref_encoder_block(
+    x: Array, w: Array, state: State, heads: int, clamp: float | None, noise: Array, norm_after: bool = False
+) -> Array:
+    B, _, C = x.shape
+    styles = ref_fc(w, below(state, "affine."))
+    s1, s2 = (styles[:, :C], styles[:, C:]) if styles.shape[1] == 2 * C else (np.ones([B, C]), styles)
+    Wq, Wk, Wv = state["qkv_weight"][:C], state["qkv_weight"][C : 2 * C], state["qkv_weight"][2 * C :]
+    x = x * s1[:, None, :]
+    x = x if norm_after else ref_layer_norm(x)
+    q, k, v = (ref_demodulated(x, W, s1) for W in (Wq, Wk, Wv))
+    v = v * s2[:, None, :]
+    attended = ref_attention(q, k, v, state, heads)
     y = ref_demodulated(attended, state["out_weight"], s2)
     if "residual_weight" in state:
         y = y + ref_demodulated(v, state["residual_weight"], s2)

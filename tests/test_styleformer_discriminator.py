@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from reference_layers import Array, State, below, build, close, ref_fc, state_of
+from reference_styleformer import ref_attention
 from reference_stylegan2 import ref_clamp, ref_conv, ref_filter, ref_label_mapping, ref_lrelu, ref_mbstd
 from torch import Tensor
 
@@ -43,22 +44,11 @@ def inputs(config: StyleformerDiscriminatorConfig) -> tuple[Tensor, Tensor | Non
 
 
 def ref_block(x: Array, state: State, depth: int, clamp: float | None) -> Array:
-    B, N, C = x.shape
+    _, N, C = x.shape
     x = x + state.get("pos_embedding", np.zeros([1, N, C]))
     x = (x - x.mean(axis=2, keepdims=True)) / np.sqrt(x.var(axis=2, keepdims=True) + 1e-5)
     q, k, v = (np.einsum("bni,oi->bno", x, W / np.sqrt(C)) for W in np.split(state["qkv_weight"], 3))
-    keys, values = k, v
-    if "attention.token_projection" in state:
-        E = state["attention.token_projection"]
-        keys, values = np.einsum("kn,bnc->bkc", E, k), np.einsum("kn,bnc->bkc", E, v)
-    heads = max(1, C // depth)
-    D = C // heads
-    attended = np.zeros((B, N, C))
-    for b in range(B):
-        for h in range(heads):
-            part = slice(h * D, (h + 1) * D)
-            scores = np.exp(q[b, :, part] @ keys[b, :, part].T / np.sqrt(D))
-            attended[b, :, part] = scores / scores.sum(axis=1, keepdims=True) @ values[b, :, part]
+    attended = ref_attention(q, k, v, state, heads=max(1, C // depth))
     y = np.einsum("bni,oi->bno", attended, state["out_weight"] / np.sqrt(C))
     y = y + np.einsum("bni,oi->bno", v, state["residual_weight"] / np.sqrt(C)) + state["bias"]
     return ref_clamp(ref_lrelu(y), clamp)
