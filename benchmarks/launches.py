@@ -2,14 +2,16 @@
 
     python benchmarks/launches.py --cases=readme,cifar-large
 
-A real `Trainer` runs every phase on fake CUDA tensors, which have shapes, types and devices but no data. Prints one
-line of JSON for each phase: the number of ATen operators that launch at least one kernel (excluding views and
-allocations), and the most frequent operators; or the `problem` that ended the phase, and its location. A phase must not
-read a value from the GPU, copy between host and GPU, or mix devices. Needs a CUDA build of PyTorch and a C++ compiler.
+A real `Trainer` runs every phase twice on fake CUDA tensors, which have shapes, types and devices but no data. Prints
+one line of JSON for the second call of each phase (the first one also allocates Adam's moments): the number of ATen
+operators that launch at least one kernel (excluding views and allocations), the MiB that these operators read and
+write, and the most frequent operators; or the `problem` that ended the phase, and its location. A phase must not read a
+value from the GPU, copy between host and GPU, or mix devices. Needs a CUDA build of PyTorch and a C++ compiler.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import subprocess
@@ -121,14 +123,19 @@ def update_averages(trainer: Trainer) -> None:
 
 
 def watch(function: Callable[..., object], *args: Any) -> dict[str, Any]:
-    """Call a function on the fake GPU; return its number of launches, or the problem that ended it."""
-    with Watch() as watched:
-        try:
-            function(*args)
-        except Exception as error:
-            return {"problem": f"{type(error).__name__}: {str(error).splitlines()[0]}", "where": place(error)}
-    most = dict(watched.count.most_common(8))
-    return {"launches": watched.count.total(), "most": most, "largest_filter": watched.largest_filter}
+    """Call a function twice on the fake GPU; return the launches of the second call, or the problem that ended one."""
+    for _ in range(2):
+        with Watch() as watched:
+            try:
+                function(*args)
+            except Exception as error:
+                return {"problem": f"{type(error).__name__}: {str(error).splitlines()[0]}", "where": place(error)}
+    return {
+        "launches": watched.count.total(),
+        "mib": round(watched.bytes / 2**20),
+        "most": dict(watched.count.most_common(8)),
+        "largest_filter": watched.largest_filter,
+    }
 
 
 def place(error: Exception) -> str | None:
@@ -145,12 +152,14 @@ class HostError(Exception):
 class Watch(TorchDispatchMode):
     """Counter of operators that launch kernels. Raises HostError if an operator moves data between host and GPU.
 
-    Fake tensors themselves raise if a value is read (`item`, `nonzero`) or devices are mixed.
+    `bytes` is the size of the inputs and outputs of these operators, i.e. their memory traffic without caches. Fake
+    tensors themselves raise if a value is read (`item`, `nonzero`) or devices are mixed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
+        self.bytes = 0
         self.largest_filter = 0  # side in pixels
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -166,6 +175,7 @@ class Watch(TorchDispatchMode):
             raise HostError(f"{function} between {' and '.join(sorted(devices))}")
         if "cuda" in devices and launches(function):
             self.count[str(function.overloadpacket).removeprefix("aten.")] += 1
+            self.bytes += sum(map(size_in_bytes, (*given, *found)))
             if function.overloadpacket is torch.ops.aten.convolution:
                 self.largest_filter = max(self.largest_filter, *args[1].shape[2:])
         return result
@@ -174,6 +184,11 @@ class Watch(TorchDispatchMode):
 def kind(x: Tensor) -> str:
     """Return the device type of a tensor."""
     return x.fake_device.type if isinstance(x, FakeTensor) else x.device.type  # FakeTensor.device runs an operator
+
+
+def size_in_bytes(x: Tensor) -> int:
+    """Return the size of the distinct elements of a tensor, i.e. without expanded dimensions."""
+    return x.itemsize * math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
 
 
 def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
