@@ -123,6 +123,22 @@ def test_logits_have_the_documented_shape_and_type(case: Case, c_dim: int) -> No
         assert not torch.allclose(D(img, c.roll(1, dims=0)), logits)
 
 
+@each_discriminator
+def test_concatenated_minibatches_do_not_affect_each_other(case: Case) -> None:
+    """Generated and real images pass through D in one call."""
+    config = case.config(c_dim=3)
+    D = build(config)
+    img, c = case.inputs(config, batch=8)
+    assert c is not None
+    with execution.using(minibatches=2):
+        together = D(img, c)
+    apart = torch.cat([D(x, y) for x, y in zip(img.split(4), c.split(4), strict=True)])
+    same(together, apart)
+    gradients = (torch.autograd.grad(x.sin().sum(), [*D.parameters()]) for x in (together, apart))
+    for one, other in zip(*gradients, strict=True):
+        same(one, other)
+
+
 @each_generator
 def test_an_image_does_not_depend_on_its_batch(case: Case) -> None:
     config = case.config(c_dim=3)

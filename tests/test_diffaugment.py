@@ -32,6 +32,7 @@ from training.augment.diffaugment import (
 from training.augment.pipe import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.config import PRESETS, Environment, resolve
 from training.dataset import ImageDataset
+from training.networks import execution
 from training.training_loop import Trainer
 
 ONE = torch.tensor(1.0)
@@ -159,6 +160,18 @@ def test_rectangles_fire_for_the_whole_batch(kind: type[DiffCutout]) -> None:
     assert fires.double().mean().item() == pytest.approx(0.3, abs=0.02)  # four standard deviations
     empty = 1 / 33 if kind is DiffErase else 0  # share of erased rectangles of zero height
     assert has_rectangle[fires].double().mean().item() == pytest.approx(1 - empty, abs=0.005)
+
+
+@pytest.mark.parametrize("kind", [DiffCutout, DiffErase])
+def test_rectangles_fire_per_minibatch(kind: type[DiffCutout]) -> None:
+    """Generated and real images pass the pipe as one batch; each half has its own chance."""
+    torch.manual_seed(0)
+    stage, images = kind((1, 32, 32), 0.3), torch.ones(8, 1, 32, 32)
+    with execution.using(minibatches=2):
+        bounds = torch.stack([stage.draw(images, ONE) for _ in range(2000)]).unflatten(1, (2, 4))  # (draws, 2, 4, 4)
+    fires = (bounds[..., 1] > bounds[..., 0]).any(dim=2).double()  # (draws, 2)
+    assert fires.mean(dim=0).tolist() == pytest.approx([0.3, 0.3], abs=0.04)  # four standard deviations
+    assert fires.prod(dim=1).mean().item() == pytest.approx(0.09, abs=0.026)  # independent
 
 
 def test_the_filter_fires_per_image_and_band() -> None:
@@ -395,7 +408,7 @@ def test_real_and_generated_images_are_augmented(shapes_zip: Path) -> None:
         handle = trainer.augment.register_forward_pre_hook(lambda module, x, seen=seen: seen.append(x[0]))
         trainer.run_phase(phase, *batch)
         handle.remove()
-        calls += [(phase.name, torch.equal(x.detach(), batch[0])) for x in seen]
+        calls += [(phase.name, torch.equal(part.detach(), batch[0])) for x in seen for part in x.split(4)]
     assert calls == [("G_main", False), ("D_main", False), ("D_main", True), ("D_reg", True)]
     trainer.total_nimg = 8
     trainer.train()

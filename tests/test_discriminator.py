@@ -19,7 +19,7 @@ from reference_stylegan2 import (
 from torch import Tensor
 
 from dnnlib.config import ConfigError
-from training.networks import winograd
+from training.networks import execution, winograd
 from training.networks.layers import Conv2d, MinibatchStd
 from training.networks.mapping import LabelMapping
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
@@ -82,6 +82,13 @@ def test_grids_are_halved_down_to_four_pixels(size: tuple[int, int], grids: tupl
 def test_minibatch_std_equals_the_reference(batch: int, group: int) -> None:
     x = torch.randn(batch, 3, 2, 5, dtype=torch.float64)
     close(MinibatchStd(group)(x), ref_mbstd(x.numpy(), group))
+
+
+@pytest.mark.parametrize(("batch", "group"), [(4, 4), (6, 2), (3, 4)])
+def test_minibatch_std_is_computed_within_minibatches(batch: int, group: int) -> None:
+    x = torch.randn(3 * batch, 3, 2, 5, dtype=torch.float64)
+    with execution.using(minibatches=3):
+        close(MinibatchStd(group)(x), np.concatenate([ref_mbstd(part.numpy(), group) for part in x.split(batch)]))
 
 
 def test_minibatch_std_refuses_incomplete_groups() -> None:

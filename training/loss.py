@@ -92,6 +92,12 @@ class GAN:
         """Return D's logits for randomly augmented images."""
         return self.discriminate(self.augment(img), c)
 
+    def fake_and_real_logits(self, fake: Tensor, fake_c: Tensor, real: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `logits` for equal numbers of generated and real images, which pass through D as one batch."""
+        with execution.using(minibatches=2):
+            fake_logits, real_logits = self.logits(torch.cat([fake, real]), torch.cat([fake_c, c])).chunk(2)
+        return fake_logits, real_logits
+
 
 def generator_logistic(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
     """softplus(-D(T(G(z)))): the non-saturating logistic loss (Goodfellow et al. 2014) under augmentation T."""
@@ -133,10 +139,12 @@ def discriminator_wgan(gan: GAN, img: Tensor, c: Tensor, gp_weight: float, drift
     (Gulrajani et al. 2017). D is evaluated on u without further augmentation. The drift term keeps logits near zero:
     Karras et al. 2018 square each logit; here, as in TransGAN, the mean logit of the micro-batch is squared.
     """
-    with torch.no_grad():
-        fake, _, mean_w = gan.generate(len(img), c)
-        fake, real = gan.augment(fake), gan.augment(img)
-    fake_logits, real_logits = gan.discriminate(fake, c), gan.discriminate(real, c)
+    with execution.using(minibatches=2):
+        with torch.no_grad():
+            fake, _, mean_w = gan.generate(len(img), c)
+            images = gan.augment(torch.cat([fake, img]))
+        fake_logits, real_logits = gan.discriminate(images, c.repeat(2, 1)).chunk(2)
+    fake, real = images.chunk(2)
     penalty = gradient_penalty(gan, real, fake, c)
     mean_real = real_logits.mean()
     loss = fake_logits.mean() - mean_real + gp_weight * penalty.mean() + drift_weight * mean_real.square()
@@ -171,11 +179,12 @@ def discriminator_relativistic(gan: GAN, img: Tensor, c: Tensor, gamma: float) -
     """
     with torch.no_grad():
         fake, _, mean_w = gan.generate(len(img), c)
-    images = img.detach().requires_grad_(True), fake.requires_grad_(True)
-    with execution.using(twice_differentiable=True):
-        real_logits, fake_logits = (gan.D(gan.augment(x), c) for x in images)
-        gradients = torch.autograd.grad(real_logits.sum() + fake_logits.sum(), images, create_graph=True)
-    real_penalty, fake_penalty = (g.square().sum(dim=(1, 2, 3)) for g in gradients)  # each (B,)
+    images = torch.cat([fake, img]).requires_grad_(True)
+    with execution.using(twice_differentiable=True, minibatches=2):
+        logits = gan.D(gan.augment(images), c.repeat(2, 1))
+        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    fake_logits, real_logits = logits.chunk(2)
+    fake_penalty, real_penalty = gradient.square().sum(dim=(1, 2, 3)).chunk(2)  # each (B,)
     loss = F.softplus(fake_logits - real_logits).mean() + gamma / 2 * (real_penalty + fake_penalty).mean()
     terms = _discriminator_terms(loss, real_logits, real_logits - fake_logits, mean_w)
     terms.stats |= {"Loss/r1_penalty": real_penalty, "Loss/r2_penalty": fake_penalty}
@@ -183,10 +192,10 @@ def discriminator_relativistic(gan: GAN, img: Tensor, c: Tensor, gamma: float) -
 
 
 def _fake_and_real_logits(gan: GAN, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return D's logits for equal numbers of generated and real images, and the mean w."""
+    """Return D's logits for as many generated as real images, and the mean w."""
     with torch.no_grad():
         fake, fake_c, mean_w = gan.generate(len(img))
-    return gan.logits(fake, fake_c), gan.logits(img, c), mean_w
+    return *gan.fake_and_real_logits(fake, fake_c, img, c), mean_w
 
 
 def _generator_terms(loss: Tensor, logits: Tensor, mean_w: Tensor) -> LossTerms:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dnnlib.config import ConfigError
 from training.augment.stages import COLOR, ColorStage, FilterStage, Transform
+from training.networks import execution
 
 ImgShape = tuple[int, int, int]  # channels, height, width
 
@@ -77,7 +78,7 @@ class DiffCutout(Transform):
     """Cutout of a rectangle of half the image height and width, at a random position; its pixels are set to zero.
 
     The centre of the rectangle is inside the image, but part of the rectangle may be outside. The transform is applied
-    with `probability` to all images of a batch or to none; each image has its own rectangle.
+    with `probability` to all images of a minibatch or to none; each image has its own rectangle.
     """
 
     def __init__(self, img_shape: ImgShape, probability: float = 1.0) -> None:
@@ -86,8 +87,10 @@ class DiffCutout(Transform):
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
         """Return the rectangles [B, 4]: row start, row end, column start, column end; empty if not applied."""
-        is_applied = torch.rand([], dtype=images.dtype, device=images.device) < self.probability * p
-        u = torch.rand([2, 2, len(images)], dtype=images.dtype, device=images.device)
+        B, M = len(images), execution.current.minibatches
+        is_applied = torch.rand([M], dtype=images.dtype, device=images.device) < self.probability * p
+        is_applied = is_applied.repeat_interleave(B // M, output_size=B)
+        u = torch.rand([2, 2, B], dtype=images.dtype, device=images.device)
         bounds = []
         for size, (u_side, u_centre) in zip(self.size, u, strict=True):
             side = self.side(size, u_side)  # (B,)

@@ -28,7 +28,8 @@ class Execution:
     `twice_differentiable`: use implementations of attention and convolution with an efficient double backward.
     `recompute`: gradient checkpointing; discard the activations inside a block and recompute them in the backward pass,
     which saves memory at the cost of one more forward pass. `random_noise`: draw fresh noise in discriminators with
-    noise, as in training.
+    noise, as in training. `minibatches`: number of equal minibatches that are concatenated in the batch of D, such as
+    generated and real images; statistics and random choices that images share stay within a minibatch.
     """
 
     reduced: torch.dtype | None = None
@@ -36,6 +37,7 @@ class Execution:
     twice_differentiable: bool = False
     recompute: bool = False
     random_noise: bool = False
+    minibatches: int = 1
 
 
 current = Execution()

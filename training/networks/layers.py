@@ -13,6 +13,7 @@ from dnnlib.config import ConfigError, field_names
 from torch_utils.images import square_resolution
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upfirdn2d
+from training.networks import execution
 from training.networks.convolution import conv2d
 
 # Restricted to activations with act(g x) = g act(x) for g > 0, because the layers fold output gains into the weights.
@@ -240,7 +241,8 @@ class MinibatchStd(nn.Module):
         std_g = mean_{c,h,w} sqrt(Var_{b in g}(x_bchw) + 1e-8)        ProGAN, section 3
 
     Groups of G = min(`group_size`, B) images are strided: image b belongs to group b mod (B/G), so neighbours in a
-    batch are in different groups. Raises ValueError if G does not divide B.
+    batch are in different groups. Raises ValueError if G does not divide B. If the batch is a concatenation of several
+    `execution.current.minibatches`, this applies to each of them, of B images.
     """
 
     def __init__(self, group_size: int) -> None:
@@ -248,7 +250,8 @@ class MinibatchStd(nn.Module):
         self.group_size = group_size
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
+        M, (C, H, W) = execution.current.minibatches, x.shape[1:]
+        B = len(x) // M
         G = min(self.group_size, B)
         if B % G:
             raise ValueError(
@@ -256,7 +259,8 @@ class MinibatchStd(nn.Module):
                 f"choose a batch size per GPU that is a multiple of {G}, or change mbstd_group_size"
             )
 
-        groups = x.reshape(G, B // G, C, H, W)
-        std = groups.var(dim=0, correction=0).add(1e-8).sqrt()  # (B/G, C, H, W)
-        spread = std.mean(dim=(1, 2, 3)).repeat(G)  # (B,)
-        return torch.cat([x, spread.reshape(B, 1, 1, 1).expand(B, 1, H, W)], dim=1)  # (B, C+1, H, W)
+        groups = x.reshape(M, G, B // G, C, H, W)
+        std = groups.var(dim=1, correction=0).add(1e-8).sqrt()  # (M, B/G, C, H, W)
+        spread = std.mean(dim=(2, 3, 4), keepdim=True)  # (M, B/G, 1, 1, 1)
+        spread = spread.unsqueeze(1).expand(M, G, -1, 1, H, W).reshape(M * B, 1, H, W)
+        return torch.cat([x, spread], dim=1)  # (M B, C+1, H, W)
