@@ -158,8 +158,8 @@ class Reference:
 
     def d_main(self, img: Tensor, c: Tensor) -> Terms:
         ws, fake_c, mean_w = self.styles(len(img))
-        fake = self.D(self.augment(self.G.synthesis(ws, "random").detach()), fake_c)
-        real = self.D(self.augment(img), c)
+        images = self.augment(torch.cat([self.G.synthesis(ws, "random").detach(), img]))
+        fake, real = (self.D(x, y) for x, y in zip(images.chunk(2), (fake_c, c), strict=True))
         loss = (1 + fake.exp()).log().mean() + (1 + (-real).exp()).log().mean()
         return loss, {"w": mean_w, "sign": real.sign().mean()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,28 +22,32 @@ class Stat:
 
 
 class Stats:
-    """Running count, sum and sum of squares per name. Every rank must add the same names."""
+    """Running count, sum and sum of squares per name. Every rank must add the same names.
+
+    Names that are added together share a table, so that adding takes one kernel. A name must not be in two tables.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.moments: dict[str, Tensor] = {}
+        self.tables: dict[tuple[str, ...], Tensor] = {}  # names -> (names, 3)
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Accumulate all elements of each tensor, on the device."""
-        self.add_moments({name: moments(value) for name, value in values.items()})
+        self.add_moments(tuple(values), moments([*values.values()]))
 
-    def add_moments(self, table: Mapping[str, Tensor]) -> None:
-        """Accumulate values given as `moments`."""
-        for name, row in table.items():
-            if name in self.moments:
-                self.moments[name] += row
-            else:
-                self.moments[name] = row.clone()
+    def add_moments(self, names: tuple[str, ...], rows: Tensor) -> None:
+        """Accumulate values given as `moments`, (names, 3)."""
+        if not names:
+            return
+        if names not in self.tables:
+            zero = torch.zeros(1, 3, dtype=torch.float64, device=self.device)
+            self.tables[names] = torch.cat([self.tables.pop((name,), zero) for name in names])  # loaded rows, if any
+        self.tables[names] += rows
 
     def collect(self) -> dict[str, Stat]:
         """Return the statistics over all ranks and reset. A collective call, and the only host synchronization."""
         names, table = self._sum_over_ranks()
-        self.moments = {}
+        self.tables = {}
         return {name: _to_stat(*row) for name, row in zip(names, table.tolist(), strict=True)}
 
     def gather(self) -> None:
@@ -53,27 +57,33 @@ class Stats:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the sums of this rank since the last `collect`."""
-        return {name: self.moments[name] for name in sorted(self.moments)}
+        return dict(sorted(self._rows().items()))
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the state that rank 0 saved, on rank 0 only; the other ranks start from zero."""
         if any(row.shape != (3,) or row.dtype != torch.float64 for row in state.values()):
             raise ValueError("moments are three numbers in float64")
         share = 1 if distributed.is_main() else 0
-        self.moments = {name: row.to(self.device) * share for name, row in state.items()}
+        self.tables = {(name,): row[None].to(self.device) * share for name, row in state.items()}
+
+    def _rows(self) -> dict[str, Tensor]:
+        return {name: row for names, table in self.tables.items() for name, row in zip(names, table, strict=True)}
 
     def _sum_over_ranks(self) -> tuple[list[str], Tensor]:
         """Return the names and their moments summed over all ranks, (names, 3)."""
-        names = sorted(self.moments)
-        if not names:
+        rows = self.state_dict()
+        if not rows:
             return [], torch.zeros(0, 3)
-        return names, distributed.all_reduce(torch.stack([self.moments[name] for name in names]))
+        return [*rows], distributed.all_reduce(torch.stack([*rows.values()]))
 
 
-def moments(values: Tensor) -> Tensor:
-    """Return count, sum and sum of squares, (3,)."""
-    x = values.detach().to(torch.float64)
-    return torch.stack([torch.full_like(x.sum(), x.numel()), x.sum(), x.square().sum()])
+def moments(values: Sequence[Tensor]) -> Tensor:
+    """Return count, sum and sum of squares of the elements of each tensor, (tensors, 3), in float64."""
+    if not values:
+        return torch.zeros(0, 3, dtype=torch.float64)
+    x = torch.cat([value.detach().reshape(-1) for value in values]).to(torch.float64)
+    powers = torch.stack([torch.ones_like(x), x, x.square()])  # (3, elements)
+    return torch.stack([part.sum(dim=1) for part in powers.split([value.numel() for value in values], dim=1)])
 
 
 def _to_stat(count: float, total: float, squares: float) -> Stat:

@@ -31,6 +31,7 @@ from training.phases import Phase, build_phases, build_updater
 if TYPE_CHECKING:
     from training.hooks import Hook
 
+Moments = tuple[tuple[str, ...], Tensor]  # names of statistics, and their moments (names, 3)
 MAX_SECONDS = 1e10  # upper bound of TrainState.elapsed in a file
 
 
@@ -155,7 +156,7 @@ class Trainer:
             recompute=config.run.recompute,
             random_noise=True,
         )
-        self.graphs: GraphPool[dict[str, Tensor]] | None = GraphPool() if config.run.graphs else None
+        self.graphs: GraphPool[Moments] | None = GraphPool() if config.run.graphs else None
 
         self.state = TrainState()
         self.stats = Stats(device)
@@ -246,16 +247,17 @@ class Trainer:
             found = Stats(self.device)
             for i, (x, y) in enumerate(zip(img.split(self.batch_gpu), c.split(self.batch_gpu), strict=True)):
                 seed_step(self.config.seed, phase.name, first + i * self.batch_gpu)
-                found.add_moments(accumulate(x, y))
+                found.add_moments(*accumulate(x, y))
 
         norm, means = updater.gradients.reduce(), phase.means.reduce()
-        is_bad = ~(norm + phase.means.vector.sum()).isfinite()
+        found.add({f"Gradients/{phase.name}_norm": norm})
+        is_bad = (norm + phase.means.vector.sum()) * 0 != 0  # not finite
         updater.clip(norm)
         updater.step(skip=is_bad)
         for name, mean in means.items():
             self.trackers[name](mean, is_bad)
-        found.add({f"Gradients/{phase.name}_norm": norm})
-        self.stats.add_moments({name: torch.where(is_bad, 0, row) for name, row in found.moments.items()})
+        for names, rows in found.tables.items():
+            self.stats.add_moments(names, rows.masked_fill(is_bad, 0))
         self.failures.note(phase.name, self.state.step, is_bad)
 
     def trial_step(self) -> None:
@@ -274,18 +276,18 @@ class Trainer:
                 self._accumulator(phase, x, y)(x, y)
             phase.updater.step(skip=torch.ones([], dtype=torch.bool, device=self.device))
 
-    def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], Moments]:
         """Return `_accumulate` for a phase; with run.graphs, as a CUDA graph for micro-batches of this shape."""
         accumulate = partial(self._accumulate, phase)
         return self.graphs.capture(phase.name, phase.name, accumulate, img, c) if self.graphs else accumulate
 
-    def _accumulate(self, phase: Phase, img: Tensor, c: Tensor) -> dict[str, Tensor]:
+    def _accumulate(self, phase: Phase, img: Tensor, c: Tensor) -> Moments:
         """Accumulate the gradient and the batch means of a micro-batch; return the moments of its statistics."""
         share = self.batch_gpu * distributed.world_size() / self.batch_size
         terms = phase.loss(img, c)
-        (terms.loss * (phase.weight * share)).backward()
+        phase.updater.gradients.add(terms.loss * (phase.weight * share))
         phase.means.add(terms, share)
-        return {name: moments(x) for name, x in terms.stats.items()}
+        return tuple(terms.stats), moments([*terms.stats.values()])
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process's share of each batch: images in [-1, 1] and float labels, on the device."""
