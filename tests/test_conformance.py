@@ -38,6 +38,7 @@ from exploration.model import Model
 from torch_utils.checkpoint import digest
 from training.config import PRESETS, TrainConfig
 from training.networks import DISCRIMINATORS, GENERATORS, execution
+from training.networks.weights import WeightCache
 from training.snapshots.snapshot import load_network, save_network
 from training.snapshots.transfer import copy_weights, places
 
@@ -355,6 +356,25 @@ def test_recomputing_activations_changes_nothing(case: Case) -> None:
             out = network(x, c, **options).square().sum()
         gradients.append(torch.autograd.grad(out, list(network.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@each_case
+def test_cached_weights_change_nothing(case: Case) -> None:
+    """The first pass of a phase fills the cache weight by weight, later ones fill it at once."""
+    config = case.config(c_dim=3)
+    network = build(config).float()
+    x, c = case.inputs(config, dtype=torch.float32)
+    cache = WeightCache()
+    results = []
+    for weights in (None, cache, cache):
+        with execution.using(weights=weights, reduced=torch.bfloat16), cache.filled():
+            out = network(x, c)
+            results.append([out, *torch.autograd.grad(out.square().sum(), [*network.parameters()])])
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0], strict=True):
+            # Gradients of a weight that is used twice are added in bfloat16, whose rounding error is 2^-9.
+            assert (actual - expected).norm() <= 2**-8 * expected.norm()
+    assert cache.requests
 
 
 # Interfaces for tools: styles, attention maps, Freeze-D, configurations, snapshots, training, transfer.

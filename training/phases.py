@@ -15,6 +15,7 @@ from dnnlib.config import ConfigError, check_bounds, setting
 from torch_utils import distributed
 from torch_utils.gradients import FlatGradients
 from training.loss import GAN, OBJECTIVES, Loss, LossConfig, LossTerms, path_length, r1_penalty
+from training.networks.weights import WeightCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class Phase:
     """One optimizer step on the gradient of `weight * loss`, every `interval` training steps.
 
     The weight of a lazy regulariser is the number of main phases of its network per phase of the regulariser.
-    `means` are the batch means of the current step.
+    `means` are the batch means of the current step, `weights` the effective weights of both networks.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Phase:
     interval: int = 1
     weight: int = 1
     means: BatchMeans = field(default_factory=BatchMeans)
+    weights: WeightCache = field(default_factory=WeightCache)
 
     def is_due(self, step: int) -> bool:
         """Return whether the phase runs in this step, counted from 0."""

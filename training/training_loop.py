@@ -284,8 +284,9 @@ class Trainer:
     def _accumulate(self, phase: Phase, img: Tensor, c: Tensor) -> Moments:
         """Accumulate the gradient and the batch means of a micro-batch; return the moments of its statistics."""
         share = self.batch_gpu * distributed.world_size() / self.batch_size
-        terms = phase.loss(img, c)
-        phase.updater.gradients.add(terms.loss * (phase.weight * share))
+        with execution.using(weights=phase.weights), phase.weights.filled():
+            terms = phase.loss(img, c)
+            phase.updater.gradients.add(terms.loss * (phase.weight * share))
         phase.means.add(terms, share)
         return tuple(terms.stats), moments([*terms.stats.values()])
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from training.networks import execution
 from training.networks.blockwise import blockwise_attention
+from training.networks.weights import effective
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,7 +84,7 @@ class SelfAttention(Attention):
         return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
 
     def _project(self, x: Tensor) -> Tensor:
-        return x if self.token_projection is None else self.token_projection.to(x.dtype) @ x
+        return x if self.token_projection is None else effective(self.token_projection, x.dtype) @ x
 
     def _split(self, x: Tensor) -> Tensor:
         return split_heads(x, self.num_heads)

@@ -10,11 +10,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from training.networks.weights import WeightCache
 
 # Values of --precision and the dtype of reduced-precision activations; None: no reduction.
 REDUCED: dict[str | None, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,7 +32,8 @@ class Execution:
     `recompute`: gradient checkpointing; discard the activations inside a block and recompute them in the backward pass,
     which saves memory at the cost of one more forward pass. `random_noise`: draw fresh noise in discriminators with
     noise, as in training. `minibatches`: number of equal minibatches that are concatenated in the batch of D, such as
-    generated and real images; statistics and random choices that images share stay within a minibatch.
+    generated and real images; statistics and random choices that images share stay within a minibatch. `weights`:
+    cache of effective weights; None: layers compute them at every call.
     """
 
     reduced: torch.dtype | None = None
@@ -38,6 +42,7 @@ class Execution:
     recompute: bool = False
     random_noise: bool = False
     minibatches: int = 1
+    weights: WeightCache | None = None
 
 
 current = Execution()

@@ -15,6 +15,7 @@ from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upfirdn2d
 from training.networks import execution
 from training.networks.convolution import conv2d
+from training.networks.weights import effective
 
 # Restricted to activations with act(g x) = g act(x) for g > 0, because the layers fold output gains into the weights.
 Activation = Literal["linear", "lrelu"]
@@ -118,7 +119,7 @@ def demodulated_linear(
     weight = limit_rows(weight, x.dtype)
     scale = demodulation(weight, style) if gain is None else demodulation(weight, style) * gain
     scale = scale.unsqueeze(1).to(x.dtype)  # (B, 1, out)
-    y = F.linear(x, weight.to(x.dtype))
+    y = F.linear(x, effective(weight, x.dtype))
     return y * scale if plus is None else torch.addcmul(plus, y, scale)
 
 
@@ -182,7 +183,8 @@ class FullyConnected(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Scale x instead of W, because x has fewer elements in every use.
-        return bias_act(F.linear(x * self.weight_gain, self.weight), self.bias * self.bias_gain, act=self.activation)
+        bias = effective(self.bias, self.bias.dtype, self.bias_gain)
+        return bias_act(F.linear(x * self.weight_gain, self.weight), bias, act=self.activation)
 
 
 class Conv2d(nn.Module):
@@ -223,8 +225,8 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Apply the gain to weight and bias, which have far fewer elements than the output.
-        weight = (self.weight * self.weight_gain).to(x.dtype)
-        bias = None if self.bias is None else self.bias * self.gain
+        weight = effective(self.weight, x.dtype, self.weight_gain)
+        bias = None if self.bias is None else effective(self.bias, self.bias.dtype, self.gain)
         if self.down == 1:
             x = conv2d(x, weight, padding=self.padding)
         elif self.padding == 0:

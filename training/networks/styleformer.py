@@ -32,6 +32,7 @@ from training.networks.layers import (
 )
 from training.networks.styleformer_ablations import AblatedEncoderBlock, is_ablated
 from training.networks.styleformer_block import EncoderBlock
+from training.networks.weights import effective
 
 # Default hidden sizes and numbers of blocks per resolution, keyed by the number of resolutions.
 DEFAULT_WIDTHS: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -204,7 +205,7 @@ class StyleformerStage(nn.Module):
     def forward(self, x: Tensor, rgb: Tensor | None, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor]:
         """Map x (B, N, C), rgb at half this resolution (or None) and ws (B, num_blocks + 1, w_dim) to new x and rgb."""
         x = execution.cast(x, self.grid)
-        x = x + self.pos_embedding.to(x.dtype)
+        x = x + effective(self.pos_embedding, x.dtype)
         for block, w in zip(self.blocks, ws.unbind(dim=1), strict=False):
             x = execution.run_block(block, x, w, noise_mode)
 

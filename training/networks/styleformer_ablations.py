@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from training.networks.layers import FullyConnected, demodulated_linear, limit_rows, uniform_weight
 from training.networks.styleformer_block import EncoderBlock
+from training.networks.weights import effective
 
 if TYPE_CHECKING:
     from training.networks.styleformer import StyleformerConfig
@@ -30,7 +31,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, N, C) to (B, N, C), in the dtype of x."""
-        weight1, bias1, weight2, bias2 = (p.to(x.dtype) for p in (self.weight1, self.bias1, self.weight2, self.bias2))
+        weight1, bias1, weight2, bias2 = (
+            effective(p, x.dtype) for p in (self.weight1, self.bias1, self.weight2, self.bias2)
+        )
         hidden = F.gelu(F.linear(F.layer_norm(x, x.shape[2:]), weight1, bias1))  # (B, N, 4C)
         return x + F.linear(hidden, weight2, bias2)
 

@@ -26,6 +26,7 @@ from training.networks.layers import Conv2d, resample_filter, to_map, to_tokens
 from training.networks.mapping import LabelMapping
 from training.networks.stylegan2 import channels_on_grid, check_channel_base
 from training.networks.stylegan2_discriminator import DiscriminatorEpilogue
+from training.networks.weights import effective
 
 CHANNEL_BASE = 4096  # default for channel_base=0
 FINEST_GRID = 64  # target for patch=0: maximum number of tokens along the longer side
@@ -153,9 +154,9 @@ class DiscriminatorEncoderBlock(nn.Module):
         """Map x (B, N, C) to (B, N, C_out), in the dtype of the grid (`execution.cast`)."""
         x = execution.cast(x, self.grid)
         if self.pos_embedding is not None:
-            x = x + self.pos_embedding.to(x.dtype)
+            x = x + effective(self.pos_embedding, x.dtype)
         qkv_weight, out_weight, residual_weight = (
-            (weight * self.weight_gain).to(x.dtype)
+            effective(weight, x.dtype, self.weight_gain)
             for weight in (self.qkv_weight, self.out_weight, self.residual_weight)
         )
         q, k, v = F.linear(F.layer_norm(x, x.shape[2:]), qkv_weight).chunk(3, dim=2)  # each (B, N, C)

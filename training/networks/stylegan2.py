@@ -30,6 +30,7 @@ from training.networks.layers import (
     resample_filter,
     scaled_noise,
 )
+from training.networks.weights import effective
 
 Architecture = Literal["orig", "skip", "resnet"]
 
@@ -116,7 +117,7 @@ def modulated_conv2d(
     if x.dtype == torch.float16:
         weight = limit_rows(weight.flatten(1), x.dtype).view_as(weight) / math.sqrt(weight[0].numel())
     gain = (style.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()  # (B, O)
-    y = _convolve(x * style[:, :, None, None].to(x.dtype), weight.to(x.dtype), up_filter)
+    y = _convolve(x * style[:, :, None, None].to(x.dtype), effective(weight, x.dtype), up_filter)
     return torch.addcmul(noise, y, gain[:, :, None, None].to(x.dtype))
 
 
@@ -202,7 +203,7 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A pointwise convolution commutes with upsampling, so convolve at the lower resolution.
-        return upsample2d(conv2d(x, (self.weight * self.weight_gain).to(x.dtype)), self.up_filter)
+        return upsample2d(conv2d(x, effective(self.weight, x.dtype, self.weight_gain)), self.up_filter)
 
 
 class StyleGAN2Stage(nn.Module):

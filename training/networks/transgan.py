@@ -25,6 +25,7 @@ from training.networks.generator import (
 from training.networks.layers import Resampling, to_map, to_tokens
 from training.networks.mapping import LatentMapping, StyleMapping
 from training.networks.vit import Block, BlockConfig, Linear, position_embedding
+from training.networks.weights import effective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +199,7 @@ class TransGANStage(nn.Module):
         """Map x (B, N/4, C or 4C), or (B, N, C) in the first stage, to (B, N, C)."""
         x = execution.cast(self.upsampling(x), self.grid)
         if self.position is not None:
-            x = x + self.position.to(x.dtype)
+            x = x + effective(self.position, x.dtype)
         for block in self.blocks:
             x = execution.run_block(block, x, latents, noise_mode)
         return x

@@ -19,6 +19,7 @@ from training.networks.generator import Grid, NoiseMode
 from training.networks.grid_attention import CellAttention
 from training.networks.layers import to_map, to_tokens
 from training.networks.vit import Block, BlockConfig, Linear, Norm, position_embedding
+from training.networks.weights import effective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ class PatchConv(nn.Conv2d):
 
     def forward(self, img: Tensor) -> Tensor:
         assert self.bias is not None
-        weight, bias = self.weight.to(img.dtype), self.bias.to(img.dtype)
+        weight, bias = effective(self.weight, img.dtype), effective(self.bias, img.dtype)
         return to_tokens(conv2d(img, weight, bias, stride=self.patch, padding=self.margin))
 
 
@@ -146,7 +147,7 @@ class Embedding(nn.Module):
         if self.conv is not None:
             parts.append(self.conv(execution.cast(img, self.grid)))
         x = torch.cat([execution.cast(part, self.grid) for part in parts], dim=2)
-        return x if self.position is None else x + self.position.to(x.dtype)
+        return x if self.position is None else x + effective(self.position, x.dtype)
 
 
 class TransGANDiscriminator(Discriminator):

@@ -16,6 +16,7 @@ from training.networks.attention import Attention, attend, split_heads
 from training.networks.generator import Grid, NoiseMode
 from training.networks.grid_attention import AttentionType, AxisAttention, CellAttention, NystromAttention
 from training.networks.layers import scaled_noise
+from training.networks.weights import effective
 
 Norm = Literal["token", "layer"]
 Position = Literal["absolute", "relative", "both"]
@@ -93,8 +94,8 @@ class Linear(nn.Linear):
     """Linear layer with parameters cast to the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        bias = None if self.bias is None else effective(self.bias, x.dtype)
+        return F.linear(x, effective(self.weight, x.dtype), bias)
 
 
 class TokenNorm(nn.Module):
@@ -112,7 +113,9 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        y: Tensor = F.layer_norm(
+            x, self.normalized_shape, effective(self.weight, x.dtype), effective(self.bias, x.dtype), self.eps
+        )
         return y
 
 
