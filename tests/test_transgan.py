@@ -306,7 +306,7 @@ def test_noise_is_drawn_in_every_phase_of_training(shapes_zip: Path, part: str) 
     for phase in trainer.phases:
         counts.clear()
         trainer.run_phase(phase, img, c)
-        calls = {"G_main": 1, "D_main": 3 if part == "discriminator" else 1}[phase.name]  # reals, fakes, interpolates
+        calls = {"G_main": 1, "D_main": 2 if part == "discriminator" else 1}[phase.name]  # images, interpolates
         assert len(counts) == 2 * calls * len(noises) > 0  # two micro-batches
     assert all(noise.strength.item() != 0 for noise in noises)
 
