@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,14 +40,16 @@ def test_the_grid_of_a_style_matches_its_first_layer(family: str) -> None:
     sizes: dict[int, int] = {}  # style -> number of tokens or pixels in the first layer that reads the style
     ws = torch.arange(config.num_ws).float()[None, :, None].expand(1, -1, config.w_dim)
 
-    def record_size(module: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        size = out.shape[1] if out.ndim == 3 else out.shape[2] * out.shape[3]
-        sizes.setdefault(int(args[1][0, 0]), size)
-
+    outputs: dict[Any, torch.Tensor] = {}  # of the modulated layers
+    read: dict[Any, int] = {}  # affine layer -> style
     for module in model.G.synthesis.modules():
         if type(module).__name__ in ("EncoderBlock", "ModulatedConv"):
-            module.register_forward_hook(record_size)
+            module.register_forward_hook(lambda module, args, out: outputs.update({module: out}))
+            module.affine.register_forward_hook(lambda module, args, out: read.update({module: int(args[0][0, 0])}))
     model.G.synthesis(ws)
+    for module, out in outputs.items():
+        size = out.shape[1] if out.ndim == 3 else out.shape[2] * out.shape[3]
+        sizes.setdefault(read[module.affine], size)
     assert sizes == {index: h * w for index, (h, w) in enumerate(config.style_grids[:-1])}
     assert config.style_grids[-1] == config.img_size
 

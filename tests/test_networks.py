@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from reference_layers import build, close, inputs, randomize, ref_fc, ref_mapping, state_of
-from reference_styleformer import ref_demodulated, ref_encoder_block, ref_styleformer, ref_torgb_tokens
+from reference_styleformer import ref_encoder_block, ref_styleformer, ref_torgb_tokens
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dnnlib.config import ConfigError
@@ -21,16 +22,17 @@ from training.networks.generator import base_grids
 from training.networks.layers import (
     Conv2d,
     FullyConnected,
-    demodulated_linear,
     normalize_2nd_moment,
     scaled_noise,
+    scaled_noises,
     to_map,
     to_tokens,
 )
 from training.networks.mapping import MappingNetwork
+from training.networks.modulation import demodulations, read_styles
 from training.networks.styleformer import StyleformerConfig, StyleformerToRGB
 from training.networks.styleformer_ablations import AblatedEncoderBlock
-from training.networks.styleformer_block import EncoderBlock
+from training.networks.styleformer_block import EncoderBlock, modulate_blocks
 
 TINY = StyleformerConfig(
     z_dim=5, w_dim=6, mapping_layers=2, img_channels=2, base=(2, 3), widths=(12, 8, 4), layers=(1, 2, 1), depth=4
@@ -141,25 +143,63 @@ def test_only_ablations_use_the_ablated_block(name: str) -> None:
     assert types == {AblatedEncoderBlock if name in ablations else EncoderBlock}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "error"),
-    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.005)],
-    ids=str,
-)
-def test_demodulated_linear_equals_the_reference(dtype: torch.dtype, error: float) -> None:
-    """Weights of 1e5 overflow float16 unless their scale is removed first."""
+def run_block(block: EncoderBlock, x: Tensor, w: Tensor, noise_mode: Any) -> Tensor:
+    """Map tokens x (B, N, C) and w (B, w_dim) to the output of one block."""
+    (modulation,) = modulate_blocks([block], {block.affine: block.affine(w)}, noise_mode)
+    out: Tensor = block(x, modulation)
+    return out
+
+
+def test_demodulation_coefficients_equal_the_reference() -> None:
+    """Maps of three shapes in mixed order; each has its own weight and style."""
     torch.manual_seed(0)
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    x, plus = torch.randn(3, 5, 8, dtype=exact).to(dtype), torch.randn(3, 5, 1, dtype=exact).to(dtype)
-    weight, style, gain = (torch.randn(*shape, dtype=exact) for shape in ((7, 8), (3, 8), (3, 7)))
-    weight = weight * 1e5 if dtype == torch.float16 else weight
-    expected = ref_demodulated(*(tensor.double().numpy() for tensor in (x, weight, style)))
-    for factor, term in ((None, None), (gain, None), (None, plus), (gain, plus)):
-        actual = demodulated_linear(x, weight, style, gain=factor, plus=term)
-        assert actual.dtype == dtype
-        scaled = expected if factor is None else expected * factor.double().numpy()[:, None]
-        shifted = scaled if term is None else scaled + term.double().numpy()
-        np.testing.assert_allclose(actual.double().numpy(), shifted, rtol=0, atol=error)
+    shapes = [(7, 8), (5, 4), (7, 8), (7, 4), (5, 4)]
+    pairs = [(torch.randn(shape).double(), torch.randn(3, shape[1]).double()) for shape in shapes]
+    for (weight, style), d in zip(pairs, demodulations(pairs), strict=True):
+        modulated = weight.numpy() * style.numpy()[:, None]  # (3, out, in)
+        close(d, 1 / np.sqrt((modulated**2).sum(axis=2) + 1e-8))
+
+
+def test_one_product_computes_all_styles_of_one_w() -> None:
+    """Styles that are expanded from one w share a product; others are computed layer by layer."""
+    G = build(TINY).synthesis
+    w = torch.randn(2, 1, TINY.w_dim, dtype=torch.float64)
+    readers, calls = G.style_readers(), []
+    for affine, _ in readers:
+        affine.register_forward_hook(lambda *args: calls.append(args[0]))
+    together = read_styles(readers, w.expand(-1, TINY.num_ws, -1))
+    assert calls == []
+    apart = read_styles(readers, w.repeat(1, TINY.num_ws, 1))
+    assert calls == [affine for affine, _ in readers] == [*together] == [*apart]
+    for affine, _ in readers:
+        torch.testing.assert_close(together[affine], apart[affine], rtol=1e-12, atol=1e-12)
+
+
+def test_noise_of_several_layers_is_one_draw() -> None:
+    consts, strengths = [torch.randn(n, 1) for n in (2, 5)], [torch.tensor(0.5), torch.tensor(-2.0)]
+    torch.manual_seed(1)
+    first, second = scaled_noises(consts, strengths, "random", 3, torch.float32)
+    torch.manual_seed(1)
+    noise = torch.randn(3, 7, 1)
+    assert torch.equal(first, noise[:, :2] / 2)
+    assert torch.equal(second, noise[:, 2:] * -2)
+    fixed = scaled_noises(consts, strengths, "const", 3, torch.float32)
+    assert all(torch.equal(x, c[None] * s) for x, c, s in zip(fixed, consts, strengths, strict=True))
+
+
+def test_float16_weights_of_any_scale_do_not_overflow() -> None:
+    """Weights of 1e5 overflow float16 unless their scale is removed first; demodulation cancels it."""
+    torch.manual_seed(0)
+    block = EncoderBlock(TINY, (2, 3), 8, 12)
+    x, w = torch.randn(3, 6, 8), torch.randn(3, 6)
+    with torch.no_grad():
+        for weight in block.demodulated_weights():
+            weight *= 1e5
+        expected = run_block(block, x, w, "none")
+        with execution.using(reduced=torch.float16):
+            actual = run_block(block, x.half(), w, "none")
+    assert actual.dtype == torch.float16
+    torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.02)
 
 
 def test_noise_maps_may_be_shared_or_per_image() -> None:
@@ -179,7 +219,7 @@ def test_random_noise_has_one_value_per_image_and_token() -> None:
     randomize(block)
     x, w = torch.randn(4, 6, 8, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
     torch.manual_seed(5)
-    actual = block(x, w, "random")
+    actual = run_block(block, x, w, "random")
     torch.manual_seed(5)
     noise = torch.randn(4, 6, 1, dtype=torch.float64).numpy()
     close(actual, ref_encoder_block(x.numpy(), w.numpy(), state_of(block), 2, TINY.conv_clamp, noise))
@@ -223,7 +263,9 @@ def test_torgb_equals_the_reference() -> None:
     torgb = StyleformerToRGB(8, 3, 6).double()
     randomize(torgb)
     x, w = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
-    close(torgb(x, w), ref_torgb_tokens(x.numpy(), w.numpy(), state_of(torgb)))
+    style = torgb.affine(w)
+    actual = torgb(x, style, *demodulations([(torgb.weight, style)]))
+    close(actual, ref_torgb_tokens(x.numpy(), w.numpy(), state_of(torgb)))
 
 
 @pytest.mark.parametrize("activation", ["linear", "lrelu"])
@@ -270,7 +312,7 @@ def test_second_derivatives_of_a_block_are_correct(name: str) -> None:
     x = torch.randn(1, 6, 4, dtype=torch.float64, requires_grad=True)
     w = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
     with sdpa_kernel(SDPBackend.MATH):
-        assert torch.autograd.gradgradcheck(lambda x, w: block(x, w, "const"), (x, w))
+        assert torch.autograd.gradgradcheck(lambda x, w: run_block(block, x, w, "const"), (x, w))
 
 
 @pytest.mark.parametrize("name", ["ffn", "norm after", "no style in attention", "no residual"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from reference_stylegan2 import ref_modulated_layer, ref_torgb, ref_upsample
 from torch import Tensor
 
 from dnnlib.config import ConfigError
+from training.networks.modulation import read_styles
 from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer_block import EncoderBlock
 from training.networks.styleformer_c import StyleformerCConfig
@@ -78,7 +80,9 @@ def test_encoder_blocks_and_convolutions_read_separate_styles() -> None:
     read: dict[type, list[Tensor]] = {EncoderBlock: [], ModulatedConv: []}
     for module in G.modules():
         if type(module) in read:
-            module.register_forward_hook(lambda module, args, out: read[type(module)].append(args[1]))
+            module.affine.register_forward_hook(
+                partial(lambda found, _, args, out: found.append(args[0]), read[type(module)])
+            )
     G.synthesis(ws)
     assert [len(found) for found in read.values()] == [3, 4]
     assert all(torch.equal(w, layout[0]) for w in read[EncoderBlock])
@@ -88,7 +92,7 @@ def test_encoder_blocks_and_convolutions_read_separate_styles() -> None:
 def test_convolution_styles_do_not_change_the_encoder_tokens() -> None:
     G, T = build(TINY), TINY.num_layout_ws
     ws = torch.randn(2, TINY.num_ws, TINY.w_dim, dtype=torch.float64, requires_grad=True)
-    tokens, _ = G.synthesis.encode(ws, "const")
+    tokens, _ = G.synthesis.encode(read_styles(G.synthesis.style_readers(), ws), "const")
     (gradient,) = torch.autograd.grad(tokens.square().sum(), ws)
     assert not gradient[:, T:].any()
     assert gradient[:, :T].abs().sum(dim=2).all()

@@ -80,7 +80,7 @@ def test_random_noise_has_one_value_per_image_and_pixel(up: Any) -> None:
     randomize(layer)
     x, w = torch.randn(2, 4, 4, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     torch.manual_seed(5)
-    actual = layer(x, w, "random")
+    actual = layer(x, layer.affine(w), "random")
     torch.manual_seed(5)
     noise = torch.randn(2, 1, 4 * up, 6 * up, dtype=torch.float64).numpy()
     close(actual, ref_modulated_layer(x.numpy(), w.numpy(), state_of(layer), up, None, noise))
@@ -134,7 +134,7 @@ def test_torgb_equals_the_reference() -> None:
     torgb = StyleGAN2ToRGB(config, 8).double()
     randomize(torgb)
     x, w = torch.randn(2, 8, 3, 5, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
-    close(torgb(x, w), ref_torgb(x.numpy(), w.numpy(), state_of(torgb), 0.5))
+    close(torgb(x, torgb.affine(w)), ref_torgb(x.numpy(), w.numpy(), state_of(torgb), 0.5))
 
 
 def test_initial_weights_have_the_specified_scale() -> None:

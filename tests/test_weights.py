@@ -24,6 +24,10 @@ def requested(weights: list[nn.Parameter]) -> list[Tensor]:
     return [effective(a, BF16, 0.3), effective(b, torch.float32, 1.7), effective(c, BF16), effective(c, torch.float32)]
 
 
+def total(weights: list[Tensor], factors: list[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum().float() for x, y in zip(weights, factors, strict=True)]).sum()
+
+
 def test_effective_weights_are_scaled_and_cast() -> None:
     a, b, c = parameters()
     assert torch.equal(effective(a, BF16, 0.3), (a * 0.3).to(BF16))
@@ -49,7 +53,7 @@ def test_the_cache_changes_neither_weights_nor_gradients(is_first: bool) -> None
         found = requested(weights)
         assert requested(weights)[0] is found[0]
         assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
-        gradients = torch.autograd.grad(sum((x * y).sum() for x, y in zip(found, factors, strict=True)), weights)
+        gradients = torch.autograd.grad(total(found, factors), weights)
     for x, y in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(x, y)
     assert cache.ready == {}

@@ -73,16 +73,24 @@ def using(execution: Execution | None = None, **changes: Any) -> Iterator[None]:
         current = before
 
 
+def dtype_on(grid: tuple[int, int], exact: torch.dtype) -> torch.dtype:
+    """Return the dtype of activations on a grid (height, width); `exact` is the dtype in full precision."""
+    return current.reduced if current.reduced is not None and max(grid) >= current.min_grid else exact
+
+
 def cast(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Cast activations x to the dtype of the current settings for a grid (height, width)."""
-    if current.reduced is not None and max(grid) >= current.min_grid:
-        return x.to(current.reduced)
-    return full_precision(x)
+    return x.to(dtype_on(grid, full_precision_of(x.dtype)))
+
+
+def full_precision_of(dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for float16 and bfloat16, else `dtype`."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def full_precision(x: Tensor) -> Tensor:
     """Cast x to float32 if it is float16 or bfloat16."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(full_precision_of(x.dtype))
 
 
 def run_block(block: Callable[..., Any], *args: Any) -> Any:

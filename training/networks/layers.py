@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -92,37 +93,6 @@ def uniform_weight(out_features: int, in_features: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
 
 
-def modulate(x: Tensor, style: Tensor) -> Tensor:
-    """Scale the channels of x (B, N, C) by the style (B, C) of each image, in float32 if x is float16."""
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # the product may exceed float16's maximum, 65,504
-    return x * style.unsqueeze(1).to(dtype)
-
-
-def demodulation(weight: Tensor, style: Tensor) -> Tensor:
-    """Demodulation coefficients d (B, out) of a linear map W (out, in) that is modulated by styles s (B, in).
-
-        d_bj = (sum_i (W_ji s_bi)^2 + 1e-8)^(-1/2)        StyleGAN2, equation 3
-
-    Multiplying the outputs by d is equivalent to demodulating the weights per image. d is at most 1e4.
-    """
-    return (style.square() @ weight.square().t() + 1e-8).rsqrt()
-
-
-def demodulated_linear(
-    x: Tensor, weight: Tensor, style: Tensor, *, gain: Tensor | None = None, plus: Tensor | None = None
-) -> Tensor:
-    """Compute gain d (x W^T) + plus, a demodulated linear map, for an input x that is already modulated by `style`.
-
-    x (B, N, in), weight (out, in), style (B, in), gain (B, out) -> (B, N, out) in the dtype of x. The `demodulation` d
-    and the product of d and `gain` are computed in the dtype of `style`. `plus` must broadcast to the output.
-    """
-    weight = limit_rows(weight, x.dtype)
-    scale = demodulation(weight, style) if gain is None else demodulation(weight, style) * gain
-    scale = scale.unsqueeze(1).to(x.dtype)  # (B, 1, out)
-    y = F.linear(x, effective(weight, x.dtype))
-    return y * scale if plus is None else torch.addcmul(plus, y, scale)
-
-
 def limit_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Normalize each row of x (rows, C) to a largest absolute value of 1 if `dtype` is float16; return x otherwise.
 
@@ -145,6 +115,18 @@ def scaled_noise(const: Tensor, strength: Tensor, mode: NoiseMode, batch: int) -
     if mode == "random":
         noise = torch.randn(batch, *noise.shape[1:], dtype=noise.dtype, device=noise.device)
     return noise * strength
+
+
+def scaled_noises(
+    consts: Sequence[Tensor], strengths: Sequence[Tensor], mode: NoiseMode, batch: int, dtype: torch.dtype
+) -> Sequence[Tensor]:
+    """Return `scaled_noise` of several layers for constants (h_i, w), cast to `dtype`; one draw for all layers."""
+    if mode != "random":
+        return [scaled_noise(*layer, mode, batch).to(dtype) for layer in zip(consts, strengths, strict=True)]
+    sizes = [const.shape[-2] for const in consts]
+    noise = torch.randn(batch, sum(sizes), consts[0].shape[-1], dtype=consts[0].dtype, device=consts[0].device)
+    strength = torch.cat([x.expand(size) for x, size in zip(strengths, sizes, strict=True)])
+    return (noise * strength[:, None]).to(dtype).split(sizes, dim=1)
 
 
 def to_tokens(x: Tensor) -> Tensor:

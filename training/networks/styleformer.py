@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -24,14 +24,14 @@ from training.networks.generator import (
 from training.networks.layers import (
     FullyConnected,
     Resampling,
-    demodulation,
     resample_filter,
     to_map,
     to_tokens,
     uniform_weight,
 )
+from training.networks.modulation import Reader, demodulations, read_styles
 from training.networks.styleformer_ablations import AblatedEncoderBlock, is_ablated
-from training.networks.styleformer_block import EncoderBlock
+from training.networks.styleformer_block import EncoderBlock, Modulation, modulate_blocks
 from training.networks.weights import effective
 
 # Default hidden sizes and numbers of blocks per resolution, keyed by the number of resolutions.
@@ -159,13 +159,11 @@ class StyleformerToRGB(nn.Module):
         self.weight = uniform_weight(img_channels, in_features)
         self.bias = nn.Parameter(torch.zeros(img_channels))
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        """Map x (B, N, C) and w (B, w_dim) to (B, N, img_channels), always in float32."""
-        x = execution.full_precision(x)
+    def forward(self, x: Tensor, style: Tensor, d: Tensor) -> Tensor:
+        """Map x (B, N, C) to (B, N, img_channels), always in float32, for s (B, C) and its demodulation d (B, out)."""
         # Modulate the weights: with few output channels, per-image weights are far smaller than a modulated copy of x.
-        style = self.affine(w)  # (B, C)
-        weight = self.weight * style.unsqueeze(1) * demodulation(self.weight, style).unsqueeze(2)
-        return torch.baddbmm(self.bias, x, weight.transpose(1, 2))
+        weight = self.weight * style.unsqueeze(1) * d.unsqueeze(2)
+        return torch.baddbmm(self.bias, execution.full_precision(x), weight.transpose(1, 2))
 
 
 class Upsampling(Resampling):
@@ -202,14 +200,19 @@ class StyleformerStage(nn.Module):
         self.register_buffer("resample_filter", resample_filter(), persistent=False)
         self.upsampling: nn.Module = nn.Identity() if is_last else Upsampling(self.grid)
 
-    def forward(self, x: Tensor, rgb: Tensor | None, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor]:
-        """Map x (B, N, C), rgb at half this resolution (or None) and ws (B, num_blocks + 1, w_dim) to new x and rgb."""
+    def forward(
+        self, x: Tensor, rgb: Tensor | None, modulations: Sequence[Modulation], style: Tensor, d: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Map x (B or 1, N, C) and rgb at half this resolution (or None) to new x and rgb.
+
+        `modulations` are those of the blocks, `style` and `d` the style of ToRGB and its demodulation.
+        """
         x = execution.cast(x, self.grid)
         x = x + effective(self.pos_embedding, x.dtype)
-        for block, w in zip(self.blocks, ws.unbind(dim=1), strict=False):
-            x = execution.run_block(block, x, w, noise_mode)
+        for block, modulation in zip(self.blocks, modulations, strict=True):
+            x = execution.run_block(block, x, modulation)
 
-        y = to_map(self.torgb(x, ws[:, -1]), self.grid)  # (B, img_channels, H, W)
+        y = to_map(self.torgb(x, style, d), self.grid)  # (B, img_channels, H, W)
         rgb = y if rgb is None else upsample2d(rgb, self.resample_filter) + y
         return self.upsampling(x), rgb  # x (B, 4N, C_out), or (B, N, C_out) in the last stage
 
@@ -224,21 +227,32 @@ class StyleformerSynthesis(Synthesis):
         super().__init__(config)
         self.layers = config.layers
         self.const = nn.Parameter(torch.randn(math.prod(config.base), config.widths[0]))
-        self.stages = nn.ModuleList(StyleformerStage(config, index) for index in range(len(config.widths)))
+        self.stages: Any = nn.ModuleList(StyleformerStage(config, index) for index in range(len(config.widths)))
 
     def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
-        return self.encode(ws, noise_mode)[1]
+        return self.encode(read_styles(self.style_readers(), ws), noise_mode)[1]
 
-    def encode(self, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor]:
+    def encode(self, styles: Mapping[FullyConnected, Tensor], noise_mode: NoiseMode) -> tuple[Tensor, Tensor]:
         """Return the tokens (B, N, C) after the last encoder block and the accumulated RGB image."""
-        x = self.const.expand(len(ws), -1, -1)  # (B, N, C)
-        rgb = None
-        first = 0
-        for stage, num_blocks in zip(self.stages, self.layers, strict=True):
-            x, rgb = stage(x, rgb, ws[:, first : first + num_blocks + 1], noise_mode)
-            first += num_blocks
+        modulations = modulate_blocks([block for stage in self.stages for block in stage.blocks], styles, noise_mode)
+        torgb_styles = [styles[stage.torgb.affine] for stage in self.stages]
+        d = demodulations([(stage.torgb.weight, s) for stage, s in zip(self.stages, torgb_styles, strict=True)])
+        x, rgb = self.const.unsqueeze(0), None  # (1, N, C)
+        for i, stage in enumerate(self.stages):
+            first = sum(self.layers[:i])
+            x, rgb = stage(x, rgb, modulations[first : first + self.layers[i]], torgb_styles[i], d[i])
         assert rgb is not None
         return x, rgb
+
+    def style_readers(self) -> list[Reader]:
+        """Return the affine layers with the indices of their styles."""
+        readers: list[Reader] = []
+        first = 0
+        for stage in self.stages:
+            readers += [(block.affine, first + i) for i, block in enumerate(stage.blocks)]
+            first += len(stage.blocks)
+            readers.append((stage.torgb.affine, first))
+        return readers
 
 
 class StyleformerGenerator(Generator):

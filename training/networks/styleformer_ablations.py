@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.networks.layers import FullyConnected, demodulated_linear, limit_rows, uniform_weight
-from training.networks.styleformer_block import EncoderBlock
+from training.networks.layers import FullyConnected, uniform_weight
+from training.networks.styleformer_block import EncoderBlock, Modulation
 from training.networks.weights import effective
 
 if TYPE_CHECKING:
@@ -60,19 +60,19 @@ class AblatedEncoderBlock(EncoderBlock):
             self.residual_weight = uniform_weight(out_width, width)
         self.ffn = FeedForward(out_width) if config.ffn else None
 
-    def styles(self, w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if self.style_attention:
-            return super().styles(w, dtype)
-        s2 = self.affine(w)  # (B, C)
-        return torch.ones_like(s2), limit_rows(s2, dtype)
+    def demodulated_weights(self) -> list[Tensor]:
+        return super().demodulated_weights() if self.has_residual else [self.qkv_weight, self.out_weight]
+
+    def styles(self, style: Tensor) -> tuple[Tensor, Tensor]:
+        return super().styles(style) if self.style_attention else (torch.ones_like(style), style)
 
     def normalize(self, x: Tensor) -> Tensor:
         return x if self.norm_after else super().normalize(x)
 
-    def output(self, attended: Tensor, v: Tensor, s2: Tensor, noise: Tensor) -> Tensor:
-        y = demodulated_linear(attended, self.out_weight, s2)
-        if self.has_residual:
-            y = demodulated_linear(v, self.residual_weight, s2, plus=y)
+    def output(self, attended: Tensor, v: Tensor, modulation: Modulation) -> Tensor:
+        y = self.project(attended, self.out_weight) * modulation.out.to(v.dtype)
+        if modulation.residual is not None:
+            y = torch.addcmul(y, self.project(v, self.residual_weight), modulation.residual.to(v.dtype))
         if self.norm_after:
             y = F.layer_norm(y, y.shape[2:])
-        return (y if self.ffn is None else self.ffn(y)) + noise
+        return (y if self.ffn is None else self.ffn(y)) + modulation.noise

@@ -17,6 +17,7 @@ from training.networks.generator import (
     doubled_grids,
 )
 from training.networks.layers import to_map
+from training.networks.modulation import Reader, read_styles
 from training.networks.styleformer import StyleformerConfig, StyleformerSynthesis
 from training.networks.stylegan2 import StyleGAN2Stage, channels_on_grid, check_channel_base, default_channel_base
 
@@ -140,18 +141,24 @@ class StyleformerCSynthesis(StyleformerSynthesis):
         self.num_layout_ws = config.num_layout_ws
         self.handover = config.grids[-1]
         channels = [config.widths[-1], *(channels_on_grid(config, grid) for grid in config.conv_grids)]
-        self.conv_stages = nn.ModuleList(
+        self.conv_stages: Any = nn.ModuleList(
             StyleGAN2Stage(config, before, after, grid)
             for before, after, grid in zip(channels[:-1], channels[1:], config.conv_grids, strict=True)
         )
 
     def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
-        x, rgb = self.encode(ws, noise_mode)  # (B, N, C)
+        styles = read_styles(self.style_readers(), ws)
+        x, rgb = self.encode(styles, noise_mode)  # (B, N, C)
         x = to_map(x, self.handover)  # (B, C, h, w)
-        for level, stage in enumerate(self.conv_stages):
-            first = self.num_layout_ws + 2 * level
-            x, rgb = stage(x, rgb, ws[:, first : first + 3], noise_mode)
+        for stage in self.conv_stages:
+            x, rgb = stage(x, rgb, styles, noise_mode)
         return rgb
+
+    def style_readers(self) -> list[Reader]:
+        readers = super().style_readers()
+        for level, stage in enumerate(self.conv_stages):
+            readers += stage.style_readers(self.num_layout_ws + 2 * level)
+        return readers
 
 
 class StyleformerCGenerator(Generator):

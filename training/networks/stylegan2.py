@@ -30,6 +30,7 @@ from training.networks.layers import (
     resample_filter,
     scaled_noise,
 )
+from training.networks.modulation import Reader, read_styles
 from training.networks.weights import effective
 
 Architecture = Literal["orig", "skip", "resnet"]
@@ -160,11 +161,11 @@ class ModulatedConv(nn.Module):
         self.register_buffer("noise_const", torch.randn(*grid))
         self.register_buffer("up_filter", resample_filter(), persistent=False)
 
-    def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
-        """Map x (B, C, H, W) and w (B, w_dim) to (B, C_out, up H, up W), in the dtype of x."""
+    def forward(self, x: Tensor, style: Tensor, noise_mode: NoiseMode) -> Tensor:
+        """Map x (B, C, H, W) and its style (B, C) to (B, C_out, up H, up W), in the dtype of x."""
         noise = scaled_noise(self.noise_const, self.noise_strength, noise_mode, len(x)).unsqueeze(1).to(x.dtype)
         up_filter = self.up_filter if self.up == 2 else None
-        x = modulated_conv2d(x, self.weight, self.affine(w), noise, up_filter=up_filter)
+        x = modulated_conv2d(x, self.weight, style, noise, up_filter=up_filter)
         return bias_act(x, self.bias, act="lrelu", gain=self.gain, clamp=self.clamp)
 
 
@@ -181,11 +182,11 @@ class StyleGAN2ToRGB(nn.Module):
         self.weight = nn.Parameter(torch.randn(config.img_channels, channels))
         self.bias = nn.Parameter(torch.zeros(config.img_channels))
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        """Map x (B, C, H, W) and w (B, w_dim) to (B, img_channels, H, W), always in float32."""
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        """Map x (B, C, H, W) and the output (B, C) of the affine layer to (B, img_channels, H, W), in float32."""
         x = execution.full_precision(x)
         # Modulate the weights: with few output channels, per-image weights are far smaller than a modulated copy of x.
-        weight = self.weight * (self.affine(w) / math.sqrt(x.shape[1])).unsqueeze(1)  # (B, img_channels, C)
+        weight = self.weight * (style / math.sqrt(x.shape[1])).unsqueeze(1)  # (B, img_channels, C)
         y = (weight @ x.flatten(2)).unflatten(2, x.shape[2:])
         return bias_act(y, self.bias, clamp=self.clamp)
 
@@ -236,22 +237,29 @@ class StyleGAN2Stage(nn.Module):
                 self.shortcut = Shortcut(in_channels, channels)
                 gain = math.sqrt(0.5)  # on both branches, which preserves the variance of their sum
         layers.append(ModulatedConv(config, channels, channels, grid, gain=gain))
-        self.convs = nn.ModuleList(layers)
+        self.convs: Any = nn.ModuleList(layers)
         self.torgb = StyleGAN2ToRGB(config, channels) if has_torgb else None
         self.register_buffer("resample_filter", resample_filter(), persistent=False)
 
-    def forward(self, x: Tensor, rgb: Tensor | None, ws: Tensor, noise_mode: NoiseMode) -> tuple[Tensor, Tensor | None]:
-        """Map x and rgb (or None) at half this resolution and ws (B, num_convs + 1, w_dim) to new x and rgb."""
-        x = execution.run_block(self._features, execution.cast(x, self.grid), ws, noise_mode)  # (B, C, H, W)
+    def style_readers(self, first: int) -> list[Reader]:
+        """Return the affine layers with the indices of their styles, of which `first` is the first."""
+        layers: list[Any] = [*self.convs, *([] if self.torgb is None else [self.torgb])]
+        return [(layer.affine, first + i) for i, layer in enumerate(layers)]
+
+    def forward(
+        self, x: Tensor, rgb: Tensor | None, styles: Mapping[FullyConnected, Tensor], noise_mode: NoiseMode
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map x and rgb (or None) at half this resolution to new x and rgb; `styles` as from `read_styles`."""
+        x = execution.run_block(self._features, execution.cast(x, self.grid), styles, noise_mode)  # (B, C, H, W)
         if self.torgb is None:
             return x, rgb
-        y: Tensor = self.torgb(x, ws[:, -1])  # (B, img_channels, H, W)
+        y: Tensor = self.torgb(x, styles[self.torgb.affine])  # (B, img_channels, H, W)
         return x, y if rgb is None else upsample2d(rgb, self.resample_filter) + y
 
-    def _features(self, x: Tensor, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
+    def _features(self, x: Tensor, styles: Mapping[FullyConnected, Tensor], noise_mode: NoiseMode) -> Tensor:
         y = x
-        for conv, w in zip(self.convs, ws.unbind(dim=1), strict=False):
-            y = conv(y, w, noise_mode)
+        for conv in self.convs:
+            y = conv(y, styles[conv.affine], noise_mode)
         return y if self.shortcut is None else y + self.shortcut(x)
 
 
@@ -267,7 +275,7 @@ class StyleGAN2Synthesis(Synthesis):
         grids = config.grids
         channels = [channels_on_grid(config, grid) for grid in grids]
         self.const = nn.Parameter(torch.randn(channels[0], *config.base))
-        self.stages = nn.ModuleList(
+        self.stages: Any = nn.ModuleList(
             StyleGAN2Stage(
                 config,
                 before,
@@ -282,9 +290,11 @@ class StyleGAN2Synthesis(Synthesis):
     def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
         x = self.const.expand(len(ws), -1, -1, -1)  # (B, C, h, w)
         rgb = None
-        for level, stage in enumerate(self.stages):
-            first = max(2 * level - 1, 0)  # the first stage has one convolution, the others two
-            x, rgb = stage(x, rgb, ws[:, first : 2 * level + 2], noise_mode)
+        # The first stage has one convolution, the others two.
+        readers = [stage.style_readers(max(2 * level - 1, 0)) for level, stage in enumerate(self.stages)]
+        styles = read_styles([reader for part in readers for reader in part], ws)
+        for stage in self.stages:
+            x, rgb = stage(x, rgb, styles, noise_mode)
         assert rgb is not None
         return rgb
 

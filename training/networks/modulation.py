@@ -1,0 +1,55 @@
+"""Styles and demodulation coefficients of all layers of a synthesis network, computed together in few kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.networks.layers import FullyConnected
+
+Reader = tuple[FullyConnected, int]  # affine layer of a modulated layer, and the index of the style that it reads
+
+
+def read_styles(readers: Sequence[Reader], ws: Tensor) -> dict[FullyConnected, Tensor]:
+    """Return the output (B, out) of each affine layer for its style of ws (B, num_ws, w_dim).
+
+    If all styles are one w, as from a mapping network without style mixing or truncation cutoff, one matrix product
+    computes all outputs. `ws` is then an expanded tensor.
+    """
+    if ws.shape[1] > 1 and ws.stride(1) != 0:
+        return {affine: affine(ws[:, index]) for affine, index in readers}
+    layers = [affine for affine, _ in readers]
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    styles = F.linear(ws[:, 0] * layers[0].weight_gain, weight, bias)
+    return dict(zip(layers, styles.split([len(layer.bias) for layer in layers], dim=1), strict=True))
+
+
+def demodulations(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Demodulation coefficients d (B, out) of linear maps W (out, in) that are modulated by styles s (B, in).
+
+        d_bj = (sum_i (W_ji s_bi)^2 + 1e-8)^(-1/2)        StyleGAN2, equation 3
+
+    Multiplying the outputs by d is equivalent to demodulating the weights per image. d is at most 1e4. `pairs` are the
+    weights and styles of several maps; maps of the same shape share a batched product.
+    """
+    groups: dict[torch.Size, list[int]] = {}
+    for i, (weight, _) in enumerate(pairs):
+        groups.setdefault(weight.shape, []).append(i)
+    order = [i for members in groups.values() for i in members]
+    B = len(pairs[0][1])
+
+    weights = torch.cat([pairs[i][0].reshape(-1) for i in order]).square()
+    weights_of = weights.split([len(members) * shape.numel() for shape, members in groups.items()])
+    styles = torch.cat([pairs[i][1] for i in order], dim=1).square()
+    styles_of = styles.split([len(members) * shape[1] for shape, members in groups.items()], dim=1)
+    sums = [
+        s.unflatten(1, (-1, shape[1])).transpose(0, 1) @ w.view(-1, *shape).mT  # (maps, B, out)
+        for shape, w, s in zip(groups, weights_of, styles_of, strict=True)
+    ]
+    d = (torch.cat([x.reshape(-1) for x in sums]) + 1e-8).rsqrt()
+    sizes = [B * len(pairs[i][0]) for i in order]
+    found = dict(zip(order, d.split(sizes), strict=True))
+    return [found[i].view(B, -1) for i in range(len(pairs))]
