@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import ConfigError
-from training.augment.stages import COLOR, ColorStage, FilterStage, Transform
+from training.augment.stages import COLOR, AffineStage, FilterStage, RandomMatrices, Transform
 
 ImgShape = tuple[int, int, int]  # channels, height, width
 
@@ -136,7 +136,7 @@ class DiffFilter(FilterStage):
         return super().draw(images, self.probability * p)
 
 
-class DiffHue(ColorStage):
+class DiffHue(AffineStage):
     """ADA's hue rotation: colours rotate about the grey axis by U(-pi, pi), with `probability` per image."""
 
     def __init__(self, img_shape: ImgShape, probability: float = 1.0) -> None:
@@ -144,11 +144,11 @@ class DiffHue(ColorStage):
             problem = f"hue rotation needs RGB channels, but the images have {img_shape[0]} channels; remove hue"
             raise ConfigError("policy", ("hue",), problem)
         super().__init__("color", img_shape)
-        self.transforms = [t for t in COLOR if t.name == "hue"]
+        self.random_matrices = RandomMatrices([[], [t for t in COLOR if t.name == "hue"]], self.size)
         self.probability = probability
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
-        """Return the affine colour maps [B, 4, 4], which act on (r, g, b, 1)."""
+        """Return the identity and the affine colour map of each image [B, 2, 4, 4]; see AffineStage."""
         return super().draw(images, self.probability * p)
 
 
