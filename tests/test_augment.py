@@ -159,7 +159,9 @@ def test_second_derivatives_are_correct(pipe: str) -> None:
     assert torch.autograd.gradgradcheck(seeded, images, fast_mode=True)
 
 
-def test_second_derivatives_of_the_filter_are_correct() -> None:
+@pytest.mark.parametrize("dense_side", [0, 256], ids=["convolutions", "matrices"])
+def test_second_derivatives_of_the_filter_are_correct(dense_side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "DENSE_SIDE", dense_side)
     module = build("filter", (1, 22, 23), p=1.0)
 
     def seeded(images: Tensor) -> Tensor:
@@ -481,7 +483,9 @@ def test_filter_gains_equal_the_reference() -> None:
         np.testing.assert_allclose(stage.gains(t)[b].numpy(), total, rtol=1e-12)
 
 
-def test_the_filter_equals_that_of_scipy() -> None:
+@pytest.mark.parametrize("dense_side", [0, 256], ids=["convolutions", "matrices"])
+def test_the_filter_equals_that_of_scipy(dense_side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "DENSE_SIDE", dense_side)
     torch.manual_seed(0)
     images = torch.randn(2, 3, 22, 30, dtype=torch.float64)
     gains = torch.tensor([[1.3, 0.2, 0.8, 2.0], [0.4, 1.0, 3.0, 0.1]], dtype=torch.float64)

@@ -355,11 +355,11 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
         0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
         0.0017677118642428036, -0.007800708325034148)  # fmt: skip
 
-# Largest image side for which resampling with dense matrix products is faster than with filters. The cost of the
-# products is cubic in the side. On an H200, 64 images of 128 px take 2.1 ms instead of 2.7 ms; at 256 px, the times are
-# equal (benchmarks/micro.py).
+# Largest image side for which dense matrix products are faster than convolutions. The cost of the products is cubic in
+# the side. On an H200, warping 64 images of 128 px takes 2.1 ms instead of 2.7 ms; at 256 px, the times are equal
+# (benchmarks/micro.py).
 DENSE_SIDE = 256
-DENSE_SIDE_ON_GPU = 128
+DENSE_SIDE_ON_GPU = 128  # of the warp
 
 
 def mirror_and_upsample(x: Tensor, taps: Tensor) -> Tensor:
@@ -514,37 +514,48 @@ class FilterStage(AugmentStage):
     """Image-space filtering with random gains of four frequency bands, preserving the expected power of images."""
 
     groups = ("filter",)
-    is_deterministic = False  # the backward pass of reflection padding is nondeterministic
+    is_deterministic = False  # for large images, the backward pass of reflection padding is nondeterministic
 
     def __init__(self, pipe: str, img_shape: tuple[int, int, int]) -> None:
         super().__init__(pipe, img_shape)
         bank = filter_bank()
         power = torch.tensor([10, 1, 1, 1], dtype=torch.float64) / 13  # of each band, expected for a 1/f spectrum
-        self.constants = Constants(bank, power)
+        self.constants = Constants(bank, 1 - power, power)
         self.radius = bank.shape[1] // 2
         if min(self.size) <= self.radius:
             H, W = self.size
             problem = f"filters need at least {self.radius + 1} pixels per side, but the images are {H}x{W}; use 'bgc'"
             raise ConfigError("pipe", pipe, problem)
+        if max(self.size) <= DENSE_SIDE:
+            self.matrices = Constants(*(self.band_matrices(bank, side) for side in self.size))
+
+    def band_matrices(self, bank: Tensor, side: int) -> Tensor:
+        """Return the matrix of each band for rows of `side` pixels, flattened [4, side^2]."""
+        rows = F.pad(torch.eye(side, dtype=bank.dtype)[:, None], [self.radius] * 2, mode="reflect")
+        return F.conv1d(rows, bank[:, None]).transpose(0, 1).flatten(1)
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
         """Return the gains of the bands [B, 4]."""
         B = len(images)
         u = torch.rand([B, 4], dtype=images.dtype, device=images.device)
         n = torch.randn([B, 4], dtype=images.dtype, device=images.device)
-        return self.gains(torch.where(u < p, n, 0).exp2())
+        return self.gains((n * (u < p)).exp2())
 
     def gains(self, t: Tensor) -> Tensor:
         """Return t / prod_i sqrt(1 + power_i (t_i^2 - 1)) for the amplifications t [B, 4] of the bands.
 
         The factors are the root mean square of a natural image after amplification of band i alone.
         """
-        _, power = self.constants(t.dtype)
-        return t / (1 + power * (t.square() - 1)).sqrt().prod(dim=1, keepdim=True)
+        _, rest, power = self.constants(t.dtype)
+        return t / torch.addcmul(rest, power, t.square()).sqrt().prod(dim=1, keepdim=True)
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
         B, C, H, W = images.shape
-        bank, _ = self.constants(values.dtype)
+        if max(self.size) <= DENSE_SIDE:
+            by_column, by_row = self.matrices(values.dtype)
+            x = (images.flatten(1, 2) @ (values @ by_row).view(B, W, W)).view_as(images)
+            return (values @ by_column).view(B, 1, H, H).mT @ x
+        bank, *_ = self.constants(values.dtype)
         taps = (values @ bank).repeat_interleave(C, dim=0)  # (BC, 43)
         x = F.pad(images, [self.radius] * 4, mode="reflect").reshape(1, B * C, H + 2 * self.radius, -1)
         x = F.conv2d(x, taps[:, None, None, :], groups=B * C)  # (1, BC, H+42, W)
@@ -560,8 +571,8 @@ class NoiseStage(AugmentStage):
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
         """Return the noise [B, C, H, W]."""
         u = torch.rand([len(images), 1, 1, 1], dtype=images.dtype, device=images.device)
-        sigma = 0.1 * torch.randn_like(u).abs()
-        return torch.where(u < p, sigma, 0) * torch.randn_like(images)
+        sigma = 0.1 * torch.randn_like(u) * (u < p)  # the sign does not matter
+        return sigma * torch.randn_like(images)
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
         return images + values
@@ -572,17 +583,18 @@ class CutoutStage(AugmentStage):
 
     groups = ("cutout",)
 
+    def __init__(self, pipe: str, img_shape: tuple[int, int, int]) -> None:
+        super().__init__(pipe, img_shape)
+        self.centers = Constants(*((torch.arange(side, dtype=torch.float64) + 0.5) / side for side in self.size))
+
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
         """Return the rectangles [B, 3]: centre x, centre y, half the side (0.25 or 0), relative to the image size."""
         u = torch.rand([len(images), 3], dtype=images.dtype, device=images.device)
-        radius = torch.where(u[:, 2:] < p, 0.25, 0.0).to(images.dtype)
-        return torch.cat([u[:, :2], radius], dim=1)
+        return torch.cat([u[:, :2], 0.25 * (u[:, 2:] < p)], dim=1)
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
-        H, W = self.size
         center_x, center_y, radius = values[:, :, None].unbind(1)  # (B, 1) each
-        x = (torch.arange(W, dtype=values.dtype, device=values.device) + 0.5) / W
-        y = (torch.arange(H, dtype=values.dtype, device=values.device) + 0.5) / H
+        y, x = self.centers(values.dtype)
         columns = (x - center_x).abs() < radius  # (B, W)
         rows = (y - center_y).abs() < radius  # (B, H)
         return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
