@@ -31,7 +31,7 @@ from dnnlib.config import UserError
 from dnnlib.util import describe_error
 from torch_utils import distributed
 from training.augment import stages
-from training.augment.stages import GeometryStage
+from training.augment.stages import AffineStage
 
 Row = dict[str, Any]
 
@@ -117,7 +117,7 @@ def convolution_calls(x: Tensor, y: Tensor, w: Tensor) -> dict[str, Callable[[],
 def warp(device: torch.device, quick: bool) -> Iterator[Row]:
     batch = 2 if quick else 64
     for side in (16,) if quick else (32, 64, 128, 256):
-        stage = GeometryStage("bgc", (3, side, side)).to(device)
+        stage = AffineStage("bg", (3, side, side)).to(device)
         images = torch.randn(batch, 3, side, side, device=device, requires_grad=True)
         maps = stage.draw(images.detach(), torch.ones([], device=device))
         for form, limit in (("matrices", side), ("filters", 0)):
@@ -129,7 +129,7 @@ def warp(device: torch.device, quick: bool) -> Iterator[Row]:
                 yield {"form": form, "side": side, "batch": batch} | timed(device, quick, **calls)
 
 
-def warp_calls(stage: GeometryStage, x: Tensor, maps: Tensor) -> dict[str, Callable[[], object]]:
+def warp_calls(stage: AffineStage, x: Tensor, maps: Tensor) -> dict[str, Callable[[], object]]:
     return {
         "forward_ms": lambda: stage.transform(x.detach(), maps),
         "forward_backward_ms": lambda: torch.autograd.grad(stage.transform(x, maps).sum(), x),

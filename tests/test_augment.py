@@ -19,14 +19,17 @@ from training.augment.stages import (
     GEOMETRY,
     PIPES,
     SYM6,
-    ColorStage,
+    AffineStage,
     CutoutStage,
     FilterStage,
-    GeometryStage,
+    MatrixTransform,
     NoiseStage,
-    draw_matrices,
+    RandomMatrices,
+    RandomMatrix,
+    Warp,
     filter_bank,
-    gate_matrices,
+    recolor,
+    uniform,
 )
 
 LUMA = np.array([1.0, 1.0, 1.0, 0.0]) / sqrt(3)
@@ -95,11 +98,14 @@ def test_only_the_groups_of_the_pipe_are_built() -> None:
     def stages(pipe: str) -> list[type]:
         return [type(stage) for stage in build(pipe, (3, 32, 32), p=1.0).stages]
 
-    assert stages("color") == [ColorStage]
-    assert stages("bgcfnc") == [GeometryStage, ColorStage, FilterStage, NoiseStage, CutoutStage]
-    blit = build("blit", (3, 32, 32), p=1.0).stages[0]
-    assert isinstance(blit, GeometryStage)
-    assert [t.name for t in blit.transforms] == ["xflip", "rotate90", "xint"]
+    assert stages("noise") == [NoiseStage]
+    assert stages("bgcfnc") == [AffineStage, FilterStage, NoiseStage, CutoutStage]
+    blit, color, both = (AffineStage(pipe, (3, 32, 32)) for pipe in ("blit", "color", "bgc"))
+    assert [t.name for t in blit.geometry] == ["xflip", "rotate90", "xint"]
+    assert [t.name for t in both.geometry] == [*GEOMETRY_BY_HAND]
+    assert [t.name for t in both.color] == [t.name for t in color.color] == COLOR_NAMES
+    assert (blit.color, color.geometry, color.warp) == ([], [], None)
+    assert (blit.is_deterministic, color.is_deterministic, both.is_deterministic) == (False, True, False)
 
 
 def test_a_pipe_is_named_after_its_groups() -> None:
@@ -117,20 +123,20 @@ def test_a_transform_in_a_new_group_changes_no_other_pipe(
 ) -> None:
     """A new row at any position of the table changes neither the draws nor the output of `bgc`."""
 
-    def invert(u: torch.Tensor, n: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        return torch.diag(torch.tensor([-1.0, -1, -1, 1])).to(u).expand(u.shape[1], 4, 4)
+    def invert(size: tuple[int, int]) -> RandomMatrix:
+        return RandomMatrix(uniform(pi, pi), {"cos": np.diag([1.0, 1, 1, 0])})
 
     images = torch.rand(4, 3, 16, 16) * 2 - 1
     torch.manual_seed(0)
     before = build("bgc", (3, 16, 16), p=0.5)(images)
-    monkeypatch.setattr(stages, "COLOR", (stages.MatrixTransform("invert", "negative", invert), *COLOR))
-    monkeypatch.setattr(ColorStage, "groups", stages.groups_of(stages.COLOR))
+    monkeypatch.setattr(stages, "COLOR", (MatrixTransform("invert", "negative", invert), *COLOR))
+    monkeypatch.setattr(AffineStage, "groups", (*AffineStage.groups, "negative"))
     monkeypatch.setitem(PIPES, "bgc-negative", (*PIPES["bgc"], "negative"))
     monkeypatch.setitem(PIPES, "negative", ("negative",))
     torch.manual_seed(0)
     torch.testing.assert_close(build("bgc", (3, 16, 16), p=0.5)(images), before, rtol=0, atol=0)
-    torch.testing.assert_close(ColorStage("negative", (3, 16, 16))(images, torch.ones([])), -images)
-    assert len(ColorStage("bgc-negative", (3, 16, 16)).transforms) == len(COLOR_NAMES) + 1
+    torch.testing.assert_close(AffineStage("negative", (3, 16, 16))(images, torch.ones([])), -images)
+    assert len(AffineStage("bgc-negative", (3, 16, 16)).color) == len(COLOR_NAMES) + 1
 
 
 def test_without_augmentation_nothing_is_built_or_refused() -> None:
@@ -153,7 +159,9 @@ def test_second_derivatives_are_correct(pipe: str) -> None:
     assert torch.autograd.gradgradcheck(seeded, images, fast_mode=True)
 
 
-def test_second_derivatives_of_the_filter_are_correct() -> None:
+@pytest.mark.parametrize("dense_side", [0, 256], ids=["convolutions", "matrices"])
+def test_second_derivatives_of_the_filter_are_correct(dense_side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "DENSE_SIDE", dense_side)
     module = build("filter", (1, 22, 23), p=1.0)
 
     def seeded(images: Tensor) -> Tensor:
@@ -186,11 +194,11 @@ def test_cuda_equals_cpu_without_synchronisation() -> None:
 def test_cuda_second_derivative_equals_cpu() -> None:
     gradients = []
     for device in ("cpu", "cuda"):
-        stage = GeometryStage("bg", (3, 16, 16)).to(device)
+        warp = Warp((16, 16)).to(device)
         torch.manual_seed(0)
         images = torch.randn(2, 3, 16, 16, dtype=torch.float64).to(device).requires_grad_()
-        A = torch.tensor([[0.8, 0.3, 1.7], [-0.2, 1.1, -0.4], [0, 0, 1]], dtype=torch.float64, device=device)
-        output = stage.transform(images, A.expand(2, 3, 3)).pow(3).sum()
+        A = torch.from_numpy(in_space(affine(0.8, 0.3, -0.2, 1.1, 1.7, -0.4))).to(device)
+        output = warp(images, A.expand(2, 4, 4)).pow(3).sum()
         (first,) = torch.autograd.grad(output, images, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), images)
         gradients.append(second.cpu())
@@ -202,6 +210,13 @@ def test_cuda_second_derivative_equals_cpu() -> None:
 
 def affine(a: float, b: float, c: float, d: float, tx: float, ty: float) -> np.ndarray:
     return np.array([[a, b, tx], [c, d, ty], [0, 0, 1]], dtype=np.float64)
+
+
+def in_space(A: np.ndarray) -> np.ndarray:
+    """Extend a map of (x, y, 1) to (x, y, 0, 1)."""
+    matrix = np.eye(4)
+    matrix[np.ix_([0, 1, 3], [0, 1, 3])] = A
+    return matrix
 
 
 def turn(t: float) -> np.ndarray:
@@ -224,9 +239,15 @@ GEOMETRY_BY_HAND: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndar
 COLOR_NAMES = ["brightness", "contrast", "lumaflip", "hue", "saturation"]
 
 
-def row(transforms: tuple[stages.MatrixTransform, ...], name: str) -> stages.MatrixTransform:
+def row(transforms: tuple[MatrixTransform, ...], name: str) -> MatrixTransform:
     """Return the row of a table of transforms by name."""
     return next(transform for transform in transforms if transform.name == name)
+
+
+def matrices(transform: MatrixTransform, u: Tensor, n: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the matrices [B, 4, 4] of an applied transform for draws u and n [2, B]."""
+    gated = torch.cat([u, torch.zeros_like(u[:1])])
+    return RandomMatrices([[transform]], size).matrices(gated[None], n[None], torch.ones([]))[0]
 
 
 def color_by_hand(name: str, u: np.ndarray, n: np.ndarray) -> np.ndarray:
@@ -255,8 +276,8 @@ def test_geometric_transforms_have_their_matrices(name: str) -> None:
     transform = row(GEOMETRY, name)
     torch.manual_seed(0)
     u, n = torch.rand(2, 50, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
-    expected = [GEOMETRY_BY_HAND[transform.name](u[:, b].numpy(), n[:, b].numpy(), 24, 40) for b in range(50)]
-    np.testing.assert_allclose(transform.matrix(u, n, (24, 40)).numpy(), np.stack(expected), rtol=0, atol=1e-12)
+    expected = [in_space(GEOMETRY_BY_HAND[name](u[:, b].numpy(), n[:, b].numpy(), 24, 40)) for b in range(50)]
+    np.testing.assert_allclose(matrices(transform, u, n, (24, 40)).numpy(), np.stack(expected), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", COLOR_NAMES)
@@ -265,46 +286,33 @@ def test_color_transforms_have_their_matrices(name: str) -> None:
     torch.manual_seed(0)
     u, n = torch.rand(2, 50, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
     expected = [color_by_hand(transform.name, u[:, b].numpy(), n[:, b].numpy()) for b in range(50)]
-    np.testing.assert_allclose(transform.matrix(u, n, (8, 8)).numpy(), np.stack(expected), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(matrices(transform, u, n, (8, 8)).numpy(), np.stack(expected), rtol=0, atol=1e-12)
 
 
 def test_integer_shift_rounds_half_to_even() -> None:
     u = (torch.tensor([[0.5, 1.5, 2.5, -2.5]] * 2, dtype=torch.float64) / 4 + 1) / 2  # shifts are multiples of 32/8
     xint = row(GEOMETRY, "xint")
-    assert (-xint.matrix(u, u, (32, 32))[:, 0, 2]).tolist() == [0, 2, 2, -2]
+    assert (-matrices(xint, u, u, (32, 32))[:, 0, 3]).tolist() == [0, 2, 2, -2]
 
 
-def test_geometry_multiplies_inverses_on_the_right() -> None:
-    """Repeat the draws of the stage: uniform [T, 3, B] and normal [T, 2, B]."""
-    stage = GeometryStage("bg", (1, 24, 40))
-    images = torch.zeros(6, 1, 24, 40, dtype=torch.float64)
+def test_inverses_and_colors_are_multiplied_in_their_order() -> None:
+    """Repeat the draws of the stage: uniform [16, 3, B] and normal [16, 2, B], for coordinates and colours in turn."""
+    stage = AffineStage("bgc", (3, 24, 40))
     torch.manual_seed(3)
-    A = stage.draw(images, torch.tensor(0.6))
+    values = stage.draw(torch.zeros(6, 3, 24, 40, dtype=torch.float64), torch.tensor(0.6))
     torch.manual_seed(3)
-    u = torch.rand(8, 3, 6, dtype=torch.float64).numpy()
-    n = torch.randn(8, 2, 6, dtype=torch.float64).numpy()
+    u = torch.rand(16, 3, 6, dtype=torch.float64).numpy()
+    n = torch.randn(16, 2, 6, dtype=torch.float64).numpy()
     for b in range(6):
-        expected = np.eye(3)
+        A, K = np.eye(3), np.eye(4)
         for i, name in enumerate(GEOMETRY_BY_HAND):
             chance = 1 - sqrt(0.4) if name.startswith("rotate_") else 0.6
-            if u[i, 2, b] < chance:
-                expected = expected @ GEOMETRY_BY_HAND[name](u[i, :2, b], n[i, :, b], 24, 40)
-        np.testing.assert_allclose(A[b].numpy(), expected, rtol=0, atol=1e-12)
-
-
-def test_color_multiplies_on_the_left() -> None:
-    stage = ColorStage("color", (3, 8, 8))
-    torch.manual_seed(3)
-    K = stage.draw(torch.zeros(6, 3, 8, 8, dtype=torch.float64), torch.tensor(0.6))
-    torch.manual_seed(3)
-    u = torch.rand(5, 3, 6, dtype=torch.float64).numpy()
-    n = torch.randn(5, 2, 6, dtype=torch.float64).numpy()
-    for b in range(6):
-        expected = np.eye(4)
-        for i, name in enumerate(COLOR_NAMES):
-            if u[i, 2, b] < 0.6:
-                expected = color_by_hand(name, u[i, :2, b], n[i, :, b]) @ expected
-        np.testing.assert_allclose(K[b].numpy(), expected, rtol=0, atol=1e-12)
+            if u[2 * i, 2, b] < chance:
+                A = A @ GEOMETRY_BY_HAND[name](u[2 * i, :2, b], n[2 * i, :, b], 24, 40)
+        for i, name in enumerate(reversed(COLOR_NAMES)):
+            if u[2 * i + 1, 2, b] < 0.6:
+                K = K @ color_by_hand(name, u[2 * i + 1, :2, b], n[2 * i + 1, :, b])
+        np.testing.assert_allclose(values[b].numpy(), np.stack([in_space(A), K]), rtol=0, atol=1e-12)
 
 
 def filter_up(x: np.ndarray, pad: int) -> np.ndarray:
@@ -361,8 +369,7 @@ def test_warp_equals_the_reference(
     monkeypatch.setattr(stages, "DENSE_SIDE", dense_side)
     torch.manual_seed(0)
     images = torch.randn(2, 1, *size, dtype=torch.float64)
-    A = torch.tensor(WARPS[name]).expand(2, 3, 3)
-    warped = GeometryStage("bg", (1, *size)).transform(images, A)
+    warped = Warp(size)(images, torch.from_numpy(in_space(WARPS[name])).expand(2, 4, 4))
     expected = np.stack([warp_by_hand(image.numpy(), WARPS[name]) for image in images[:, 0]])
     np.testing.assert_allclose(warped[:, 0].numpy(), expected, rtol=0, atol=1e-11)
 
@@ -371,17 +378,18 @@ def test_warp_is_accurate_in_float32() -> None:
     """Random warps are accurate to 1e-4 in float32; white noise is the worst case."""
     torch.manual_seed(0)
     images = torch.randn(8, 1, 32, 32)
-    stage = GeometryStage("bg", (1, 32, 32))
-    A = stage.draw(images, torch.tensor(1.0))
-    expected = [warp_by_hand(x.double().numpy(), a.double().numpy()) for x, a in zip(images[:, 0], A, strict=True)]
-    np.testing.assert_allclose(stage.transform(images, A)[:, 0].numpy(), np.stack(expected), rtol=0, atol=1e-4)
+    stage = AffineStage("bg", (1, 32, 32))
+    values = stage.draw(images, torch.tensor(1.0))
+    maps = values[:, 0, [0, 1, 3]][:, :, [0, 1, 3]].double().numpy()  # of (x, y, 1)
+    expected = [warp_by_hand(x.double().numpy(), A) for x, A in zip(images[:, 0], maps, strict=True)]
+    np.testing.assert_allclose(stage.transform(images, values)[:, 0].numpy(), np.stack(expected), rtol=0, atol=1e-4)
 
 
 def test_integer_shift_is_exact() -> None:
     torch.manual_seed(0)
     images = torch.randn(1, 2, 20, 17)
-    A = torch.tensor([[[1.0, 0, -3], [0, 1, 2], [0, 0, 1]]])  # 3 to the right, 2 up
-    shifted = GeometryStage("blit", (2, 20, 17)).transform(images, A)
+    A = torch.from_numpy(in_space(affine(1, 0, 0, 1, -3, 2))).float()  # 3 to the right, 2 up
+    shifted = Warp((20, 17))(images, A[None])
     torch.testing.assert_close(shifted[:, :, :-2, 3:], images[:, :, 2:, :-3], rtol=0, atol=1e-5)
     torch.testing.assert_close(shifted[:, :, -1], shifted[:, :, -5], rtol=0, atol=1e-5)  # mirrored at the last row
     torch.testing.assert_close(shifted[:, :, :, 0], shifted[:, :, :, 6], rtol=0, atol=1e-5)
@@ -396,8 +404,8 @@ def test_flips_and_turns_have_the_correct_direction(transform: str, expected: Ca
     """The filter is asymmetric, so the result is not exact. A maps output to input: Rot(pi/2) turns the image left."""
     torch.manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.randn(1, 1, 5, 5), size=[40, 40], mode="bicubic")
-    u = torch.full([2, 1], 0.5 if transform == "xflip" else 0.3)
-    turned = GeometryStage("blit", (1, 40, 40)).transform(smooth, row(GEOMETRY, transform).matrix(u, u, (40, 40)))
+    u = torch.full([2, 1], 0.6 if transform == "xflip" else 0.3)
+    turned = Warp((40, 40))(smooth, matrices(row(GEOMETRY, transform), u, u, (40, 40)).float())
     target = expected(smooth)
     assert (turned - target)[..., 3:-3, 3:-3].std() < 0.1 * target.std()
     assert (smooth - target).std() > 0.5 * target.std()
@@ -406,26 +414,22 @@ def test_flips_and_turns_have_the_correct_direction(transform: str, expected: Ca
 # ---------------------------------------------------------------------------------------------- colour
 
 
-def colors(matrix: Tensor, images: Tensor) -> Tensor:
-    return ColorStage("color", tuple(images.shape[1:])).transform(images, matrix)  # type: ignore[arg-type]
-
-
 def color_matrix(name: str, *, u: float = 0.0, n: float = 0.0) -> Tensor:
-    return row(COLOR, name).matrix(torch.full([2, 1], u), torch.full([2, 1], n), (6, 7))
+    return matrices(row(COLOR, name), torch.full([2, 1], u), torch.full([2, 1], n), (6, 7)).float()
 
 
 def test_color_transforms_have_their_closed_forms() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 3, 6, 7)
     luma = x.mean(dim=1, keepdim=True)
-    torch.testing.assert_close(colors(color_matrix("brightness", n=1.5), x), x + 0.3)
-    torch.testing.assert_close(colors(color_matrix("contrast", n=2.0), x), x * 2)
-    torch.testing.assert_close(colors(color_matrix("lumaflip", u=0.7), x), x - 2 * luma)
-    torch.testing.assert_close(colors(color_matrix("lumaflip", u=0.3), x), x)
-    torch.testing.assert_close(colors(color_matrix("hue", u=0.5 + 1 / 3), x), x.roll(1, dims=1), rtol=0, atol=1e-5)
-    torch.testing.assert_close(colors(color_matrix("hue", u=0.5), x), x)
-    torch.testing.assert_close(colors(color_matrix("saturation", n=1.0), x), luma + 2 * (x - luma))
-    torch.testing.assert_close(colors(color_matrix("saturation", n=-30.0), x), luma.expand_as(x))
+    torch.testing.assert_close(recolor(x, color_matrix("brightness", n=1.5)), x + 0.3)
+    torch.testing.assert_close(recolor(x, color_matrix("contrast", n=2.0)), x * 2)
+    torch.testing.assert_close(recolor(x, color_matrix("lumaflip", u=0.7)), x - 2 * luma)
+    torch.testing.assert_close(recolor(x, color_matrix("lumaflip", u=0.3)), x)
+    torch.testing.assert_close(recolor(x, color_matrix("hue", u=0.5 + 1 / 3)), x.roll(1, dims=1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(recolor(x, color_matrix("hue", u=0.5)), x)
+    torch.testing.assert_close(recolor(x, color_matrix("saturation", n=1.0)), luma + 2 * (x - luma))
+    torch.testing.assert_close(recolor(x, color_matrix("saturation", n=-30.0)), luma.expand_as(x))
 
 
 def test_color_transforms_keep_alpha() -> None:
@@ -440,13 +444,13 @@ def test_color_transforms_keep_alpha() -> None:
 
 
 def test_gray_images_are_transformed_by_the_mean_row() -> None:
-    stage = ColorStage("color", (1, 5, 6))
-    assert [t.name for t in stage.transforms] == ["brightness", "contrast", "lumaflip"]
+    stage = AffineStage("color", (1, 5, 6))
+    assert [t.name for t in stage.color] == ["brightness", "contrast", "lumaflip"]
     x, K = torch.randn(2, 1, 5, 6), torch.randn(2, 4, 4)
     k = K[:, :3].mean(dim=1)
     for b in range(2):
         expected = x[b] * (k[b, 0] + k[b, 1] + k[b, 2]) + k[b, 3]
-        torch.testing.assert_close(stage.transform(x, K)[b], expected)
+        torch.testing.assert_close(recolor(x, K)[b], expected)
 
 
 # ---------------------------------------------------------------------------------------------- filter, noise, cutout
@@ -479,7 +483,9 @@ def test_filter_gains_equal_the_reference() -> None:
         np.testing.assert_allclose(stage.gains(t)[b].numpy(), total, rtol=1e-12)
 
 
-def test_the_filter_equals_that_of_scipy() -> None:
+@pytest.mark.parametrize("dense_side", [0, 256], ids=["convolutions", "matrices"])
+def test_the_filter_equals_that_of_scipy(dense_side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "DENSE_SIDE", dense_side)
     torch.manual_seed(0)
     images = torch.randn(2, 3, 22, 30, dtype=torch.float64)
     gains = torch.tensor([[1.3, 0.2, 0.8, 2.0], [0.4, 1.0, 3.0, 0.1]], dtype=torch.float64)
@@ -562,10 +568,10 @@ def test_gates_fire_with_their_probability(p: float) -> None:
         transforms = [row(table, name) for name in names]
         torch.manual_seed(0)
         size = (1 << 20, 1 << 20)  # large enough that an integer shift is never 0
-        matrices = draw_matrices(transforms, B, torch.tensor(p), size, like=torch.zeros([], dtype=torch.float64))
-        for transform, matrix in zip(transforms, matrices, strict=True):
-            identity = torch.eye(matrix.shape[-1], dtype=torch.float64)
-            frequency = ((matrix - identity).abs().amax(dim=(1, 2)) > 1e-9).double().mean().item()
+        u, n = torch.rand(8, 3, B, dtype=torch.float64), torch.randn(8, 2, B, dtype=torch.float64)
+        drawn = RandomMatrices([transforms], size).matrices(u, n, torch.tensor(p))
+        for transform, matrix in zip(transforms, drawn, strict=False):  # the drawn matrices end with identities
+            frequency = ((matrix - torch.eye(4)).abs().amax(dim=(1, 2)) > 1e-9).double().mean().item()
             chance = 1 - sqrt(1 - p) if transform.name.startswith("rotate_") else p
             chance *= share.get(transform.name, 1)
             assert abs(frequency - chance) <= 5 * sqrt(chance * (1 - chance) / B), transform.name
@@ -575,7 +581,8 @@ def test_either_rotation_fires_with_probability_p() -> None:
     B, p = 20000, 0.6
     torch.manual_seed(0)
     rotations = [t for t in GEOMETRY if t.name in ("rotate_pre", "rotate_post")]
-    pre, post = draw_matrices(rotations, B, torch.tensor(p), (32, 32), like=torch.zeros([]))
+    u, n = torch.rand(2, 3, B), torch.randn(2, 2, B)
+    pre, post = RandomMatrices([rotations], (32, 32)).matrices(u, n, torch.tensor(p))
     fired = ((pre[:, 0, 1] != 0) | (post[:, 0, 1] != 0)).double().mean().item()
     assert abs(fired - p) < 5 * sqrt(p * (1 - p) / B)
 
@@ -584,9 +591,9 @@ def test_the_axes_of_a_shift_share_a_gate() -> None:
     shifts = [t for t in GEOMETRY if t.name in ("xint", "xfrac")]
     torch.manual_seed(0)
     u, n = torch.rand(2, 3, 500) * 0.3, torch.randn(2, 2, 500)  # u away from the centre, so no shift rounds to 0
-    for matrix in gate_matrices(shifts, u, n, torch.tensor(0.15), (64, 64)):
-        assert torch.equal(matrix[:, 0, 2] != 0, matrix[:, 1, 2] != 0)
-        assert 150 < (matrix[:, 0, 2] != 0).sum() < 350
+    for matrix in RandomMatrices([shifts], (64, 64)).matrices(u, n, torch.tensor(0.15)):
+        assert torch.equal(matrix[:, 0, 3] != 0, matrix[:, 1, 3] != 0)
+        assert 150 < (matrix[:, 0, 3] != 0).sum() < 350
 
 
 # ---------------------------------------------------------------------------------------------- errors

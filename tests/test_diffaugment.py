@@ -190,7 +190,7 @@ def test_the_filter_fires_per_image_and_band() -> None:
 
 def test_the_hue_fires_per_image() -> None:
     torch.manual_seed(0)
-    maps = DiffHue((3, 2, 2), 0.5).draw(torch.zeros(20_000, 3, 2, 2), ONE)
+    maps = DiffHue((3, 2, 2), 0.5).draw(torch.zeros(20_000, 3, 2, 2), ONE)[:, 1]
     is_still = (maps == torch.eye(4)).all(dim=(1, 2))
     assert is_still.double().mean().item() == pytest.approx(0.5, abs=0.015)
     angles = (
@@ -207,7 +207,7 @@ def test_filter_and_hue_behave_as_in_ada() -> None:
     torch.testing.assert_close(turned.mean(dim=1), images.mean(dim=1))
     chroma, before = (x - x.mean(dim=1, keepdim=True) for x in (turned, images))
     torch.testing.assert_close(chroma.square().sum(dim=1), before.square().sum(dim=1))
-    assert (turned - images).abs().mean(dim=(1, 2, 3)).min() > 0.01
+    assert (turned - images).abs().mean() > 0.1
 
     flat = torch.ones(4, 3, 24, 24, dtype=torch.float64)
     filtered = build(("filter",), (3, 24, 24))(flat)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import ConfigError
-from training.augment.stages import COLOR, ColorStage, FilterStage, Transform
+from training.augment.stages import COLOR, AffineStage, Constants, FilterStage, RandomMatrices, Transform
 from training.networks import execution
 
 ImgShape = tuple[int, int, int]  # channels, height, width
@@ -31,26 +31,36 @@ class DiffColor(Transform):
     Saturation leaves one-channel images unchanged. A fourth (alpha) channel is not transformed.
     """
 
+    def __init__(self, img_shape: ImgShape) -> None:
+        super().__init__(img_shape)
+        self.ranges = Constants(torch.tensor([-0.5, 0, 0.5]), torch.tensor([1, 2, 1]))  # low, high - low
+
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
         """Return b, s and t [B, 3]."""
         u = torch.rand([len(images), 3], dtype=images.dtype, device=images.device)
-        return torch.stack([u[:, 0] - 0.5, 2 * u[:, 1], u[:, 2] + 0.5], dim=1)
+        low, width = self.ranges(images.dtype)
+        return torch.addcmul(low, width, u)
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
-        num_colors = 3 if self.channels == 4 else self.channels
+        if images.shape[1] == 4:
+            return torch.cat([self.transform(images[:, :3], values), images[:, 3:]], dim=1)
         brightness, saturation, contrast = values[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1) each
-        x = images[:, :num_colors] + brightness
+        x = images + brightness
         x = x.mean(dim=1, keepdim=True).lerp(x, saturation)
-        x = x.mean(dim=(1, 2, 3), keepdim=True).lerp(x, contrast)
-        return torch.cat([x, images[:, num_colors:]], dim=1)  # (B, C, H, W)
+        return x.mean(dim=(1, 2, 3), keepdim=True).lerp(x, contrast)  # (B, C, H, W)
 
 
 class DiffTranslation(Transform):
     """Translation by whole pixels, up to `ratio` times the image size along each axis, with zero padding."""
 
+    y: Tensor
+    x: Tensor
+
     def __init__(self, img_shape: ImgShape, ratio: float = 0.125) -> None:
         super().__init__(img_shape)
         self.ratio = ratio
+        for name, size in zip("yx", self.size, strict=True):
+            self.register_buffer(name, torch.arange(size), persistent=False)
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
         """Return the shifts down and to the right [B, 2]."""
@@ -59,14 +69,14 @@ class DiffTranslation(Transform):
         return torch.stack(steps, dim=1)
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
-        for axis, shift in ((2, values[:, 0]), (3, values[:, 1])):
-            size = images.shape[axis]
-            source = torch.arange(size, device=images.device) - shift[:, None]  # (B, size)
-            shape = [len(images), 1, size, 1] if axis == 2 else [len(images), 1, 1, size]
-            is_inside = ((source >= 0) & (source < size)).view(shape)
-            index = source.clamp(0, size - 1).view(shape).expand_as(images)
-            images = images.gather(axis, index) * is_inside
-        return images
+        H, W = self.size
+        down, right = values[:, :, None].unbind(1)  # (B, 1) each
+        y, x = self.y - down, self.x - right  # source of each pixel, (B, H) and (B, W)
+        row, column = y.clamp(0, H - 1), x.clamp(0, W - 1)
+        is_inside = (y == row)[:, :, None] & (x == column)[:, None, :]  # (B, H, W)
+        source = torch.add(column[:, None, :], row[:, :, None], alpha=W).view(-1, 1, H * W)
+        moved = images.flatten(2).gather(2, source.expand(-1, images.shape[1], -1))  # (B, C, HW)
+        return moved.view_as(images) * is_inside[:, None]
 
 
 def _rounded(x: float) -> int:
@@ -84,31 +94,31 @@ class DiffCutout(Transform):
     def __init__(self, img_shape: ImgShape, probability: float = 1.0) -> None:
         super().__init__(img_shape)
         self.probability = probability
+        sizes = torch.tensor(self.size)[:, None]
+        self.sizes = Constants(sizes, (sizes + 1) // 2)  # halves are rounded up
+        self.positions = Constants(*map(torch.arange, self.size))
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
         """Return the rectangles [B, 4]: row start, row end, column start, column end; empty if not applied."""
         B, M = len(images), execution.current.minibatches
-        is_applied = torch.rand([M], dtype=images.dtype, device=images.device) < self.probability * p
-        is_applied = is_applied.repeat_interleave(B // M, output_size=B)
-        u = torch.rand([2, 2, B], dtype=images.dtype, device=images.device)
-        bounds = []
-        for size, (u_side, u_centre) in zip(self.size, u, strict=True):
-            side = self.side(size, u_side)  # (B,)
-            centre = (u_centre * (size + 1 - side % 2)).floor()
-            first = centre - (side / 2).floor()
-            bounds += [first, torch.where(is_applied, first + side, first)]
-        return torch.stack(bounds, dim=1)
+        is_applied = torch.rand([M, 1], dtype=images.dtype, device=images.device) < self.probability * p
+        is_applied = is_applied.expand(-1, B // M).reshape(B)
+        u_side, u_centre = torch.rand([2, 2, B], dtype=images.dtype, device=images.device).unbind(1)
+        sizes, halves = self.sizes(images.dtype)  # of rows and columns, (2, 1) each
+        side = self.side(sizes, halves, u_side)
+        centre = (u_centre * (sizes + 1 - side % 2)).floor()  # (2, B)
+        first = centre - (side / 2).floor()
+        return torch.stack([first, first + side * is_applied], dim=1).flatten(0, 1).t()
 
-    def side(self, size: int, u: Tensor) -> Tensor:
-        """Return the sides (B,) of the rectangles along an axis of `size` pixels for uniform draws u (B,) in [0, 1)."""
-        return torch.full_like(u, _rounded(size / 2))
+    def side(self, sizes: Tensor, halves: Tensor, u: Tensor) -> Tensor:
+        """Return the height and width of the rectangles [2, B], or [2, 1] if equal, for uniform draws u [2, B]."""
+        return halves
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
-        inside = []
-        for size, (first, end) in zip(self.size, values.t().unflatten(0, (2, 2)), strict=True):
-            position = torch.arange(size, device=images.device)
-            inside.append((position >= first[:, None]) & (position < end[:, None]))  # (B, size)
-        rows, columns = inside
+        y, x = self.positions(values.dtype)
+        top, bottom, left, right = values[:, :, None].unbind(1)  # (B, 1) each
+        rows = (y >= top) & (y < bottom)  # (B, H)
+        columns = (x >= left) & (x < right)  # (B, W)
         return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
@@ -118,8 +128,8 @@ class DiffErase(DiffCutout):
     The expected side is half the image side and the expected area a quarter of the image, as with `DiffCutout`.
     """
 
-    def side(self, size: int, u: Tensor) -> Tensor:
-        return (u * (size + 1)).floor()
+    def side(self, sizes: Tensor, halves: Tensor, u: Tensor) -> Tensor:
+        return (u * (sizes + 1)).floor()
 
 
 class DiffFilter(FilterStage):
@@ -139,7 +149,7 @@ class DiffFilter(FilterStage):
         return super().draw(images, self.probability * p)
 
 
-class DiffHue(ColorStage):
+class DiffHue(AffineStage):
     """ADA's hue rotation: colours rotate about the grey axis by U(-pi, pi), with `probability` per image."""
 
     def __init__(self, img_shape: ImgShape, probability: float = 1.0) -> None:
@@ -147,11 +157,11 @@ class DiffHue(ColorStage):
             problem = f"hue rotation needs RGB channels, but the images have {img_shape[0]} channels; remove hue"
             raise ConfigError("policy", ("hue",), problem)
         super().__init__("color", img_shape)
-        self.transforms = [t for t in COLOR if t.name == "hue"]
+        self.random_matrices = RandomMatrices([[], [t for t in COLOR if t.name == "hue"]], self.size)
         self.probability = probability
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
-        """Return the affine colour maps [B, 4, 4], which act on (r, g, b, 1)."""
+        """Return the identity and the affine colour map of each image [B, 2, 4, 4]; see AffineStage."""
         return super().draw(images, self.probability * p)
 
 

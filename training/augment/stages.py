@@ -1,26 +1,31 @@
-"""Transforms of adaptive discriminator augmentation, and the five stages that apply them.
+"""Transforms of adaptive discriminator augmentation, and the four stages that apply them.
 
 Karras et al. 2020b, "Training generative adversarial networks with limited data", appendix B.
 
 A stage has two parts: `draw` samples the parameters of each image, the identity with probability 1 - p, and `transform`
 is a deterministic function of images and parameters. A test or figure can therefore choose the parameters:
 
-    ColorStage("color", (3, 32, 32)).transform(images, contrast(u, n, (32, 32)))
+    FilterStage("filter", (3, 32, 32)).transform(images, gains)
 
-To add a geometric or colour transform, write a function that returns its matrix, add a row with a new group to GEOMETRY
-or COLOR, and add a pipe with that group to PIPES. Existing pipes are unaffected, including their random draws. To add
-another kind of transform, write an AugmentStage and insert it into STAGES.
+A geometric or colour transform is a random affine map of coordinates or colours, a 4x4 matrix. The matrices of all
+transforms and images are built together, in a number of kernel launches that does not depend on the transforms.
+
+To add a geometric or colour transform, write a function that returns its RandomMatrix, add a row with a new group to
+GEOMETRY or COLOR, and add a pipe with that group to PIPES. Existing pipes are unaffected, including their random draws.
+To add another kind of transform, write an AugmentStage and insert it into STAGES.
 
 Random numbers come from torch's global RNGs. The number of draws does not depend on their values, and no operation
 synchronizes with the device.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from itertools import chain
 from math import pi, sqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,22 +52,74 @@ PIPES: dict[str, tuple[str, ...]] = {
 }
 
 Size = tuple[int, int]  # height and width of the images in pixels
-MatrixFunction = Callable[[Tensor, Tensor, Size], Tensor]
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Random matrices
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Distribution of two independent parameters per image, start + scale * draw.
+
+    The draws are standard normal if `is_normal`, else uniform in [0, 1). The parameters are rounded to multiples of
+    `unit` (one per parameter), if given; halves are rounded to even multiples.
+    """
+
+    start: float
+    scale: float
+    unit: tuple[float, float] | None = None
+    is_normal: bool = False
+
+
+def uniform(low: float, high: float, unit: tuple[float, float] | None = None) -> Distribution:
+    """Return uniform distributions in [low, high), rounded to multiples of `unit` if given."""
+    return Distribution(low, high - low, unit)
+
+
+def normal(std: float) -> Distribution:
+    """Return normal distributions with mean 0."""
+    return Distribution(0.0, std, is_normal=True)
+
+
+FEATURES = ("x", "y", "2^x", "2^-x", "cos", "sin")  # of parameters x and y
+AT_ZERO = np.array([0.0, 0, 1, 1, 1, 0])  # features of x = y = 0
+
+
+@dataclass(frozen=True)
+class RandomMatrix:
+    """Random 4x4 matrix, a linear function of features of two parameters x and y.
+
+        M = I + x T_x + y T_y + (2^x - 1) T_2^x + (2^-x - 1) T_2^-x + (cos x - 1) T_cos + sin x T_sin
+
+    `terms` contains the matrices T by feature; missing ones are zero. M is the identity for x = y = 0.
+    """
+
+    parameters: Distribution
+    terms: dict[str, Array]
+
+    def by_feature(self) -> Array:
+        """Return the matrices T [6, 16] of all features."""
+        return np.stack([self.terms.get(name, np.zeros([4, 4])).flatten() for name in FEATURES])
+
+    def constant(self) -> Array:
+        """Return the part of M that does not depend on x and y [4, 4]."""
+        return np.eye(4) - (AT_ZERO @ self.by_feature()).reshape(4, 4)
 
 
 @dataclass(frozen=True)
 class MatrixTransform:
-    """Transform defined by one matrix per image.
+    """Transform defined by one matrix per image, for images of a size.
 
-    `matrix(u, n, size)` returns the matrices [B, k, k] for uniform draws u [2, B] in [0, 1) and standard normal draws
-    n [2, B]. `chance(p)` is the probability of applying the transform. Transforms with `rgb_only` are skipped for
-    images without RGB channels.
+    The transform is applied with probability 1 - (1 - p)^share, so that at least one of several transforms whose shares
+    add up to 1 is applied with probability p. Transforms with `rgb_only` are skipped for images without RGB channels.
     """
 
     name: str
     group: str
-    matrix: MatrixFunction
-    chance: Callable[[Tensor], Tensor] = lambda p: p
+    matrix: Callable[[Size], RandomMatrix]
+    share: float = 1.0
     rgb_only: bool = False
 
 
@@ -71,105 +128,129 @@ def groups_of(transforms: Sequence[MatrixTransform]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(transform.group for transform in transforms))
 
 
-def draw_matrices(
-    transforms: Sequence[MatrixTransform], B: int, p: Tensor, size: Size, like: Tensor
-) -> tuple[Tensor, ...]:
-    """Draw the matrices [B, k, k] of each transform for B images, with the dtype and device of `like`."""
-    T = len(transforms)
-    u = torch.rand([T, 3, B], dtype=like.dtype, device=like.device)
-    n = torch.randn([T, 2, B], dtype=like.dtype, device=like.device)
-    return gate_matrices(transforms, u, n, p, size)
+IDENTITY = MatrixTransform("identity", "", lambda size: RandomMatrix(uniform(0, 0), {}))
 
 
-def gate_matrices(
-    transforms: Sequence[MatrixTransform], u: Tensor, n: Tensor, p: Tensor, size: Size
-) -> tuple[Tensor, ...]:
-    """Return the matrices [B, k, k] of T transforms for draws u [T, 3, B] and n [T, 2, B].
+class RandomMatrices(nn.Module):
+    """Random matrices of sequences of transforms, and the product of each sequence, M_1 M_2 M_3 ...
 
-    A matrix is the identity where u[:, 2] >= chance(p).
+    All sequences are extended by identities to the same length T, a power of two. The R = T * len(sequences) matrices
+    are ordered by their position in the sequence, then by sequence. All computations are in float64, without matmul on
+    float32, which may use TF32: too coarse for pixel coordinates.
     """
-    matrices = torch.stack([t.matrix(u[i, :2], n[i], size) for i, t in enumerate(transforms)])  # (T, B, k, k)
-    chances = torch.stack([t.chance(p) for t in transforms])  # (T,)
-    is_applied = u[:, 2] < chances[:, None]  # (T, B)
-    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    return torch.where(is_applied[..., None, None], matrices, identity).unbind(0)
 
+    start: Tensor
+    scale: Tensor
+    unit: Tensor
+    is_rounded: Tensor
+    is_normal: Tensor
+    share: Tensor
+    terms: Tensor
+    constant: Tensor
 
-def stack_matrix(rows: Sequence[Sequence[Tensor | float]], like: Tensor) -> Tensor:
-    """Assemble square matrices [B, k, k] from rows of entries: tensors [B] or numbers."""
-    numbers = {entry for row in rows for entry in row if not isinstance(entry, Tensor)}
-    constants = {number: torch.full_like(like, number) for number in numbers}
-    entries = [entry if isinstance(entry, Tensor) else constants[entry] for row in rows for entry in row]
-    return torch.stack(entries, dim=-1).reshape(-1, len(rows), len(rows))
+    def __init__(self, sequences: Sequence[Sequence[MatrixTransform]], size: Size) -> None:
+        super().__init__()
+        self.num_sequences = len(sequences)
+        length = 1 << (max(map(len, sequences)) - 1).bit_length()
+        padded = [[*sequence, *[IDENTITY] * (length - len(sequence))] for sequence in sequences]
+        transforms = [*chain.from_iterable(zip(*padded, strict=True))]
+        matrices = [transform.matrix(size) for transform in transforms]
+        parameters = [matrix.parameters for matrix in matrices]
+        units = np.array([p.unit or (1.0, 1.0) for p in parameters])[..., None]  # (R, 2, 1)
+        constants = {
+            "unit": units,
+            "start": np.array([[[p.start]] for p in parameters]) / units,
+            "scale": np.array([[[p.scale]] for p in parameters]) / units,
+            "is_rounded": np.array([[[p.unit is not None]] for p in parameters]),
+            "is_normal": np.array([[[p.is_normal]] for p in parameters]),
+            "share": np.array([[transform.share] for transform in transforms]),
+            "terms": np.stack([matrix.by_feature() for matrix in matrices]),  # (R, 6, 16)
+            "constant": np.stack([matrix.constant().reshape(1, 16) for matrix in matrices]),
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, torch.from_numpy(value), persistent=False)
 
+    def draw(self, images: Tensor, p: Tensor) -> Tensor:
+        """Return random products [B, len(sequences), 4, 4] for images [B, ...], with their dtype."""
+        R, B = len(self.share), len(images)
+        u = torch.rand([R, 3, B], dtype=images.dtype, device=images.device)
+        n = torch.randn([R, 2, B], dtype=images.dtype, device=images.device)
+        return self.products(self.matrices(u, n, p)).to(images.dtype)
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply matrices [B, k, k] in full precision; matmul may use TF32, which is too coarse for pixel coordinates."""
-    return (a[:, :, :, None] * b[:, None, :, :]).sum(dim=2)
+    def matrices(self, u: Tensor, n: Tensor, p: Tensor) -> Tensor:
+        """Return the matrices [R, B, 4, 4] for uniform draws u [R, 3, B] in [0, 1) and normal draws n [R, 2, B].
+
+        A matrix is the identity where u[:, 2] >= 1 - (1 - p)^share.
+        """
+        is_applied = u[:, 2] < 1 - (1 - p) ** self.share  # (R, B)
+        parameters = torch.addcmul(self.start, self.scale, torch.where(self.is_normal, n, u[:, :2]))
+        parameters = torch.where(self.is_rounded, parameters.round(), parameters)
+        parameters = parameters * (self.unit * is_applied[:, None])  # (R, 2, B)
+        x, y = parameters.unbind(1)
+        power = x.exp2()
+        features = torch.stack([x, y, power, 1 / power, x.cos(), x.sin()], dim=-1)  # (R, B, 6), as FEATURES
+        return torch.baddbmm(self.constant, features, self.terms).unflatten(-1, (4, 4))
+
+    def products(self, matrices: Tensor) -> Tensor:
+        """Multiply matrices [R, B, 4, 4] to [B, len(sequences), 4, 4]."""
+        x = matrices.unflatten(0, (-1, self.num_sequences))  # (T, sequences, B, 4, 4)
+        while len(x) > 1:
+            x = (x[0::2, ..., None] * x[1::2, ..., None, :, :]).sum(dim=-2)  # neighbours, all pairs at once
+        return x[0].transpose(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Geometry: inverse transforms as 3x3 matrices on (x, y, 1), in pixels from the image centre, x to the right and y down.
+# Geometry: inverse transforms as maps of (x, y, 0, 1), in pixels from the image centre, x to the right and y down.
 
 
-def diagonal(x: Tensor, y: Tensor) -> Tensor:
-    return stack_matrix([[x, 0.0, 0.0], [0.0, y, 0.0], [0.0, 0.0, 1.0]], like=x)
+def entries(*positions: tuple[int, int]) -> Array:
+    """Return the 4x4 matrix that is 1 at (row, column) `positions` and 0 elsewhere."""
+    matrix = np.zeros([4, 4])
+    matrix[tuple(np.transpose(positions))] = 1
+    return matrix
 
 
-def translation(x: Tensor, y: Tensor) -> Tensor:
-    return stack_matrix([[1.0, 0.0, x], [0.0, 1.0, y], [0.0, 0.0, 1.0]], like=x)
+PLANE = entries((0, 0), (1, 1))
+QUARTER = entries((1, 0)) - entries((0, 1))  # rotation by 90 degrees
+X_SHIFT, Y_SHIFT = entries((0, 3)), entries((1, 3))
+ANY_ANGLE = uniform(-pi, pi)
 
 
-def rotation(angle: Tensor) -> Tensor:
-    cos, sin = angle.cos(), angle.sin()
-    return stack_matrix([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]], like=angle)
+def xflip(size: Size) -> RandomMatrix:
+    """Horizontal flip with probability 1/2: x is multiplied by the cosine of 0 or pi."""
+    return RandomMatrix(uniform(-pi / 2, 3 / 2 * pi, unit=(pi, pi)), {"cos": entries((0, 0))})
 
 
-def xflip(u: Tensor, n: Tensor, size: Size) -> Tensor:
-    """Horizontal flip with probability 1/2."""
-    sign = 1 - 2 * (2 * u[0]).floor()
-    return diagonal(sign, torch.ones_like(sign))
-
-
-def rotate90(u: Tensor, n: Tensor, size: Size) -> Tensor:
+def rotate90(size: Size) -> RandomMatrix:
     """Rotation by 0, 90, 180 or 270 degrees."""
-    return rotation((4 * u[0]).floor() * (pi / 2))
+    return RandomMatrix(uniform(-pi / 4, 7 / 4 * pi, unit=(pi / 2, pi / 2)), {"cos": PLANE, "sin": QUARTER})
 
 
-def xint(u: Tensor, n: Tensor, size: Size) -> Tensor:
+def xint(size: Size) -> RandomMatrix:
     """Translation by whole pixels, up to 1/8 of the image size along each axis."""
     H, W = size
-    t = (2 * u - 1) * 0.125  # (2, B)
-    return translation(-(t[0] * W).round(), -(t[1] * H).round())
+    return RandomMatrix(uniform(-1 / 8, 1 / 8, unit=(1 / W, 1 / H)), {"x": -W * X_SHIFT, "y": -H * Y_SHIFT})
 
 
-def scale(u: Tensor, n: Tensor, size: Size) -> Tensor:
+def scale(size: Size) -> RandomMatrix:
     """Isotropic scaling by 2^(0.2 N)."""
-    inverse = (-0.2 * n[0]).exp2()
-    return diagonal(inverse, inverse)
+    return RandomMatrix(normal(0.2), {"2^-x": PLANE})
 
 
-def rotate(u: Tensor, n: Tensor, size: Size) -> Tensor:
+def rotate(size: Size) -> RandomMatrix:
     """Rotation by U(-pi, pi)."""
-    return rotation((2 * u[0] - 1) * pi)
+    return RandomMatrix(ANY_ANGLE, {"cos": PLANE, "sin": QUARTER})
 
 
-def aniso(u: Tensor, n: Tensor, size: Size) -> Tensor:
+def aniso(size: Size) -> RandomMatrix:
     """Anisotropic scaling: x by 2^(0.2 N), y by the reciprocal."""
-    stretch = (0.2 * n[0]).exp2()
-    return diagonal(1 / stretch, stretch)
+    return RandomMatrix(normal(0.2), {"2^-x": entries((0, 0)), "2^x": entries((1, 1))})
 
 
-def xfrac(u: Tensor, n: Tensor, size: Size) -> Tensor:
+def xfrac(size: Size) -> RandomMatrix:
     """Translation by 0.125 N times the image size along each axis."""
     H, W = size
-    t = 0.125 * n  # (2, B)
-    return translation(-t[0] * W, -t[1] * H)
-
-
-def rotation_chance(p: Tensor) -> Tensor:
-    """Return the probability per rotation such that at least one of two rotations is applied with probability p."""
-    return 1 - (1 - p).clamp(0, 1).sqrt()
+    return RandomMatrix(normal(0.125), {"x": -W * X_SHIFT, "y": -H * Y_SHIFT})
 
 
 # In order of application, from the flip to the fractional translation. The rotations before and after the anisotropic
@@ -179,51 +260,45 @@ GEOMETRY = (
     MatrixTransform("rotate90", "blit", rotate90),
     MatrixTransform("xint", "blit", xint),
     MatrixTransform("scale", "geom", scale),
-    MatrixTransform("rotate_pre", "geom", rotate, chance=rotation_chance),
+    MatrixTransform("rotate_pre", "geom", rotate, share=1 / 2),
     MatrixTransform("aniso", "geom", aniso),
-    MatrixTransform("rotate_post", "geom", rotate, chance=rotation_chance),
+    MatrixTransform("rotate_post", "geom", rotate, share=1 / 2),
     MatrixTransform("xfrac", "geom", xfrac),
 )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Colour: 4x4 matrices on (r, g, b, 1). v = (1, 1, 1) / sqrt(3) is the luma axis. Transforms that commute with rotations
-# by 120 degrees about v have circulant matrices.
+# Colour: maps of (r, g, b, 1). v = (1, 1, 1) / sqrt(3) is the luma axis.
+
+RGB = entries((0, 0), (1, 1), (2, 2))
+LUMA = np.outer([1, 1, 1, 0], [1, 1, 1, 0]) / 3  # v v^T
+CHROMA = RGB - LUMA
+HUE = (entries((1, 0), (2, 1), (0, 2)) - entries((0, 1), (1, 2), (2, 0))) / sqrt(3)  # cross product with v
 
 
-def circulant(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return stack_matrix([[a, b, c, 0.0], [c, a, b, 0.0], [b, c, a, 0.0], [0.0, 0.0, 0.0, 1.0]], like=a)
-
-
-def brightness(u: Tensor, n: Tensor, size: Size) -> Tensor:
+def brightness(size: Size) -> RandomMatrix:
     """Brightness: add 0.2 N to all channels."""
-    t = 0.2 * n[0]
-    return stack_matrix([[1.0, 0.0, 0.0, t], [0.0, 1.0, 0.0, t], [0.0, 0.0, 1.0, t], [0.0, 0.0, 0.0, 1.0]], like=t)
+    return RandomMatrix(normal(0.2), {"x": entries((0, 3), (1, 3), (2, 3))})
 
 
-def contrast(u: Tensor, n: Tensor, size: Size) -> Tensor:
+def contrast(size: Size) -> RandomMatrix:
     """Contrast: multiply all channels by 2^(0.5 N)."""
-    s = (0.5 * n[0]).exp2()
-    return circulant(s, torch.zeros_like(s), torch.zeros_like(s))
+    return RandomMatrix(normal(0.5), {"2^x": RGB})
 
 
-def lumaflip(u: Tensor, n: Tensor, size: Size) -> Tensor:
+def lumaflip(size: Size) -> RandomMatrix:
     """Luma flip I - 2 v v^T, which preserves the chroma, with probability 1/2."""
-    part = (2 * u[0]).floor() * (-2 / 3)
-    return circulant(1 + part, part, part)
+    return RandomMatrix(uniform(-pi / 2, 3 / 2 * pi, unit=(pi, pi)), {"cos": LUMA})
 
 
-def hue(u: Tensor, n: Tensor, size: Size) -> Tensor:
+def hue(size: Size) -> RandomMatrix:
     """Hue rotation about the luma axis by U(-pi, pi)."""
-    angle = (2 * u[0] - 1) * pi
-    even, odd = (1 - angle.cos()) / 3, angle.sin() / sqrt(3)
-    return circulant(1 - 2 * even, even - odd, even + odd)
+    return RandomMatrix(ANY_ANGLE, {"cos": CHROMA, "sin": HUE})
 
 
-def saturation(u: Tensor, n: Tensor, size: Size) -> Tensor:
+def saturation(size: Size) -> RandomMatrix:
     """Saturation: multiply the chroma by 2^N, v v^T + 2^N (I - v v^T)."""
-    s = n[0].exp2()
-    return circulant((1 + 2 * s) / 3, (1 - s) / 3, (1 - s) / 3)
+    return RandomMatrix(normal(1.0), {"2^x": CHROMA})
 
 
 # In order of application.
@@ -243,7 +318,7 @@ COLOR = (
 class Transform(nn.Module, ABC):
     """Base class of random transforms of images (C, H, W), split into random draws and a deterministic function."""
 
-    is_deterministic: ClassVar[bool] = True  # forward and derivatives on CUDA
+    is_deterministic: bool = True  # forward and derivatives on CUDA
 
     def __init__(self, img_shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -280,11 +355,11 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
         0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
         0.0017677118642428036, -0.007800708325034148)  # fmt: skip
 
-# Largest image side for which resampling with dense matrix products is faster than with filters. The cost of the
-# products is cubic in the side. On an H200, 64 images of 128 px take 2.1 ms instead of 2.7 ms; at 256 px, the times are
-# equal (benchmarks/micro.py).
+# Largest image side for which dense matrix products are faster than convolutions. The cost of the products is cubic in
+# the side. On an H200, warping 64 images of 128 px takes 2.1 ms instead of 2.7 ms; at 256 px, the times are equal
+# (benchmarks/micro.py).
 DENSE_SIDE = 256
-DENSE_SIDE_ON_GPU = 128
+DENSE_SIDE_ON_GPU = 128  # of the warp
 
 
 def mirror_and_upsample(x: Tensor, taps: Tensor) -> Tensor:
@@ -300,8 +375,23 @@ def downsample(x: Tensor, taps: Tensor) -> Tensor:
     return upfirdn2d(x, taps[None, :], down=(2, 1), padding=(-1, -1, 0, 0), flip_filter=True)
 
 
-class GeometryStage(AugmentStage):
-    """Pixel blitting and general geometric transforms, combined into one affine map per image.
+class Constants(nn.Module):
+    """Constant tensors, stored in float32 and in float64 because casting them costs one kernel launch per tensor."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__()
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(f"single{i}", tensor.float(), persistent=False)
+            self.register_buffer(f"double{i}", tensor.double(), persistent=False)
+
+    def forward(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return the tensors with a dtype, in order."""
+        kind = "single" if dtype == torch.float32 else "double"
+        return [x.to(dtype) for name, x in self.named_buffers() if name.startswith(kind)]
+
+
+class Warp(nn.Module):
+    """Warp of images [B, C, H, W] by one affine map per image.
 
     The image is extended by infinite reflection, upsampled by 2 with the sym6 low-pass filter, warped with bilinear
     interpolation and downsampled with the same filter, which avoids blur and aliasing. The identity map leaves the
@@ -309,43 +399,33 @@ class GeometryStage(AugmentStage):
     exactly, permutations of the pixels.
     """
 
-    groups = groups_of(GEOMETRY)
-    is_deterministic = False  # the backward pass of grid_sample accumulates gradients in arbitrary order
-    taps: Tensor
-    up_x: Tensor
-    up_y: Tensor
-    down_x: Tensor
-    down_y: Tensor
-
-    def __init__(self, pipe: str, img_shape: tuple[int, int, int]) -> None:
-        super().__init__(pipe, img_shape)
-        H, W = self.size
-        if min(H, W) < 3:
-            raise ConfigError("pipe", pipe, f"images of {H}x{W} are too small to warp: the minimum is 3x3; use 'color'")
-        self.transforms = [t for t in GEOMETRY if t.group in self.active]
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.size = size
+        H, W = size
         taps = torch.tensor(SYM6, dtype=torch.float64)
         taps = taps / taps.sum()
-        self.register_buffer("taps", taps, persistent=False)
+        self.taps = Constants(taps)
         if max(H, W) <= DENSE_SIDE:  # apply the operators to the identity to get their matrices
-            for axis, size in (("x", W), ("y", H)):
-                unit, canvas = (torch.eye(n, dtype=torch.float64)[None, None] for n in (size, 2 * size + 12))
-                self.register_buffer(f"up_{axis}", mirror_and_upsample(unit, taps)[0, 0], persistent=False)
-                self.register_buffer(f"down_{axis}", downsample(canvas, taps)[0, 0], persistent=False)
-
-    def draw(self, images: Tensor, p: Tensor) -> Tensor:
-        """Return A [B, 3, 3], the map from output to input coordinates: the product of the inverses, in order."""
-        return reduce(product, draw_matrices(self.transforms, len(images), p, self.size, like=images))
-
-    def transform(self, images: Tensor, values: Tensor) -> Tensor:
-        points = self.sample_points(values)
-        if max(self.size) <= (DENSE_SIDE_ON_GPU if images.is_cuda else DENSE_SIDE):
-            up_x, up_y, down_x, down_y = (
-                matrix.to(images.dtype) for matrix in (self.up_x, self.up_y, self.down_x, self.down_y)
+            units = [torch.eye(n, dtype=torch.float64)[None, None] for n in (W, H)]
+            canvases = [torch.eye(2 * n + 12, dtype=torch.float64)[None, None] for n in (W, H)]
+            self.matrices = Constants(
+                *(mirror_and_upsample(unit, taps)[0, 0] for unit in units),
+                *(downsample(canvas, taps)[0, 0] for canvas in canvases),
             )
+        sides = torch.tensor([W, H], dtype=torch.float64)[:, None, None]
+        x, y = torch.arange(2 * W + 12) - W - 5, torch.arange(2 * H + 12) - H - 5
+        self.grid = Constants(x, y[:, None], sides - 1, 4 * (sides - 1), 2 * sides - 0.5, 2 * sides)
+
+    def forward(self, images: Tensor, A: Tensor) -> Tensor:
+        """Warp images by A [B, 4, 4], the maps of (x, y, 0, 1) from output to input coordinates."""
+        points = self.sample_points(A)
+        if max(self.size) <= (DENSE_SIDE_ON_GPU if images.is_cuda else DENSE_SIDE):
+            up_x, up_y, down_x, down_y = self.matrices(images.dtype)
             x = up_y.mT @ (images @ up_x)  # (B, C, 4H, 4W)
             x = grid_sample(x, points)  # (B, C, 2H+12, 2W+12)
             return down_y.mT @ (x @ down_x)  # (B, C, H, W)
-        taps = self.taps.to(images.dtype)
+        (taps,) = self.taps(images.dtype)
         x = mirror_and_upsample(mirror_and_upsample(images, taps).mT, taps).mT  # (B, C, 4H, 4W)
         x = grid_sample(x, points)  # (B, C, 2H+12, 2W+12)
         return downsample(downsample(x, taps).mT, taps).mT  # (B, C, H, W)
@@ -354,43 +434,59 @@ class GeometryStage(AugmentStage):
         """Return the sampling position of each canvas pixel in the upsampled period, [B, 2H+12, 2W+12, 2] in [-1, 1].
 
         The canvas is the output at twice its resolution, with a margin of 6 pixels on each side for the downsampling
-        filter. The offsets by one half compensate for the delay of the sym6 filter.
+        filter. In coordinates relative to the image centre, its pixels are at (x / 2, y / 2); x and y are offset by one
+        half to compensate for the delay of the sym6 filter.
         """
-        H, W = self.size
-        x = (torch.arange(2 * W + 12, dtype=A.dtype, device=A.device) - W - 5) / 2
-        y = (torch.arange(2 * H + 12, dtype=A.dtype, device=A.device)[:, None] - H - 5) / 2
-        a, b, c, d, e, f = A[:, :2].reshape(-1, 6, 1, 1).unbind(1)  # (B, 1, 1) each
-        column = 2 * (a * x + b * y + c) + (W - 1)  # (B, 2H+12, 2W+12), an index in the upsampled image
-        row = 2 * (d * x + e * y + f) + (H - 1)
-        column = column.remainder(4 * (W - 1))  # the mirrored image is periodic
-        row = row.remainder(4 * (H - 1))
-        return torch.stack([(column + 0.5) / (2 * W) - 1, (row + 0.5) / (2 * H) - 1], dim=-1)
+        x, y, center, period, middle, radius = self.grid(A.dtype)  # the last four are for columns and rows, [2, 1, 1]
+        by_x, by_y, _, shift = A[:, :2, :, None, None].unbind(2)  # (B, 2, 1, 1)
+        index = torch.add(center, shift, alpha=2)
+        index = index.addcmul(by_y, y).addcmul(by_x, x)  # (B, 2, 2H+12, 2W+12), in the upsampled image
+        index = index.remainder(period)  # the mirrored image is periodic
+        return ((index - middle) / radius).permute(0, 2, 3, 1)
 
 
-class ColorStage(AugmentStage):
-    """Colour transforms, combined into one affine map per image; an alpha channel is not transformed."""
+def recolor(images: Tensor, K: Tensor) -> Tensor:
+    """Map the colours of images [B, C, H, W] by K [B, 4, 4], which acts on (r, g, b, 1).
 
-    groups = groups_of(COLOR)
+    C is 1, 3 or 4. An alpha channel is not changed. Grey images are mapped as r = g = b, averaged over the output.
+    """
+    if images.shape[1] == 4:
+        return torch.cat([recolor(images[:, :3], K), images[:, 3:]], dim=1)
+    linear, offset = K[:, :3, :3], K[:, :3, 3:]
+    if images.shape[1] == 1:
+        linear, offset = linear.sum(dim=2).mean(dim=1)[:, None, None], offset.mean(dim=1, keepdim=True)
+    return torch.baddbmm(offset, linear, images.flatten(2)).view_as(images)
+
+
+class AffineStage(AugmentStage):
+    """Geometric and colour transforms, combined into one affine map of coordinates and one of colours per image."""
+
+    groups = groups_of((*GEOMETRY, *COLOR))
 
     def __init__(self, pipe: str, img_shape: tuple[int, int, int]) -> None:
         super().__init__(pipe, img_shape)
-        if self.channels not in (1, 3, 4):
+        self.geometry = [t for t in GEOMETRY if t.group in self.active]
+        self.color = [t for t in COLOR if t.group in self.active and (self.channels >= 3 or not t.rgb_only)]
+        H, W = self.size
+        if self.geometry and min(H, W) < 3:
+            raise ConfigError("pipe", pipe, f"images of {H}x{W} are too small to warp: the minimum is 3x3; use 'color'")
+        if self.color and self.channels not in (1, 3, 4):
             problem = f"colour transforms need 1, 3 or 4 channels, but the images have {self.channels}; use 'bg'"
             raise ConfigError("pipe", pipe, problem)
-        self.transforms = [t for t in COLOR if t.group in self.active and (self.channels >= 3 or not t.rgb_only)]
+        self.is_deterministic = not self.geometry  # grid_sample's derivative adds gradients in arbitrary order
+        # The maps from output to input coordinates are inverses, so their order is reversed compared to the colours.
+        self.random_matrices = RandomMatrices([self.geometry, self.color[::-1]], self.size)
+        self.warp = Warp(self.size) if self.geometry else None
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
-        """Return the colour map K [B, 4, 4] on (r, g, b, 1); later transforms are multiplied on the left."""
-        matrices = draw_matrices(self.transforms, len(images), p, self.size, like=images)
-        return reduce(lambda K, matrix: product(matrix, K), matrices)
+        """Return maps [B, 2, 4, 4]: from output to input coordinates (x, y, 0, 1), and of colours (r, g, b, 1)."""
+        return self.random_matrices.draw(images, p)
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
-        linear, offset = values[:, :3, :3], values[:, :3, 3:]
-        if self.channels == 1:  # average over the output channels for input r = g = b
-            linear, offset = linear.sum(dim=2).mean(dim=1)[:, None, None], offset.mean(dim=1, keepdim=True)
-        colors = images[:, :3].flatten(2)  # (B, 3 or 1, HW)
-        colors = torch.baddbmm(offset, linear, colors).unflatten(2, self.size)
-        return torch.cat([colors, images[:, 3:]], dim=1)  # (B, C, H, W)
+        A, K = values.unbind(1)
+        if self.warp is not None:
+            images = self.warp(images, A)
+        return recolor(images, K) if self.color else images
 
 
 def filter_bank() -> Tensor:
@@ -418,39 +514,49 @@ class FilterStage(AugmentStage):
     """Image-space filtering with random gains of four frequency bands, preserving the expected power of images."""
 
     groups = ("filter",)
-    is_deterministic = False  # the backward pass of reflection padding is nondeterministic
-    bank: Tensor
-    power: Tensor
+    is_deterministic = False  # for large images, the backward pass of reflection padding is nondeterministic
 
     def __init__(self, pipe: str, img_shape: tuple[int, int, int]) -> None:
         super().__init__(pipe, img_shape)
-        self.register_buffer("bank", filter_bank(), persistent=False)
-        # Expected power of each band, assuming a 1/f spectrum.
-        self.register_buffer("power", torch.tensor([10, 1, 1, 1], dtype=torch.float64) / 13, persistent=False)
-        self.radius = self.bank.shape[1] // 2
+        bank = filter_bank()
+        power = torch.tensor([10, 1, 1, 1], dtype=torch.float64) / 13  # of each band, expected for a 1/f spectrum
+        self.constants = Constants(bank, 1 - power, power)
+        self.radius = bank.shape[1] // 2
         if min(self.size) <= self.radius:
             H, W = self.size
             problem = f"filters need at least {self.radius + 1} pixels per side, but the images are {H}x{W}; use 'bgc'"
             raise ConfigError("pipe", pipe, problem)
+        if max(self.size) <= DENSE_SIDE:
+            self.matrices = Constants(*(self.band_matrices(bank, side) for side in self.size))
+
+    def band_matrices(self, bank: Tensor, side: int) -> Tensor:
+        """Return the matrix of each band for rows of `side` pixels, flattened [4, side^2]."""
+        rows = F.pad(torch.eye(side, dtype=bank.dtype)[:, None], [self.radius] * 2, mode="reflect")
+        return F.conv1d(rows, bank[:, None]).transpose(0, 1).flatten(1)
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
         """Return the gains of the bands [B, 4]."""
         B = len(images)
         u = torch.rand([B, 4], dtype=images.dtype, device=images.device)
         n = torch.randn([B, 4], dtype=images.dtype, device=images.device)
-        return self.gains(torch.where(u < p, n, 0).exp2())
+        return self.gains((n * (u < p)).exp2())
 
     def gains(self, t: Tensor) -> Tensor:
         """Return t / prod_i sqrt(1 + power_i (t_i^2 - 1)) for the amplifications t [B, 4] of the bands.
 
         The factors are the root mean square of a natural image after amplification of band i alone.
         """
-        power = self.power.to(t.dtype)
-        return t / (1 + power * (t.square() - 1)).sqrt().prod(dim=1, keepdim=True)
+        _, rest, power = self.constants(t.dtype)
+        return t / torch.addcmul(rest, power, t.square()).sqrt().prod(dim=1, keepdim=True)
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
         B, C, H, W = images.shape
-        taps = (values @ self.bank.to(values.dtype)).repeat_interleave(C, dim=0)  # (BC, 43)
+        if max(self.size) <= DENSE_SIDE:
+            by_column, by_row = self.matrices(values.dtype)
+            x = (images.flatten(1, 2) @ (values @ by_row).view(B, W, W)).view_as(images)
+            return (values @ by_column).view(B, 1, H, H).mT @ x
+        bank, *_ = self.constants(values.dtype)
+        taps = (values @ bank).repeat_interleave(C, dim=0)  # (BC, 43)
         x = F.pad(images, [self.radius] * 4, mode="reflect").reshape(1, B * C, H + 2 * self.radius, -1)
         x = F.conv2d(x, taps[:, None, None, :], groups=B * C)  # (1, BC, H+42, W)
         x = F.conv2d(x, taps[:, None, :, None], groups=B * C)  # (1, BC, H, W)
@@ -465,8 +571,8 @@ class NoiseStage(AugmentStage):
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
         """Return the noise [B, C, H, W]."""
         u = torch.rand([len(images), 1, 1, 1], dtype=images.dtype, device=images.device)
-        sigma = 0.1 * torch.randn_like(u).abs()
-        return torch.where(u < p, sigma, 0) * torch.randn_like(images)
+        sigma = 0.1 * torch.randn_like(u) * (u < p)  # the sign does not matter
+        return sigma * torch.randn_like(images)
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
         return images + values
@@ -477,21 +583,22 @@ class CutoutStage(AugmentStage):
 
     groups = ("cutout",)
 
+    def __init__(self, pipe: str, img_shape: tuple[int, int, int]) -> None:
+        super().__init__(pipe, img_shape)
+        self.centers = Constants(*((torch.arange(side, dtype=torch.float64) + 0.5) / side for side in self.size))
+
     def draw(self, images: Tensor, p: Tensor) -> Tensor:
         """Return the rectangles [B, 3]: centre x, centre y, half the side (0.25 or 0), relative to the image size."""
         u = torch.rand([len(images), 3], dtype=images.dtype, device=images.device)
-        radius = torch.where(u[:, 2:] < p, 0.25, 0.0).to(images.dtype)
-        return torch.cat([u[:, :2], radius], dim=1)
+        return torch.cat([u[:, :2], 0.25 * (u[:, 2:] < p)], dim=1)
 
     def transform(self, images: Tensor, values: Tensor) -> Tensor:
-        H, W = self.size
         center_x, center_y, radius = values[:, :, None].unbind(1)  # (B, 1) each
-        x = (torch.arange(W, dtype=values.dtype, device=values.device) + 0.5) / W
-        y = (torch.arange(H, dtype=values.dtype, device=values.device) + 0.5) / H
+        y, x = self.centers(values.dtype)
         columns = (x - center_x).abs() < radius  # (B, W)
         rows = (y - center_y).abs() < radius  # (B, H)
         return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
 # In order of execution.
-STAGES: tuple[type[AugmentStage], ...] = (GeometryStage, ColorStage, FilterStage, NoiseStage, CutoutStage)
+STAGES: tuple[type[AugmentStage], ...] = (AffineStage, FilterStage, NoiseStage, CutoutStage)
