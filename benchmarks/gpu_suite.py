@@ -106,6 +106,7 @@ def build_stages(options: Options) -> dict[str, SuiteStage]:
         "distance": measure_snapshots(options, "last.pkl"),
         # Stages for a second run:
         "distances": measure_snapshots(options, "run"),
+        "large-attention": step(options, 100, "large", "bf16+graphs+cudnn,bf16+graphs+flash,bf16+graphs+efficient"),
         "readme-64": step(options, 90, "readme-64", "fp32,tf32,fp16+graphs,bf16,bf16+graphs,bf16+compile+graphs"),
         "stylegan2": step(options, 60, "stylegan2", "bf16,bf16+graphs"),
         "transgan": step(options, 90, "transgan", "bf16,bf16+graphs"),

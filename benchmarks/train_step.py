@@ -54,6 +54,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "compile": {"run.compile": True},
     "checkpoint": {"run.recompute": True},
     "loader": {"run.data_on_gpu": False},
+    "cudnn": {"run.attention": "cudnn"},
+    "flash": {"run.attention": "flash"},
+    "efficient": {"run.attention": "efficient"},
     # Disable this project's optimisations, individually and all:
     "reference": {},
     "no-allocator": {},

@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dnnlib.config import ConfigError
 from training.config import PRESETS
+from training.networks import attention as attention_module
 from training.networks import execution
-from training.networks.attention import SelfAttention
+from training.networks.attention import BACKENDS, SelfAttention, attend
 from training.networks.generator import base_grids
 from training.networks.layers import (
     Conv2d,
@@ -247,6 +248,25 @@ def test_fused_attention_equals_explicit_weights(projected: int | None) -> None:
     values = v if attention.token_projection is None else torch.einsum("kn,bnc->bkc", attention.token_projection, v)
     heads = [weights[:, h] @ values[:, :, 3 * h : 3 * h + 3] for h in range(2)]
     torch.testing.assert_close(attention(q, k, v), torch.cat(heads, dim=2))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_attention_backend_that_does_not_apply_is_replaced(
+    backend: str, has_bias: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels of cuDNN and the memory-efficient ones need a GPU; the line is printed once."""
+    monkeypatch.setattr(attention_module, "_unsupported", set())
+    q, k, v, bias = torch.randn(2, 3, 7, 8), *torch.randn(2, 2, 3, 5, 8), torch.randn(3, 7, 5) if has_bias else None
+    scores = q @ k.mT / 8**0.5 + (0 if bias is None else bias)
+    for _ in range(2):
+        with execution.using(attention=backend):
+            torch.testing.assert_close(attend(q, k, v, bias), scores.softmax(dim=3) @ v)
+    lines = capsys.readouterr().err.splitlines()
+    refused = [
+        f"Attention: {backend} does not support torch.float32 heads of 8 channels on cpu; using PyTorch's choice"
+    ]
+    assert lines == (refused if backend in ("cudnn", "efficient") else [])
 
 
 def test_forward_hooks_can_read_the_attention_weights() -> None:

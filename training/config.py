@@ -17,6 +17,7 @@ from training.dataset import DatasetConfig
 from training.ema import EMAConfig
 from training.loss import LAZY_R1, LossConfig
 from training.networks import DISCRIMINATORS, GENERATORS
+from training.networks.attention import BACKENDS
 from training.networks.discriminator import DiscriminatorConfig
 from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
@@ -97,6 +98,11 @@ class RunConfig:
     compile: bool = setting(False, "Use torch.compile in the main phases, i.e. those without second derivatives.")
     graphs: bool | None = setting(
         None, "Capture each phase as a CUDA graph; None: on a GPU, for images of up to 64 pixels per side.", auto=True
+    )
+    attention: str = setting(
+        "auto",
+        "Attention kernels; auto: chosen by PyTorch, also where the given ones do not apply.",
+        choices=("auto", *BACKENDS),
     )
     cudnn_benchmark: bool = setting(True, "Let cuDNN benchmark its convolution algorithms and use the fastest.")
     timeout: float = setting(
@@ -614,6 +620,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.compile": False,
     "run.graphs": False,
     "run.deterministic": False,
+    "run.attention": "auto",
     "run.timeout": 1800,
     "run.keep_last": 2,
     "run.keep_every": None,

@@ -155,6 +155,7 @@ class Trainer:
             min_grid=config.reduced_from,
             recompute=config.run.recompute,
             random_noise=True,
+            attention=config.run.attention,
         )
         self.graphs: GraphPool[Moments] | None = GraphPool() if config.run.graphs else None
 

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dnnlib.util import is_out_of_memory
 from training.networks import execution
 from training.networks.blockwise import blockwise_attention
 from training.networks.weights import effective
+
+# Backends of run.attention besides "auto", PyTorch's choice.
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_unsupported: set[tuple[Any, ...]] = set()  # backends with kinds of inputs that they refused
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     if execution.current.twice_differentiable:
         return blockwise_attention(q, k, v, bias=bias)
     if bias is None:
-        return F.scaled_dot_product_attention(q, k, v)
+        return _fused(q, k, v)
     return _attend_biased(q, k, v, bias.to(q.dtype).unsqueeze(0))
 
 
@@ -36,7 +50,24 @@ def _attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     D = q.shape[3]
     if q.dtype.itemsize == 2 and D % 8:
         q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, bias, scale=1 / math.sqrt(D))[..., :D]
+    return _fused(q, k, v, bias, scale=1 / math.sqrt(D))[..., :D]
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Call PyTorch's attention with the backend of `execution.current`, or its default if that one is not supported."""
+    name = execution.current.attention
+    case = name, q.device.type, q.dtype, q.shape[3], bias is not None
+    if name != "auto" and case not in _unsupported:
+        try:
+            with sdpa_kernel(BACKENDS[name]), warnings.catch_warnings(action="ignore"):
+                return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            _unsupported.add(case)
+            inputs = f"{q.dtype} heads of {q.shape[3]} channels on {q.device.type}"
+            print(f"Attention: {name} does not support {inputs}; using PyTorch's choice", file=sys.stderr, flush=True)
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -33,7 +33,8 @@ class Execution:
     which saves memory at the cost of one more forward pass. `random_noise`: draw fresh noise in discriminators with
     noise, as in training. `minibatches`: number of equal minibatches that are concatenated in the batch of D, such as
     generated and real images; statistics and random choices that images share stay within a minibatch. `weights`:
-    cache of effective weights; None: layers compute them at every call.
+    cache of effective weights; None: layers compute them at every call. `attention`: backend of PyTorch's attention,
+    "auto" or a key of attention.BACKENDS.
     """
 
     reduced: torch.dtype | None = None
@@ -43,6 +44,7 @@ class Execution:
     random_noise: bool = False
     minibatches: int = 1
     weights: WeightCache | None = None
+    attention: str = "auto"
 
 
 current = Execution()
