@@ -218,7 +218,7 @@ class StyleformerDiscriminator(Discriminator):
             if grid != self.grids[-1]:
                 x = to_tokens(downsample2d(x, self.resample_filter))  # (B, N/4, C_out)
 
-        logits: Tensor = self.epilogue(execution.full_precision(x))  # (B, 1), or (B, C) if conditional
+        logits: Tensor = self.epilogue(x)  # (B, 1), or (B, C) if conditional
         if self.mapping is not None:
             logits = project(logits, self.mapping(c))
         return logits

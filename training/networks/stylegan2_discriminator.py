@@ -118,7 +118,7 @@ class DiscriminatorBlock(nn.Module):
 class DiscriminatorEpilogue(nn.Module):
     """Final layers, from the smallest grid to (B, out_dim): minibatch std, 3x3 convolution, two fully connected layers.
 
-    With `group_size` 0, there is no minibatch std.
+    With `group_size` 0, there is no minibatch std. All layers but the convolution compute in full precision.
     """
 
     def __init__(
@@ -126,6 +126,7 @@ class DiscriminatorEpilogue(nn.Module):
     ) -> None:
         super().__init__()
         C = channels
+        self.grid = grid
         self.mbstd = MinibatchStd(group_size) if group_size else None
         extra = 0 if self.mbstd is None else 1
         self.conv = Conv2d(C + extra, C, 3, activation="lrelu", clamp=clamp)
@@ -133,9 +134,10 @@ class DiscriminatorEpilogue(nn.Module):
         self.out = FullyConnected(C, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = execution.full_precision(x)
         if self.mbstd is not None:
             x = self.mbstd(x)  # (B, C+1, h, w)
-        x = self.conv(x).flatten(1)  # (B, C h w)
+        x = execution.full_precision(self.conv(execution.cast(x, self.grid))).flatten(1)  # (B, C h w)
         out: Tensor = self.out(self.fc(x))  # (B, out_dim)
         return out
 
@@ -186,7 +188,7 @@ class StyleGAN2Discriminator(Discriminator):
                 small = execution.cast(img, (img.shape[2], img.shape[3]))
                 x = x.to(small.dtype) + self.fromrgb[level](small)
 
-        logits: Tensor = self.epilogue(execution.full_precision(x))  # (B, 1), or (B, cmap_dim) if conditional
+        logits: Tensor = self.epilogue(x)  # (B, 1), or (B, cmap_dim) if conditional
         if self.mapping is not None:
             logits = project(logits, self.mapping(c))
         return logits
