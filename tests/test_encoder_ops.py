@@ -546,7 +546,10 @@ def test_auto_does_not_try_the_kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch)
     ("error", "reason"),
     [
         (ModuleNotFoundError("No module named 'triton'"), "ModuleNotFoundError: No module named 'triton'"),
-        (subprocess.CalledProcessError(1, ["gcc"]), "CalledProcessError: Command '['gcc']' returned"),
+        (
+            subprocess.CalledProcessError(1, ["gcc"]),
+            "gcc failed; Triton needs a C compiler and the headers of Python (python3-dev)",
+        ),
         (RuntimeError("no\nC compiler"), "RuntimeError: no C compiler"),
         (MemoryError(), "MemoryError"),
     ],

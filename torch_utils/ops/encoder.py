@@ -11,6 +11,7 @@ The first derivatives are fused as well. Second derivatives (create_graph=True) 
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -176,6 +177,8 @@ def _try_quietly() -> None:
         _run_all(torch.device("cuda"))
         torch.cuda.synchronize()
         _state.reason = None
+    except subprocess.CalledProcessError as error:  # the compiler has printed the cause
+        _state.reason = f"{error.cmd[0]} failed; Triton needs a C compiler and the headers of Python (python3-dev)"
     except Exception as error:  # on any failure, fall back to the reference
         message = textwrap.shorten(str(error), 200, placeholder=" ...")
         _state.reason = f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -97,7 +97,7 @@ def modulated_layer_norm_grad(
         value = _load(x + b * x_image + rows[:, None] * x_row + channels[None, :], mask)
         g = _load(grad + b * grad_image + rows[:, None] * grad_row + channels[None, :], mask)
         center, scale = _load(mean + b * N + rows, rows < N), _load(rstd + b * N + rows, rows < N)
-        normalized = tl.where(mask, (value * style[None, :] - center[:, None]) * scale[:, None], 0.0)
+        normalized = (value * style[None, :] - center[:, None]) * scale[:, None]
         along = tl.sum(g * normalized, 1) / C
         dv = (g - (tl.sum(g, 1) / C)[:, None] - normalized * along[:, None]) * scale[:, None]
         tl.store(dx + (b * N + rows)[:, None] * C + channels[None, :], dv * style[None, :], mask=mask)
