@@ -349,7 +349,8 @@ def compare_residual(case: Case, dtype: torch.dtype, device: str = "cpu") -> Non
 
 def compare_split(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     qkv, scale = case.tokens(0, dtype, 3).to(device), case.vector(1, torch.float32, 3).to(device)
-    grads = [case.tokens(seed, dtype).to(device) for seed in (2, 3, 4)]
+    dq, dk, dv = (case.tokens(seed, dtype).to(device) for seed in (2, 3, 4))
+    grads = [dq, dk.contiguous(), dv.mT.contiguous().mT]  # three layouts
     with guarded_outputs():
         parts = module.launch_scale_and_split(qkv, scale)
         d_qkv, d_scale = module.launch_scale_and_split_grad(*grads, qkv, scale)
@@ -380,11 +381,11 @@ def compare_special_values() -> None:
     torch.testing.assert_close(y.flatten(), torch.tensor([math.nan, 2, -2, 0, -2, 2]), equal_nan=True)
     for clamp in (0.4, 0.7, 1.1, 3.3, 256.0 / 3):
         for dtype in (torch.float16, torch.float32):
-            a = torch.tensor([[[-2000.0], [-0.1], [0.1], [2000.0]]], dtype=dtype)
+            a = torch.tensor([[[-2000.0], [-0.1], [0.0], [0.1], [2000.0]]], dtype=dtype)
             r = torch.zeros_like(a)
-            y = module.launch_residual_lrelu(a, r, one, one, zero.expand(1, 4), zero[0, 0], zero[0], clamp)
-            d_a = module.launch_residual_lrelu_grad(torch.ones_like(a), y, a, r, one, one, zero.expand(1, 4), clamp)[0]
-            torch.testing.assert_close(d_a.flatten(), torch.tensor([0, 0.2, 1, 0], dtype=dtype))
+            y = module.launch_residual_lrelu(a, r, one, one, zero.expand(1, 5), zero[0, 0], zero[0], clamp)
+            d_a = module.launch_residual_lrelu_grad(torch.ones_like(a), y, a, r, one, one, zero.expand(1, 5), clamp)[0]
+            torch.testing.assert_close(d_a.flatten(), torch.tensor([0, 0.2, 0.2, 1, 0], dtype=dtype))
 
 
 def compare_far_rows() -> None:
