@@ -35,7 +35,9 @@ SLOPE = 0.2  # of the leaky ReLU
 
 # Elements in a tile and warps of a program: 8 elements per thread, one 16-byte access in a half type.
 TILE, WARPS = 2048, 8
-ROWS_PER_SUM = 32  # rows whose gradients a program adds up, so partial sums are 1/32 of the size of the tokens
+# A program adds up the gradients of 8 to 32 rows. Fewer rows increase the traffic of partial sums, more rows reduce the
+# number of programs; below about 256 programs a GPU is not busy.
+MIN_ROWS, MAX_ROWS, MIN_PROGRAMS = 8, 32, 256
 
 
 def modulated_layer_norm(x: Tensor, s: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -69,9 +71,10 @@ def residual_lrelu(
     """Return clamp(lrelu(da a + dr r + strength noise + bias), -clamp, clamp); twice differentiable.
 
     a, r (B, N, C) of one dtype; da, dr (B, C), demodulation coefficients per image; noise (B or 1, N), shared by all
-    channels; strength (); bias (C,) -> (B, N, C) in the dtype of a. The leaky ReLU has slope 0.2 and no gain. As in
-    `bias_act`, the gradient is zero if |y| is the rounded `clamp`; `clamp` None disables clamping. The gradient of
-    `noise`, which only a projection needs, is computed by the reference. `impl`: see `modulated_layer_norm`.
+    channels; strength (); bias (C,) -> (B, N, C) in the dtype of a. The leaky ReLU has slope 0.2 and no gain.
+    `clamp` None disables clamping. In the kernels, as in those of `bias_act`, the gradient is zero if |y| is the rounded
+    `clamp`. The reference computes the gradient of `noise`, which only a projection needs. `impl`: see
+    `modulated_layer_norm`.
 
     Raises ValueError for a tensor of the wrong shape, for an r of another dtype than a, and for a negative clamp.
     """
@@ -215,8 +218,9 @@ def _residual_lrelu_reference(
 
 def _scale_and_split_reference(qkv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = library.computed_in(qkv.dtype)
-    q, k, v = (qkv.to(dtype) * scale.to(dtype).unsqueeze(1)).to(qkv.dtype).chunk(3, dim=2)
-    return q.contiguous(), k.contiguous(), v.contiguous()
+    parts = zip(qkv.to(dtype).chunk(3, dim=2), scale.to(dtype).unsqueeze(1).chunk(3, dim=2), strict=True)
+    q, k, v = ((x * factor).to(qkv.dtype).contiguous() for x, factor in parts)
+    return q, k, v
 
 
 def _differentiate_reference(
@@ -301,6 +305,11 @@ def _tiling(N: int, C: int, rows_per_program: int = 1) -> _Tiling:
     return _Tiling(N=N, C=C, rows=rows, width=width, tiles=tiles, blocks=-(-N // (rows * tiles)))
 
 
+def _tiling_of_sums(B: int, N: int, C: int) -> _Tiling:
+    """Return the tiling of a kernel that stores partial sums."""
+    return _tiling(N, C, min(max(_power_of_2(B * N // MIN_PROGRAMS), MIN_ROWS), MAX_ROWS))
+
+
 def _power_of_2(n: int) -> int:
     """Return the smallest power of 2 that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -365,7 +374,7 @@ def launch_layer_norm(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def launch_layer_norm_grad(grad: Tensor, x: Tensor, s: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x (B, N, C) and s (B, C)."""
     (B, N, C), grad, x, s = x.shape, _with_rows(grad), _with_rows(x), _with_rows(s.to(torch.float32))
-    tiling = _tiling(N, C, ROWS_PER_SUM)
+    tiling = _tiling_of_sums(B, N, C)
     dx, sums = _tokens(x, C), _vectors(x, B, tiling.blocks, C)
     tensors = (grad, x, s, mean.contiguous(), rstd.contiguous(), dx, sums)
     strides = (*_strides(grad, x), s.stride(0))
@@ -390,7 +399,7 @@ def launch_residual_lrelu_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of a and r (B, N, C), and those of da, dr, bias and strength per image (B, 3C + 1)."""
     (B, N, C), grad, a, r = a.shape, _with_rows(grad), _with_rows(a), _with_rows(r)
-    tiling = _tiling(N, C, ROWS_PER_SUM)
+    tiling = _tiling_of_sums(B, N, C)
     d_a, d_r, sums = _tokens(a, C), _tokens(r, C), _vectors(a, B, tiling.blocks, 3 * C + 1)
     tensors = (grad, y.contiguous(), a, r, *map(_in_float32, (da, dr, noise)), d_a, d_r, sums)
     strides = (*_strides(grad, a, r), N if len(noise) == B else 0)
@@ -414,7 +423,7 @@ def launch_scale_and_split_grad(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of qkv (B, N, 3C) and scale (B, 3C)."""
     (B, N, C), inputs = dq.shape, [_with_rows(x) for x in (dq, dk, dv, qkv)]
-    tiling = _tiling(N, C, ROWS_PER_SUM)
+    tiling = _tiling_of_sums(B, N, C)
     d_qkv, sums = _tokens(qkv, 3 * C), _vectors(qkv, B, tiling.blocks, 3 * C)
     tensors = (*inputs, _in_float32(scale), d_qkv, sums)
     _launch("scale_and_split_grad", B, tiling, *tensors, *_strides(*inputs), TILES=tiling.tiles)
