@@ -72,9 +72,8 @@ def residual_lrelu(
 
     a, r (B, N, C) of one dtype; da, dr (B, C), demodulation coefficients per image; noise (B or 1, N), shared by all
     channels; strength (); bias (C,) -> (B, N, C) in the dtype of a. The leaky ReLU has slope 0.2 and no gain.
-    `clamp` None disables clamping. In the kernels, as in those of `bias_act`, the gradient is zero if |y| is the rounded
-    `clamp`. The reference computes the gradient of `noise`, which only a projection needs. `impl`: see
-    `modulated_layer_norm`.
+    `clamp` None disables clamping. The gradient of the kernels is zero if |y| is the rounded `clamp`, as in `bias_act`.
+    The reference computes the gradient of `noise`, which only a projection needs. `impl`: see `modulated_layer_norm`.
 
     Raises ValueError for a tensor of the wrong shape, for an r of another dtype than a, and for a negative clamp.
     """
