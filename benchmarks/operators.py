@@ -1,9 +1,10 @@
-"""Time upfirdn2d and bias_act on the shapes used by the networks, relative to a plain copy of the same bytes.
+"""Time the operators on the shapes used by the networks, relative to a plain copy of the same bytes.
 
-Prints one line of JSON for each case and implementation: the CUDA kernels, the PyTorch reference, and the reference
-under torch.compile. The operators should be limited by memory bandwidth: `gb_per_s` counts the traffic of a fused
-kernel (forward: input and output once; backward of bias_act also the saved output), and `of_copy` is the speed
-relative to copying a tensor of the input's size.
+Prints one line of JSON for each case and implementation: the kernels, the PyTorch reference, and the reference under
+torch.compile. The operators should be limited by memory bandwidth: `gb_per_s` counts the traffic of a fused kernel
+(forward: inputs and outputs once; backward also the saved tensors), and `of_copy` is the speed relative to copying a
+tensor of the input's size. The backward pass of the encoder's operators computes the gradients of all inputs; inputs of
+another shape than the first do not count as traffic.
 
     python benchmarks/operators.py --device=cuda --dtype=float32,bfloat16
 """
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from dnnlib.allocator import tune_allocator
 from torch_utils import custom_ops
+from torch_utils.ops import encoder
 from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.encoder import modulated_layer_norm, residual_lrelu, scale_and_split
 from torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upfirdn2d, upsample2d
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -34,14 +37,16 @@ TWELVE_TAPS = [1, 2, 3, 5, 8, 9, 9, 8, 5, 3, 2, 1]  # the length of the augmenta
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """An operator on one shape; `prepare` moves constants to the device and returns the function.
+    """An operator on one shape; `prepare` moves constants to the device and returns the function of all inputs.
 
+    `others`: shapes of further inputs; those of another shape than the input are vectors in float32.
     `saved`: number of tensors of the output's size that the backward pass reads in addition to the gradient.
     """
 
     name: str
     shape: tuple[int, ...]
-    prepare: Callable[[torch.device], Callable[[Tensor], Tensor]]
+    prepare: Callable[[torch.device], Callable[..., Tensor | tuple[Tensor, ...]]]
+    others: tuple[tuple[int, ...], ...] = ()
     saved: int = 0
 
 
@@ -74,6 +79,37 @@ def activate(channels: int, dim: int = 1) -> Callable[[torch.device], Callable[[
     return prepare
 
 
+def normalize(device: torch.device) -> Callable[..., Tensor]:
+    return modulated_layer_norm
+
+
+def add_residual(B: int, N: int) -> Callable[[torch.device], Callable[..., Tensor]]:
+    def prepare(device: torch.device) -> Callable[..., Tensor]:
+        noise = torch.randn(B, N, device=device)
+
+        def function(a: Tensor, r: Tensor, da: Tensor, dr: Tensor, strength: Tensor, bias: Tensor) -> Tensor:
+            return residual_lrelu(a, r, da, dr, noise, strength, bias, clamp=256.0)
+
+        return function
+
+    return prepare
+
+
+def split(device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+    return scale_and_split
+
+
+def encoder_cases(label: str, B: int, N: int, C: int) -> tuple[Case, ...]:
+    """Return the elementwise operators of Styleformer's encoder block for B images of N tokens with C channels."""
+    tokens, vector = (B, N, C), (B, C)
+    others = (tokens, vector, vector, (), (C,))
+    return (
+        Case(name=f"encoder LayerNorm, {label}", shape=tokens, prepare=normalize, others=(vector,), saved=1),
+        Case(name=f"encoder residual, {label}", shape=tokens, prepare=add_residual(B, N), others=others, saved=3),
+        Case(name=f"encoder QKV, {label}", shape=(B, N, 3 * C), prepare=split, others=((B, 3 * C),), saved=1),
+    )
+
+
 CASES = (
     Case(name="discriminator blur, 32 px", shape=(32, 512, 32, 32), prepare=blur),
     Case(name="discriminator blur, 16 px", shape=(32, 512, 16, 16), prepare=blur),
@@ -87,6 +123,8 @@ CASES = (
     Case(name="bias_act lrelu, 32 px", shape=(32, 512, 32, 32), prepare=activate(512), saved=1),
     Case(name="bias_act lrelu, 256 px", shape=(8, 64, 256, 256), prepare=activate(64), saved=1),
     Case(name="bias_act lrelu, 1024 tokens", shape=(32, 1024, 512), prepare=activate(512, dim=2), saved=1),
+    *encoder_cases("1024 tokens", 32, 1024, 256),
+    *encoder_cases("64 tokens", 32, 64, 1024),
 )
 
 
@@ -128,19 +166,26 @@ def _seconds_on_gpu(function: Callable[[], Any], device: torch.device, repeats: 
 def measure(
     case: Case, impl: str, device: torch.device, memory_format: torch.memory_format, dtype: torch.dtype, repeats: int
 ) -> dict[str, Any]:
-    """Time the operator, its gradient, and a copy of a tensor of the input's size."""
+    """Time the operator, its gradients, and a copy of a tensor of the input's size."""
     x = torch.randn(case.shape, device=device, dtype=dtype)
-    x = (x.contiguous(memory_format=memory_format) if x.ndim == 4 else x).requires_grad_()
+    x = x.contiguous(memory_format=memory_format) if x.ndim == 4 else x
+    types = [dtype if shape == case.shape else torch.float32 for shape in case.others]
+    others = [torch.randn(shape, device=device, dtype=kind) for shape, kind in zip(case.others, types, strict=True)]
+    inputs = [tensor.requires_grad_() for tensor in (x, *others)]
+    constants = [tensor.detach() for tensor in inputs]
     function = case.prepare(device)
     if impl == "compiled":
         torch.compiler.reset()
         function = torch.compile(function, dynamic=False)
     with custom_ops.implementation("cuda" if impl == "cuda" else "reference"):
-        y = function(x)
-        grad = torch.randn_like(y)
+        y = function(*inputs)
+        outputs = [y] if isinstance(y, Tensor) else list(y)
+        grads = [torch.randn_like(output) for output in outputs]
         target = torch.empty_like(x)
-        forward = seconds_per_call(lambda: function(x.detach()), device, repeats)
-        backward = seconds_per_call(lambda: torch.autograd.grad(y, x, grad, retain_graph=True), device, repeats)
+        forward = seconds_per_call(lambda: function(*constants), device, repeats)
+        backward = seconds_per_call(
+            lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True), device, repeats
+        )
     copy = seconds_per_call(lambda: target.copy_(x.detach()), device, repeats)
     copied = 2 * x.numel() * x.element_size()
 
@@ -152,13 +197,14 @@ def measure(
             "of_copy": round(rate / (copied / copy / 1e9), 3),
         }
 
-    moved = x.numel() + y.numel()
+    written = sum(output.numel() for output in outputs)
+    moved = written + sum(tensor.numel() for tensor in inputs if tensor.shape == x.shape)
     return {
         "case": case.name,
         "shape": list(case.shape),
         "impl": impl,
         "forward": row(forward, moved),
-        "backward": row(backward, moved + case.saved * y.numel()),
+        "backward": row(backward, moved + case.saved * written),
         "copy": {"ms": round(copy * 1e3, 4), "gb_per_s": round(copied / copy / 1e9, 2)},
     }
 
@@ -168,16 +214,22 @@ def choose_implementations(requested: str | None, device: torch.device) -> list[
     if requested is None:
         if device.type != "cuda":
             return ["reference"]
-        return [impl for impl in IMPLEMENTATIONS if impl != "cuda" or custom_ops.load() is not None]
+        return [impl for impl in IMPLEMENTATIONS if impl != "cuda" or missing_kernels() is None]
     chosen = requested.split(",")
     for impl in chosen:
         if impl not in IMPLEMENTATIONS:
             raise click.UsageError(f"--impl={requested}: {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if "cuda" in chosen and device.type != "cuda":
         raise click.UsageError(f"--impl={requested}: the kernels need --device=cuda")
-    if "cuda" in chosen and custom_ops.load() is None:
-        raise click.UsageError(f"--impl={requested}: {custom_ops.why_not()}")
+    reason = missing_kernels() if "cuda" in chosen else None
+    if reason is not None:
+        raise click.UsageError(f"--impl={requested}: {reason}")
     return chosen
+
+
+def missing_kernels() -> str | None:
+    """Return the reason why CUDA or Triton kernels are unavailable; None if all are available."""
+    return custom_ops.why_not() or encoder.why_not()
 
 
 @click.command()
@@ -197,7 +249,7 @@ def choose_implementations(requested: str | None, device: torch.device) -> list[
 def main(
     device: str, dtype: str, impl: str | None, channels_last: bool, threads: int | None, repeats: int, only: str
 ) -> None:
-    """Time upfirdn2d and bias_act; print JSON lines."""
+    """Time the operators; print JSON lines."""
     cases = [case for case in CASES if only in case.name]
     if not cases:
         raise click.UsageError(f"--only={only} matches no case: {', '.join(case.name for case in CASES)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,12 +141,21 @@ def test_operators_reports_one_row_per_case() -> None:
     assert rows[0]["impl"] == "reference"
 
 
-def test_operators_counts_the_bytes_that_a_fused_kernel_moves() -> None:
-    options = ("--only=bias_act lrelu, 32 px", "--repeats=1", "--dtype=float32,bfloat16", "--impl=reference")
+@pytest.mark.parametrize(
+    ("case", "forward", "backward"),  # number of tensors of the input's size that are read or written
+    [
+        ("bias_act lrelu, 32 px", 2, 3),
+        ("encoder LayerNorm, 64", 2, 3),
+        ("encoder residual, 64", 3, 6),
+        ("encoder QKV, 64", 2, 3),
+    ],
+)
+def test_operators_counts_the_bytes_that_a_fused_kernel_moves(case: str, forward: int, backward: int) -> None:
+    options = (f"--only={case}", "--repeats=1", "--dtype=float32,bfloat16", "--impl=reference")
     for row, size in zip(results(operators.main, *options), (4, 2), strict=True):
-        tensor = 32 * 512 * 32 * 32 * size / 1e9
-        assert row["forward"]["gb_per_s"] * row["forward"]["ms"] / 1e3 == pytest.approx(2 * tensor, rel=1e-2)
-        assert row["backward"]["gb_per_s"] * row["backward"]["ms"] / 1e3 == pytest.approx(3 * tensor, rel=1e-2)
+        tensor = math.prod(row["shape"]) * size / 1e9
+        assert row["forward"]["gb_per_s"] * row["forward"]["ms"] / 1e3 == pytest.approx(forward * tensor, rel=1e-2)
+        assert row["backward"]["gb_per_s"] * row["backward"]["ms"] / 1e3 == pytest.approx(backward * tensor, rel=1e-2)
 
 
 @pytest.mark.parametrize(

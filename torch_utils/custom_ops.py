@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -112,24 +112,32 @@ def implementation(impl: Impl) -> Iterator[None]:
         _auto = before
 
 
-def use_kernels(impl: Impl, x: Tensor) -> bool:
-    """Return whether an operator on `x` uses the CUDA kernels.
+def use_kernels(
+    impl: Impl,
+    x: Tensor,
+    dtypes: Collection[torch.dtype] = DTYPES,
+    unavailable: Callable[[], str | None] | None = None,
+) -> bool:
+    """Return whether an operator on `x` uses its kernels for CUDA tensors of `dtypes`.
 
-    "auto" selects them for CUDA tensors of a supported dtype if they can be built. If `impl` is "cuda", raises
-    ValueError for an unsupported tensor and RuntimeError if the kernels are unavailable.
+    "auto" selects the kernels for supported tensors if they can be built; `unavailable` (by default `why_not`) returns
+    None or the reason against it. If `impl` is "cuda", raises ValueError for an unsupported tensor and RuntimeError if
+    the kernels are unavailable.
     """
+    unavailable = unavailable or why_not
     if impl == "auto":
         impl = _auto
     if impl == "auto":
-        return x.is_cuda and x.dtype in DTYPES and why_not() is None
+        return x.is_cuda and x.dtype in dtypes and unavailable() is None
     _check_name(impl)
     if impl == "reference":
         return False
-    if not x.is_cuda or x.dtype not in DTYPES:
+    if not x.is_cuda or x.dtype not in dtypes:
         raise ValueError(
-            f"impl='cuda' on {x.dtype} on {x.device}: the kernels support floating-point CUDA tensors; use impl='auto'"
+            f"impl='cuda' on {x.dtype} on {x.device}: the kernels support CUDA tensors of type "
+            f"{', '.join(map(str, dtypes))}; use impl='auto'"
         )
-    reason = why_not()
+    reason = unavailable()
     if reason is not None:
         raise RuntimeError(f"impl='cuda': {reason}")
     return True

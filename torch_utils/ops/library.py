@@ -22,12 +22,15 @@ _library = torch.library.Library("styleformer", "DEF")
 def register(
     schema: str,
     *,
-    cpu: Callable[..., Tensor],
-    cuda: Callable[..., Tensor],
-    fake: Callable[..., Tensor],
-    function: type[torch.autograd.Function],
-) -> Callable[..., Tensor]:
-    """Define and return styleformer::`schema`; `function` calls it below autograd and implements its derivative."""
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+    function: type[torch.autograd.Function] | None,
+) -> Callable[..., Any]:
+    """Define and return styleformer::`schema`, with one output or a tuple of outputs.
+
+    `function` calls the operator below autograd and implements its derivative; None defines no derivative.
+    """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, cpu, "CPU")
@@ -35,8 +38,8 @@ def register(
     torch.library.register_fake(f"styleformer::{name}", fake, lib=_library)
     operator = getattr(torch.ops.styleformer, name).default
 
-    def autograd(*args: Any) -> Tensor:
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+    def autograd(*args: Any) -> Any:
+        if function and torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             return function.apply(*args)
         with below_autograd():
             return operator(*args)
