@@ -35,7 +35,7 @@ from metrics.sampling import MetricContext, silent
 from reporting.charts import find_charts
 from reporting.drawing import check_matplotlib, draw_png
 from reporting.run_reader import read_run
-from torch_utils import custom_ops, distributed
+from torch_utils import distributed, kernels
 from training.data_sources.codec import SLOW_DECODER
 from training.dataset import DatasetConfig, ImageDataset
 from training.networks import execution
@@ -197,7 +197,7 @@ def run(job: Job) -> None:
     """Compute the metrics of a job on all processes; rank 0 prints and saves the results."""
     tune_allocator()
     device = distributed.use_device(job.device)
-    operators = custom_ops.prepare(device)
+    operators = kernels.prepare(device)
     if distributed.is_main():
         for line in filter(None, [operators if device.type == "cuda" else None, SLOW_DECODER, uncounted_flips(job)]):
             click.echo(line, err=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_utils import custom_ops
-from torch_utils.ops import library
+from torch_utils.ops import encoder, library
 from training.config import Environment, TrainConfig
 from training.training_loop import Trainer
 
@@ -30,6 +30,7 @@ def fake_tensors() -> Iterator[None]:
             (nn.init, "trunc_normal_", lambda tensor, **options: tensor),  # the original reads values
             (library, "kernels", lambda: None),
             (custom_ops, "why_not", lambda: None),
+            (encoder, "why_not", lambda: None),
         ):
             stack.enter_context(patch.object(owner, name, substitute))
         stack.enter_context(patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))

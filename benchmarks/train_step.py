@@ -32,7 +32,7 @@ import dataset_tool
 from dnnlib.allocator import tune_allocator
 from dnnlib.cli import IntList, NameList, Script, option
 from dnnlib.config import ConfigError, UserError, override, to_json
-from torch_utils import custom_ops, distributed
+from torch_utils import distributed
 from torch_utils.misc import device_name
 from training.config import PRESETS, Environment, TrainConfig, resolve
 from training.dataset import ImageDataset
@@ -54,11 +54,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "compile": {"run.compile": True},
     "checkpoint": {"run.recompute": True},
     "loader": {"run.data_on_gpu": False},
+    "operators": {"run.kernels": "operators"},
     "cudnn": {"run.attention": "cudnn"},
     "flash": {"run.attention": "flash"},
     "efficient": {"run.attention": "efficient"},
     # Disable this project's optimisations, individually and all:
-    "reference": {},
+    "reference": {"run.kernels": "none"},
     "no-allocator": {},
     "no-winograd": {},
     "plain": {"precision": "fp32", "channels_last": False, "run.data_on_gpu": False},
@@ -212,8 +213,6 @@ def trainer_in_mode(settings: Settings) -> Iterator[Trainer]:
         tune_allocator()
     set_arithmetic(config)
     with contextlib.ExitStack() as stack:
-        if "reference" in words:
-            stack.enter_context(custom_ops.implementation("reference"))
         if "no-winograd" in words:
             stack.enter_context(patch.object(winograd, "is_profitable", never))
         yield Trainer(config, ImageDataset(config.data), device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dnnlib.allocator import tune_allocator
 from dnnlib.config import UserError
 from exploration.model import Model, label_of, vector_label
-from torch_utils import custom_ops, distributed
+from torch_utils import distributed, kernels
 from torch_utils.misc import name_user
 from training.networks import execution
 from training.snapshots.reading import load_network
@@ -31,7 +31,7 @@ def open_network(network: Path | str, device: str | None) -> tuple[Snapshot, tor
     if channels not in (1, 3, 4):
         raise UserError(f"--network={network}: its images have {channels} channels, but image files have 1, 3 or 4")
     if torch_device.type == "cuda":
-        click.echo(custom_ops.prepare(torch_device))
+        click.echo(kernels.prepare(torch_device))
     execution.set_gpu_arithmetic()
     return snapshot, torch_device
 

@@ -18,7 +18,7 @@ from exploration.opening import choose_label, execution_of, open_network
 from exploration.seed_images import seed_images
 from metrics.detectors import read_detectors
 from metrics.registry import resolve
-from torch_utils import custom_ops, distributed
+from torch_utils import distributed, kernels
 from training import startup
 from training.dataset import ImageFolderDataset as Dataset
 from training.networks import execution
@@ -127,7 +127,7 @@ def compute_metric(
         raise UserError(f"{network}: is a set of images: specify the real images with `data`")
     tune_allocator()
     where = distributed.use_device(device)
-    custom_ops.prepare(where)
+    kernels.prepare(where)
     fields = {"data.path": None if data is None else str(data), "data.mirror": mirror}
     job = calc_metrics.Job(
         network=path,

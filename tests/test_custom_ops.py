@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from conftest import PATIENCE
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dnnlib.config import UserError
-from torch_utils import custom_ops, distributed
+from torch_utils import custom_ops, distributed, kernels
+from torch_utils.ops import encoder
 
 ROOT = Path(__file__).parent.parent
 needs_nvcc = pytest.mark.skipif(custom_ops.find_nvcc() is None, reason="needs nvcc")
@@ -209,14 +211,32 @@ def test_implementation_overrides_auto() -> None:
 
 
 def test_prepare_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert custom_ops.prepare(torch.device("cpu")) == "CUDA operators: not used on the CPU"
-
     def fail() -> Any:
         raise UserError("no compiler; get one")
 
     monkeypatch.setattr(custom_ops, "build", fail)
-    line = custom_ops._prepare_together(torch.device("cpu"))
+    line = custom_ops.prepare(torch.device("cpu"))
     assert line == "CUDA operators: using the PyTorch reference: no compiler; get one"
+
+
+def test_kernels_are_chosen_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    device: Any = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(custom_ops, "prepare", lambda device: "CUDA operators: ...")
+    monkeypatch.setattr(encoder, "prepare", lambda device: "Encoder kernels: ...")
+    monkeypatch.setattr(custom_ops, "_auto", "auto")
+    monkeypatch.setattr(encoder, "is_enabled", True)
+    monkeypatch.setattr(custom_ops, "why_not", lambda: None)
+    monkeypatch.setattr(encoder, "why_not", lambda: None)
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda")
+        expected = {"all": (True, True), "operators": (True, False), "none": (False, False)}
+        assert [*expected] == [*kernels.KERNELS]
+        for name, used in expected.items():
+            kernels.choose(name)
+            assert (custom_ops.use_kernels("auto", x), encoder.use_kernels("auto", x)) == used
+            lines = kernels.prepare(device).splitlines()
+            assert ["off" in line for line in lines] == ([True] if name == "none" else [not on for on in used])
+    assert kernels.prepare(torch.device("cpu")) == "Kernels: not used on the CPU"
 
 
 def in_two_processes(folder: Path, data: Path) -> None:
@@ -237,7 +257,7 @@ def in_two_processes(folder: Path, data: Path) -> None:
 
         custom_ops.build = build  # type: ignore[assignment]
         custom_ops.Kernels = Loaded  # type: ignore[misc, assignment]
-        line = custom_ops._prepare_together(torch.device("cpu"))
+        line = custom_ops.prepare(torch.device("cpu"))
         kernels = custom_ops.load()
         results.append({"line": line, "came_first": kernels.path if isinstance(kernels, Loaded) else None})
     (folder / f"rank-{rank}.json").write_text(json.dumps(results))

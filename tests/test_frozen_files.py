@@ -1,8 +1,8 @@
 """Files of earlier versions remain readable.
 
-tests/data holds files of release 0.1.0, format version 1: a training state, the snapshot of the same step, the images of
-this snapshot, and the dataset. Never regenerate them; add files of later versions. network-snapshot-v1-next.pkl is the
-next step as computed before the order of random draws changed, without the draws concerned: augmentation and noise.
+tests/data holds files of release 0.1.0, format version 1: a training state, the snapshot of the same step, the images
+of this snapshot, and the dataset. Never regenerate them; add files of later versions. network-snapshot-v1-next.pkl is
+the next step, computed before the order of random draws changed, without those draws: augmentation and noise.
 The step runs no regulariser, because Adam of that release skipped parameters without a gradient.
 """
 

@@ -25,7 +25,6 @@ from training.networks.layers import (
     FullyConnected,
     normalize_2nd_moment,
     scaled_noise,
-    scaled_noises,
     to_map,
     to_tokens,
 )
@@ -33,7 +32,7 @@ from training.networks.mapping import MappingNetwork
 from training.networks.modulation import demodulations, read_styles
 from training.networks.styleformer import StyleformerConfig, StyleformerToRGB
 from training.networks.styleformer_ablations import AblatedEncoderBlock
-from training.networks.styleformer_block import EncoderBlock, modulate_blocks
+from training.networks.styleformer_block import EncoderBlock, modulate_blocks, noise_maps
 
 TINY = StyleformerConfig(
     z_dim=5, w_dim=6, mapping_layers=2, img_channels=2, base=(2, 3), widths=(12, 8, 4), layers=(1, 2, 1), depth=4
@@ -176,16 +175,16 @@ def test_one_product_computes_all_styles_of_one_w() -> None:
         torch.testing.assert_close(together[affine], apart[affine], rtol=1e-12, atol=1e-12)
 
 
-def test_noise_of_several_layers_is_one_draw() -> None:
-    consts, strengths = [torch.randn(n, 1) for n in (2, 5)], [torch.tensor(0.5), torch.tensor(-2.0)]
+def test_the_noise_of_several_blocks_is_one_draw() -> None:
+    consts = [torch.randn(n, 1) for n in (2, 5)]
     torch.manual_seed(1)
-    first, second = scaled_noises(consts, strengths, "random", 3, torch.float32)
+    first, second = noise_maps(consts, "random", 3)
     torch.manual_seed(1)
-    noise = torch.randn(3, 7, 1)
-    assert torch.equal(first, noise[:, :2] / 2)
-    assert torch.equal(second, noise[:, 2:] * -2)
-    fixed = scaled_noises(consts, strengths, "const", 3, torch.float32)
-    assert all(torch.equal(x, c[None] * s) for x, c, s in zip(fixed, consts, strengths, strict=True))
+    noise = torch.randn(21)
+    assert torch.equal(first, noise[:6].view(3, 2))
+    assert torch.equal(second, noise[6:].view(3, 5))
+    assert all(torch.equal(x, c.t()) for x, c in zip(noise_maps(consts, "const", 3), consts, strict=True))
+    assert all(torch.equal(x, 0 * c.t()) for x, c in zip(noise_maps(consts, "none", 3), consts, strict=True))
 
 
 def test_float16_weights_of_any_scale_do_not_overflow() -> None:

@@ -100,16 +100,27 @@ _state = _State()
 _auto: Impl = "auto"  # implementation used for impl="auto"
 
 
+def default() -> Impl:
+    """Return the implementation used for impl="auto"."""
+    return _auto
+
+
+def set_default(impl: Impl) -> None:
+    """Let impl="auto" mean `impl` from now on."""
+    global _auto
+    _check_name(impl)
+    _auto = impl
+
+
 @contextlib.contextmanager
 def implementation(impl: Impl) -> Iterator[None]:
     """Context manager in which impl="auto" means `impl`, to compare implementations in benchmarks and tests."""
-    global _auto
-    _check_name(impl)
-    before, _auto = _auto, impl
+    before = _auto
+    set_default(impl)
     try:
         yield
     finally:
-        _auto = before
+        set_default(before)
 
 
 def use_kernels(
@@ -188,14 +199,8 @@ def prepare(device: torch.device) -> str:
     """Build and load the kernels in every process at the start of a run; return a line for the log.
 
     Local rank 0 of each machine builds while the other ranks wait. If any process fails, all use the reference, so that
-    all ranks compute the same results. A collective call; it never raises, so that no rank can deadlock.
+    all ranks compute the same results. A collective call on `device`; it never raises, so that no rank can deadlock.
     """
-    if device.type != "cuda":
-        return "CUDA operators: not used on the CPU"
-    return _prepare_together(device)
-
-
-def _prepare_together(device: torch.device) -> str:
     failures = 0.0
     for turn in (True, False):
         is_mine = (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn

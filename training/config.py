@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from dnnlib.config import ConfigError, check_bounds, field_names, from_json, override, setting, to_json
+from torch_utils.kernels import KERNELS
 from torch_utils.misc import OnMeta
 from training import image_size
 from training.augment.diffaugment import DEFAULT_POLICY, PARAMETERS
@@ -98,6 +99,11 @@ class RunConfig:
     compile: bool = setting(False, "Use torch.compile in the main phases, i.e. those without second derivatives.")
     graphs: bool | None = setting(
         None, "Capture each phase as a CUDA graph; None: on a GPU, for images of up to 64 pixels per side.", auto=True
+    )
+    kernels: str = setting(
+        "all",
+        "This project's GPU kernels: all, the CUDA operators without the fused encoder kernels, or none.",
+        choices=KERNELS,
     )
     attention: str = setting(
         "auto",
@@ -620,6 +626,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.compile": False,
     "run.graphs": False,
     "run.deterministic": False,
+    "run.kernels": "all",
     "run.attention": "auto",
     "run.timeout": 1800,
     "run.keep_last": 2,

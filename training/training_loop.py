@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, UserError, to_json
-from torch_utils import distributed
+from torch_utils import distributed, kernels
 from torch_utils.checkpoint import Checkpoint
 from torch_utils.graphs import GraphPool
 from torch_utils.misc import peak_memory, seed_step
@@ -120,7 +120,8 @@ class RunningMean(nn.Module):
 
 
 def set_arithmetic(config: TrainConfig) -> None:
-    """Set PyTorch's process-wide flags: TF32, full-precision reductions, cuDNN benchmark, deterministic algorithms."""
+    """Set process-wide flags: TF32, full-precision reductions, cuDNN benchmark, deterministic algorithms, kernels."""
+    kernels.choose(config.run.kernels)
     execution.set_gpu_arithmetic(allow_tf32=config.allow_tf32)
     deterministic = config.run.deterministic
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark and not deterministic

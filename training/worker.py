@@ -18,7 +18,7 @@ from dnnlib.config import UserError
 from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory, warn_on_write_error
 from metrics.detectors import read_detectors
 from metrics.sampling import MetricContext
-from torch_utils import custom_ops, distributed
+from torch_utils import distributed, kernels
 from torch_utils.misc import module_summary, name_user
 from torch_utils.signals import EXIT_STOPPED, Signals
 from training import auto_batch, restore, run_folder
@@ -62,8 +62,8 @@ def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
     if start.run_dir:
         distributed.from_main(partial(lock.acquire, start.run_dir))
     device = distributed.use_device(start.config.run.device)
-    operators = custom_ops.prepare(device)
     set_arithmetic(start.config)
+    operators = kernels.prepare(device)
     dataset = ImageDataset(start.config.data)
     if start.needs_batch_gpu:
         sizes = micro_batches(start.config)

@@ -1,9 +1,9 @@
 """Fused elementwise work of Styleformer's encoder block: modulated LayerNorm, residual with leaky ReLU, scaled Q, K, V.
 
-The PyTorch reference is the specification. On CUDA, Triton kernels (encoder_kernels.py) read and write each token once
-per operator and round once; PyTorch makes one pass per step. All arithmetic is in float32, or in float64 for float64
-inputs, which only the reference supports. Tokens are (B, N, C): B images, N tokens, C channels. The kernels accept any
-strides of images and rows, such as the chunks of a (B, N, 3C) tensor, and are tuned for at most 2048 channels.
+The PyTorch reference is the specification. It makes one pass per step and rounds to the dtype of the tokens after each.
+On CUDA, Triton kernels (encoder_kernels.py) read and write each token once per operator, compute in float32 and round
+once. Tokens are (B, N, C): B images, N tokens, C channels. The kernels accept any strides of images and rows, such as
+the chunks of a (B, N, 3C) tensor, and are tuned for at most 2048 channels. Only the reference supports float64.
 
 The first derivatives are fused as well. Second derivatives (create_graph=True) differentiate the reference.
 """
@@ -99,7 +99,7 @@ def residual_lrelu(
 def scale_and_split(qkv: Tensor, scale: Tensor, *, impl: Impl = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """Multiply the channels by `scale` and split them into queries, keys and values; twice differentiable.
 
-    qkv (B, N, 3C) float, scale (B, 3C), one vector per image -> q, k, v, each (B, N, C) contiguous in the dtype of qkv.
+    qkv (B, N, 3C) float, scale (B, 3C), one vector per image -> q, k, v, each (B, N, C) in the dtype of qkv.
     `impl`: see `modulated_layer_norm`.
 
     Raises ValueError if the number of channels is not a multiple of 3, and for a scale of the wrong shape.
@@ -131,11 +131,12 @@ class _State:
 
 
 _state = _State()
+is_enabled = True  # use the kernels for impl="auto"
 
 
 def use_kernels(impl: Impl, x: Tensor) -> bool:
     """Return whether an operator on `x` uses the Triton kernels; see custom_ops.use_kernels."""
-    return custom_ops.use_kernels(impl, x, DTYPES, why_not)
+    return (is_enabled or impl != "auto") and custom_ops.use_kernels(impl, x, DTYPES, why_not)
 
 
 def why_not() -> str | None:
@@ -153,15 +154,9 @@ why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see cust
 def prepare(device: torch.device) -> str:
     """Try the kernels in every process at the start of a run; return a line for the log.
 
-    If any process fails, all use the reference, so that all ranks compute the same results. A collective call; it never
-    raises, so that no rank can deadlock.
+    If any process fails, all use the reference, so that all ranks compute the same results. A collective call on
+    `device`; it never raises, so that no rank can deadlock.
     """
-    if device.type != "cuda":
-        return "Encoder kernels: not used on the CPU"
-    return _prepare_together(device)
-
-
-def _prepare_together(device: torch.device) -> str:
     if not _state.is_tried:
         _try_quietly()
     failures = distributed.all_reduce(torch.tensor(float(_state.reason is not None), device=device)).item()
@@ -173,11 +168,10 @@ def _prepare_together(device: torch.device) -> str:
 
 
 def _try_quietly() -> None:
-    """Compile and run each kernel on a few numbers; store the reason for a failure. Never raises or prints."""
+    """Compile and check each kernel; store the reason for a failure. Never raises or prints."""
     try:
         _kernels()
-        _run_all(torch.device("cuda"))
-        torch.cuda.synchronize()
+        _check_all(torch.device("cuda"))
         _state.reason = None
     except subprocess.CalledProcessError as error:  # the compiler has printed the cause
         _state.reason = f"{error.cmd[0]} failed; Triton needs a C compiler and the headers of Python (python3-dev)"
@@ -187,38 +181,54 @@ def _try_quietly() -> None:
     _state.is_tried = True
 
 
-def _run_all(device: torch.device) -> None:
-    x, s, qkv, scale, noise = (
-        torch.ones(shape, device=device) for shape in ((1, 1, 16), (1, 16), (1, 1, 48), (1, 48), (1, 1))
-    )
-    y, mean, rstd = launch_layer_norm(x, s)
-    launch_layer_norm_grad(y, x, s, mean, rstd)
-    y = launch_residual_lrelu(x, x, s, s, noise, noise[0, 0], s[0], 1.0)
-    launch_residual_lrelu_grad(y, y, x, x, s, s, noise, 1.0)
-    launch_scale_and_split_grad(*launch_scale_and_split(qkv, scale), qkv, scale)
+def _check_all(device: torch.device) -> None:
+    """Run each kernel on small tensors and compare with the CPU. Raises RuntimeError if one computes wrong values."""
+    generator, (B, N, C) = torch.Generator().manual_seed(0), (2, 5, 24)
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, r, grad, qkv, d_qkv = (random(B, N, width, dtype=torch.bfloat16) for width in (C, C, C, 3 * C, 3 * C))
+    s, da, dr, scale, noise = (random(*shape) for shape in ((B, C), (B, C), (B, C), (B, 3 * C), (1, N)))
+    strength, bias = random(), random(C)
+    _, mean, rstd = _layer_norm_cpu(x, s)
+    residual = x, r, da, dr, noise, strength, bias, 1.0
+    y = _residual_lrelu_cpu(*residual)
+    checks: list[tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]] = [
+        (launch_layer_norm, _layer_norm_cpu, (x, s)),
+        (launch_layer_norm_grad, _layer_norm_grad_cpu, (grad, x, s, mean, rstd)),
+        (launch_residual_lrelu, _residual_lrelu_cpu, residual),
+        (launch_residual_lrelu_grad, _residual_lrelu_grad_cpu, (grad, y, *residual[:5], 1.0)),
+        (launch_scale_and_split, _scale_and_split_cpu, (qkv, scale)),
+        (launch_scale_and_split_grad, _scale_and_split_grad_cpu, (*d_qkv.chunk(3, dim=2), qkv, scale)),
+    ]
+    for launch, on_cpu, args in checks:
+        found = launch(*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args))
+        expected = on_cpu(*args)
+        for a, b in zip(*([x] if isinstance(x, Tensor) else x for x in (found, expected)), strict=True):
+            if not (a.cpu().float() - b.float()).norm() <= 0.02 * b.float().norm():
+                raise RuntimeError(f"{launch.__name__} computes wrong values on this GPU")
 
 
 # References
 
 
 def _layer_norm_reference(x: Tensor, s: Tensor) -> Tensor:
-    dtype = library.computed_in(x.dtype)
-    return F.layer_norm(x.to(dtype) * s.to(dtype).unsqueeze(1), x.shape[2:], eps=EPS).to(x.dtype)
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # s x may exceed float16's maximum, 65,504
+    return F.layer_norm(x * s.to(dtype).unsqueeze(1), x.shape[2:], eps=EPS).to(x.dtype)
 
 
 def _residual_lrelu_reference(
     a: Tensor, r: Tensor, da: Tensor, dr: Tensor, noise: Tensor, strength: Tensor, bias: Tensor, clamp: float | None
 ) -> Tensor:
-    dtype = library.computed_in(a.dtype)
-    v = torch.addcmul((noise * strength).to(dtype).unsqueeze(2), a.to(dtype), da.to(dtype).unsqueeze(1))
-    v = torch.addcmul(v, r.to(dtype), dr.to(dtype).unsqueeze(1))
-    return bias_act(v, bias, dim=2, act="lrelu", alpha=SLOPE, gain=1.0, clamp=clamp).to(a.dtype)
+    dtype = a.dtype
+    y = torch.addcmul((noise * strength).to(dtype).unsqueeze(2), a, da.to(dtype).unsqueeze(1))
+    y = torch.addcmul(y, r, dr.to(dtype).unsqueeze(1))
+    return bias_act(y, bias, dim=2, act="lrelu", alpha=SLOPE, gain=1.0, clamp=clamp)
 
 
 def _scale_and_split_reference(qkv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = library.computed_in(qkv.dtype)
-    parts = zip(qkv.to(dtype).chunk(3, dim=2), scale.to(dtype).unsqueeze(1).chunk(3, dim=2), strict=True)
-    q, k, v = ((x * factor).to(qkv.dtype).contiguous() for x, factor in parts)
+    q, k, v = (qkv * scale.to(qkv.dtype).unsqueeze(1)).chunk(3, dim=2)
     return q, k, v
 
 
@@ -274,6 +284,11 @@ def _residual_lrelu_grad_cpu(
     d_strength = (g * noise.to(dtype).unsqueeze(2)).sum((1, 2)).unsqueeze(1)
     sums = torch.cat([(g * a.to(dtype)).sum(1), (g * r.to(dtype)).sum(1), g.sum(1), d_strength], dim=1)
     return (g * da.to(dtype).unsqueeze(1)).to(a.dtype), (g * dr.to(dtype).unsqueeze(1)).to(r.dtype), sums
+
+
+def _scale_and_split_cpu(qkv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (x.contiguous() for x in _scale_and_split_reference(qkv, scale))
+    return q, k, v
 
 
 def _scale_and_split_grad_cpu(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -339,8 +354,9 @@ def _with_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _in_float32(x: Tensor) -> Tensor:
-    return x.to(torch.float32).contiguous()
+def _vectors(*tensors: Tensor) -> list[Tensor]:
+    """Return vectors or scalars in float32, copied unless their elements, or those of each image, are contiguous."""
+    return [x.to(torch.float32) if not x.ndim else _with_rows(x.to(torch.float32)) for x in tensors]
 
 
 def _tokens(x: Tensor, C: int) -> Tensor:
@@ -348,13 +364,19 @@ def _tokens(x: Tensor, C: int) -> Tensor:
     return torch.empty((*x.shape[:2], C), dtype=x.dtype, device=x.device)
 
 
-def _vectors(x: Tensor, *shape: int) -> Tensor:
+def _floats(x: Tensor, *shape: int) -> Tensor:
+    """Return an uninitialized float32 tensor on the device of x."""
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
     """Return the strides of images and rows of each tensor."""
     return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _image_strides(B: int, *vectors: Tensor) -> list[int]:
+    """Return the distance of the vectors of successive images; 0 for one vector that B images share."""
+    return [x.stride(0) if len(x) == B else 0 for x in vectors]
 
 
 def _total(sums: Tensor) -> Tensor:
@@ -364,17 +386,17 @@ def _total(sums: Tensor) -> Tensor:
 
 def launch_layer_norm(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (B, N, C), and the mean and reciprocal standard deviation of each modulated token (B, N)."""
-    (B, N, C), x, s = x.shape, _with_rows(x), _with_rows(s.to(torch.float32))
-    y, mean, rstd = _tokens(x, C), _vectors(x, B, N), _vectors(x, B, N)
+    (B, N, C), x, (s,) = x.shape, _with_rows(x), _vectors(s)
+    y, mean, rstd = _tokens(x, C), _floats(x, B, N), _floats(x, B, N)
     _launch("modulated_layer_norm", B, _tiling(N, C), x, s, y, mean, rstd, *_strides(x), s.stride(0))
     return y, mean, rstd
 
 
 def launch_layer_norm_grad(grad: Tensor, x: Tensor, s: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x (B, N, C) and s (B, C)."""
-    (B, N, C), grad, x, s = x.shape, _with_rows(grad), _with_rows(x), _with_rows(s.to(torch.float32))
+    (B, N, C), grad, x, (s,) = x.shape, _with_rows(grad), _with_rows(x), _vectors(s)
     tiling = _tiling_of_sums(B, N, C)
-    dx, sums = _tokens(x, C), _vectors(x, B, tiling.blocks, C)
+    dx, sums = _tokens(x, C), _floats(x, B, tiling.blocks, C)
     tensors = (grad, x, s, mean.contiguous(), rstd.contiguous(), dx, sums)
     strides = (*_strides(grad, x), s.stride(0))
     _launch("modulated_layer_norm_grad", B, tiling, *tensors, *strides, TILES=tiling.tiles)
@@ -386,9 +408,10 @@ def launch_residual_lrelu(
 ) -> Tensor:
     """Return y (B, N, C)."""
     (B, N, C), a, r = a.shape, _with_rows(a), _with_rows(r)
+    da, dr, noise, strength, bias = _vectors(da, dr, noise, strength, bias)
     y = _tokens(a, C)
-    tensors = (a, r, *map(_in_float32, (da, dr, noise, strength, bias)), y)
-    strides = (*_strides(a, r), N if len(noise) == B else 0)
+    strides = (*_strides(a, r), *_image_strides(B, da, dr, noise))
+    tensors = (a, r, da, dr, noise, strength, bias, y)
     _launch("residual_lrelu", B, _tiling(N, C), *tensors, *strides, clamp, CLAMPED=clamp >= 0)
     return y
 
@@ -398,10 +421,11 @@ def launch_residual_lrelu_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of a and r (B, N, C), and those of da, dr, bias and strength per image (B, 3C + 1)."""
     (B, N, C), grad, a, r = a.shape, _with_rows(grad), _with_rows(a), _with_rows(r)
+    da, dr, noise = _vectors(da, dr, noise)
     tiling = _tiling_of_sums(B, N, C)
-    d_a, d_r, sums = _tokens(a, C), _tokens(r, C), _vectors(a, B, tiling.blocks, 3 * C + 1)
-    tensors = (grad, y.contiguous(), a, r, *map(_in_float32, (da, dr, noise)), d_a, d_r, sums)
-    strides = (*_strides(grad, a, r), N if len(noise) == B else 0)
+    d_a, d_r, sums = _tokens(a, C), _tokens(r, C), _floats(a, B, tiling.blocks, 3 * C + 1)
+    tensors = (grad, y.contiguous(), a, r, da, dr, noise, d_a, d_r, sums)
+    strides = (*_strides(grad, a, r), *_image_strides(B, da, dr, noise))
     edge = torch.tensor(clamp, dtype=y.dtype).item()  # rounded like y
     constants = {"TILES": tiling.tiles, "CLAMPED": clamp >= 0}
     _launch("residual_lrelu_grad", B, tiling, *tensors, *strides, edge, **constants)
@@ -410,10 +434,10 @@ def launch_residual_lrelu_grad(
 
 def launch_scale_and_split(qkv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v, each (B, N, C)."""
-    (B, N, channels), qkv = qkv.shape, _with_rows(qkv)
+    (B, N, channels), qkv, (scale,) = qkv.shape, _with_rows(qkv), _vectors(scale)
     C = channels // 3
     q, k, v = _tokens(qkv, C), _tokens(qkv, C), _tokens(qkv, C)
-    _launch("scale_and_split", B, _tiling(N, C), qkv, _in_float32(scale), q, k, v, *_strides(qkv))
+    _launch("scale_and_split", B, _tiling(N, C), qkv, scale, q, k, v, *_strides(qkv), scale.stride(0))
     return q, k, v
 
 
@@ -421,11 +445,11 @@ def launch_scale_and_split_grad(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of qkv (B, N, 3C) and scale (B, 3C)."""
-    (B, N, C), inputs = dq.shape, [_with_rows(x) for x in (dq, dk, dv, qkv)]
+    (B, N, C), inputs, (scale,) = dq.shape, [*map(_with_rows, (dq, dk, dv, qkv))], _vectors(scale)
     tiling = _tiling_of_sums(B, N, C)
-    d_qkv, sums = _tokens(qkv, 3 * C), _vectors(qkv, B, tiling.blocks, 3 * C)
-    tensors = (*inputs, _in_float32(scale), d_qkv, sums)
-    _launch("scale_and_split_grad", B, tiling, *tensors, *_strides(*inputs), TILES=tiling.tiles)
+    d_qkv, sums = _tokens(qkv, 3 * C), _floats(qkv, B, tiling.blocks, 3 * C)
+    tensors, strides = (*inputs, scale, d_qkv, sums), (*_strides(*inputs), scale.stride(0))
+    _launch("scale_and_split_grad", B, tiling, *tensors, *strides, TILES=tiling.tiles)
     return d_qkv, _total(sums)
 
 
@@ -538,7 +562,7 @@ _residual_lrelu_grad = library.register(
 )
 _scale_and_split = library.register(
     "scale_and_split(Tensor qkv, Tensor scale) -> (Tensor, Tensor, Tensor)",
-    cpu=_scale_and_split_reference,
+    cpu=_scale_and_split_cpu,
     cuda=launch_scale_and_split,
     fake=lambda qkv, scale: tuple(qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3) for _ in range(3)),
     function=_ScaleAndSplit,

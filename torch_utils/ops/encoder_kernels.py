@@ -119,6 +119,8 @@ def residual_lrelu(
     a_row: tl.tensor,
     r_image: tl.tensor,
     r_row: tl.tensor,
+    da_image: tl.tensor,
+    dr_image: tl.tensor,
     noise_image: tl.tensor,
     clamp: tl.tensor,
     N: tl.tensor,
@@ -132,8 +134,9 @@ def residual_lrelu(
     b, block = _image_and_block(blocks)
     rows, channels, mask = _tile(block, N, C, ROWS, WIDTH)
     exists = channels < C
-    v = _load(a + b * a_image + rows[:, None] * a_row + channels[None, :], mask) * _load(da + b * C + channels, exists)
-    v += _load(r + b * r_image + rows[:, None] * r_row + channels[None, :], mask) * _load(dr + b * C + channels, exists)
+    scale_a, scale_r = _load(da + b * da_image + channels, exists), _load(dr + b * dr_image + channels, exists)
+    v = _load(a + b * a_image + rows[:, None] * a_row + channels[None, :], mask) * scale_a[None, :]
+    v += _load(r + b * r_image + rows[:, None] * r_row + channels[None, :], mask) * scale_r[None, :]
     v += (tl.load(strength) * _load(noise + b * noise_image + rows, rows < N))[:, None]
     v += _load(bias + channels, exists)[None, :]
     v = tl.where(v > 0, v, v * SLOPE)
@@ -160,6 +163,8 @@ def residual_lrelu_grad(
     a_row: tl.tensor,
     r_image: tl.tensor,
     r_row: tl.tensor,
+    da_image: tl.tensor,
+    dr_image: tl.tensor,
     noise_image: tl.tensor,
     edge: tl.tensor,
     N: tl.tensor,
@@ -174,7 +179,7 @@ def residual_lrelu_grad(
     b, block = _image_and_block(blocks)
     channels = tl.arange(0, WIDTH)
     exists = channels < C
-    scale_a, scale_r = _load(da + b * C + channels, exists), _load(dr + b * C + channels, exists)
+    scale_a, scale_r = _load(da + b * da_image + channels, exists), _load(dr + b * dr_image + channels, exists)
     sum_a = tl.zeros([ROWS, WIDTH], tl.float32)
     sum_r, sum_g, sum_noise = sum_a, sum_a, sum_a
     for i in range(TILES):
@@ -212,6 +217,7 @@ def scale_and_split(
     v: tl.tensor,
     qkv_image: tl.tensor,
     qkv_row: tl.tensor,
+    scale_image: tl.tensor,
     N: tl.tensor,
     blocks: tl.tensor,
     C: tl.constexpr,
@@ -222,7 +228,7 @@ def scale_and_split(
     b, block = _image_and_block(blocks)
     rows, channels, mask = _tile(block, N, C, ROWS, WIDTH)
     x = qkv + b * qkv_image + rows[:, None] * qkv_row + channels[None, :]
-    scale += b * 3 * C + channels
+    scale += b * scale_image + channels
     dense = (b * N + rows)[:, None] * C + channels[None, :]
     _scale(x, scale, q + dense, mask, channels < C)
     _scale(x + C, scale + C, k + dense, mask, channels < C)
@@ -274,6 +280,7 @@ def scale_and_split_grad(
     v_row: tl.tensor,
     x_image: tl.tensor,
     x_row: tl.tensor,
+    scale_image: tl.tensor,
     N: tl.tensor,
     blocks: tl.tensor,
     C: tl.constexpr,
@@ -284,7 +291,7 @@ def scale_and_split_grad(
     """Compute d_qkv, and the partial sums of dscale: `sums` (B, blocks, 3C)."""
     b, block = _image_and_block(blocks)
     first = block * TILES
-    x, scale, dx = qkv + b * x_image, scale + b * 3 * C, d_qkv + b * N * 3 * C
+    x, scale, dx = qkv + b * x_image, scale + b * scale_image, d_qkv + b * N * 3 * C
     sums += (b * blocks + block) * 3 * C
     _scale_grad(dq + b * q_image, x, scale, dx, sums, q_row, x_row, first, N, C, ROWS, WIDTH, TILES)
     x, scale, dx, sums = x + C, scale + C, dx + C, sums + C

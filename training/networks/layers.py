@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -115,18 +114,6 @@ def scaled_noise(const: Tensor, strength: Tensor, mode: NoiseMode, batch: int) -
     if mode == "random":
         noise = torch.randn(batch, *noise.shape[1:], dtype=noise.dtype, device=noise.device)
     return noise * strength
-
-
-def scaled_noises(
-    consts: Sequence[Tensor], strengths: Sequence[Tensor], mode: NoiseMode, batch: int, dtype: torch.dtype
-) -> Sequence[Tensor]:
-    """Return `scaled_noise` of several layers for constants (h_i, w), cast to `dtype`; one draw for all layers."""
-    if mode != "random":
-        return [scaled_noise(*layer, mode, batch).to(dtype) for layer in zip(consts, strengths, strict=True)]
-    sizes = [const.shape[-2] for const in consts]
-    noise = torch.randn(batch, sum(sizes), consts[0].shape[-1], dtype=consts[0].dtype, device=consts[0].device)
-    strength = torch.cat([x.expand(size) for x, size in zip(strengths, sizes, strict=True)])
-    return (noise * strength[:, None]).to(dtype).split(sizes, dim=1)
 
 
 def to_tokens(x: Tensor) -> Tensor:

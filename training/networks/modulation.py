@@ -39,7 +39,6 @@ def demodulations(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     for i, (weight, _) in enumerate(pairs):
         groups.setdefault(weight.shape, []).append(i)
     order = [i for members in groups.values() for i in members]
-    B = len(pairs[0][1])
 
     weights = torch.cat([pairs[i][0].reshape(-1) for i in order]).square()
     weights_of = weights.split([len(members) * shape.numel() for shape, members in groups.items()])
@@ -49,7 +48,6 @@ def demodulations(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         s.unflatten(1, (-1, shape[1])).transpose(0, 1) @ w.view(-1, *shape).mT  # (maps, B, out)
         for shape, w, s in zip(groups, weights_of, styles_of, strict=True)
     ]
-    d = (torch.cat([x.reshape(-1) for x in sums]) + 1e-8).rsqrt()
-    sizes = [B * len(pairs[i][0]) for i in order]
-    found = dict(zip(order, d.split(sizes), strict=True))
-    return [found[i].view(B, -1) for i in range(len(pairs))]
+    d = (torch.cat([x for part in sums for x in part.unbind()], dim=1) + 1e-8).rsqrt()
+    found = dict(zip(order, d.split([len(pairs[i][0]) for i in order], dim=1), strict=True))
+    return [found[i] for i in range(len(pairs))]

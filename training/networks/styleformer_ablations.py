@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torch_utils.ops.bias_act import bias_act
 from training.networks.layers import FullyConnected, uniform_weight
 from training.networks.styleformer_block import EncoderBlock, Modulation
 from training.networks.weights import effective
@@ -66,13 +67,16 @@ class AblatedEncoderBlock(EncoderBlock):
     def styles(self, style: Tensor) -> tuple[Tensor, Tensor]:
         return super().styles(style) if self.style_attention else (torch.ones_like(style), style)
 
-    def normalize(self, x: Tensor) -> Tensor:
-        return x if self.norm_after else super().normalize(x)
+    def normalize(self, x: Tensor, style: Tensor) -> Tensor:
+        return x * style.unsqueeze(1).to(x.dtype) if self.norm_after else super().normalize(x, style)
 
     def output(self, attended: Tensor, v: Tensor, modulation: Modulation) -> Tensor:
-        y = self.project(attended, self.out_weight) * modulation.out.to(v.dtype)
+        dtype = v.dtype
+        y = self.project(attended, self.out_weight) * modulation.out.unsqueeze(1).to(dtype)
         if modulation.residual is not None:
-            y = torch.addcmul(y, self.project(v, self.residual_weight), modulation.residual.to(v.dtype))
+            y = torch.addcmul(y, self.project(v, self.residual_weight), modulation.residual.unsqueeze(1).to(dtype))
         if self.norm_after:
             y = F.layer_norm(y, y.shape[2:])
-        return (y if self.ffn is None else self.ffn(y)) + modulation.noise
+        y = y if self.ffn is None else self.ffn(y)
+        y = y + (modulation.noise * self.noise_strength).unsqueeze(2).to(dtype)
+        return bias_act(y, self.bias, dim=2, act="lrelu", gain=1.0, clamp=self.conv_clamp)

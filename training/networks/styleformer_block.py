@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.encoder import modulated_layer_norm, residual_lrelu, scale_and_split
 from training.networks import execution
 from training.networks.attention import SelfAttention
-from training.networks.layers import FullyConnected, NoiseMode, limit_rows, scaled_noises, uniform_weight
+from training.networks.layers import FullyConnected, NoiseMode, limit_rows, uniform_weight
 from training.networks.modulation import demodulations
 from training.networks.weights import effective
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Modulation:
-    """Inputs of an encoder block besides its tokens, in the dtype of the activations or float32."""
+    """Inputs of an encoder block besides its tokens, in full precision."""
 
-    style: Tensor  # s1 (B, 1, C)
-    qkv: Tensor  # d_q, d_k and s2 d_v (B, 1, 3C)
-    out: Tensor  # d_o (B, 1, C_out)
-    residual: Tensor | None = None  # d_u (B, 1, C_out)
-    noise: Tensor = field(kw_only=True)  # (B or 1, N, 1)
+    style: Tensor  # s1 (B, C)
+    qkv: Tensor  # d_q, d_k and s2 d_v (B, 3C)
+    out: Tensor  # d_o (B, C_out)
+    residual: Tensor | None  # d_u (B, C_out)
+    noise: Tensor  # n (B or 1, N)
 
 
 class EncoderBlock(nn.Module):
@@ -38,13 +38,13 @@ class EncoderBlock(nn.Module):
 
         X'  = LayerNorm(s1 X)
         Q, K, V = d_q X' Wq^T, d_k X' Wk^T, s2 d_v X' Wv^T
-        Y   = noise + d_o Attention(Q, K, V) Wo^T + d_u V U^T
+        Y   = d_o Attention(Q, K, V) Wo^T + d_u V U^T + noise_strength n
         out = clamp(lrelu(Y + b))
 
     The styles s1 and s2 are affine in w. The demodulation coefficients d_q, d_k, d_v are computed from s1, and d_o, d_u
-    from s2. `modulate_blocks` computes styles, coefficients and noise for all blocks of a network. The residual branch
-    starts at V rather than X: after demodulation, the standard deviation of the attention output is sqrt(sum A^2),
-    which vanishes for long sequences. The leaky ReLU has no gain.
+    from s2; `modulate_blocks` computes them for all blocks of a network. The noise n ~ N(0, 1) is shared by all
+    channels (StyleGAN, section 3.2). The residual branch starts at V rather than X: after demodulation, the standard
+    deviation of the attention output is sqrt(sum A^2), which vanishes for long sequences. The leaky ReLU has no gain.
     """
 
     noise_const: Tensor
@@ -83,22 +83,20 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
         """Map x (B or 1, N, C) to (B, N, C_out), in the dtype of x."""
-        dtype = x.dtype
-        style = modulation.style.to(torch.float32 if dtype == torch.float16 else dtype)
-        x = self.normalize(x * style).to(dtype)
-        q, k, v = (self.project(x, self.qkv_weight) * modulation.qkv.to(dtype)).chunk(3, dim=2)  # each (B, N, C)
-        y = self.output(self.attention(q, k, v), v, modulation)  # (B, N, C_out)
-        return bias_act(y, self.bias, dim=2, act="lrelu", gain=1.0, clamp=self.conv_clamp)
+        x = self.normalize(x.expand(len(modulation.style), -1, -1), modulation.style)
+        q, k, v = scale_and_split(self.project(x, self.qkv_weight), modulation.qkv)  # each (B, N, C)
+        return self.output(self.attention(q, k, v), v, modulation)
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """Apply LayerNorm to the modulated tokens (B, N, C)."""
-        return F.layer_norm(x, x.shape[2:])
+    def normalize(self, x: Tensor, style: Tensor) -> Tensor:
+        """Return X' (B, N, C) for tokens (B, N, C) and s1 (B, C)."""
+        return modulated_layer_norm(x, style)
 
     def output(self, attended: Tensor, v: Tensor, modulation: Modulation) -> Tensor:
-        """Return Y (B, N, C_out) for the attention output and the values, each (B, N, C)."""
+        """Return the output (B, N, C_out) for the attention output and the values, each (B, N, C)."""
         assert modulation.residual is not None
-        y = torch.addcmul(modulation.noise, self.project(attended, self.out_weight), modulation.out.to(v.dtype))
-        return torch.addcmul(y, self.project(v, self.residual_weight), modulation.residual.to(v.dtype))
+        a, r = self.project(attended, self.out_weight), self.project(v, self.residual_weight)
+        noise = (modulation.noise, self.noise_strength)
+        return residual_lrelu(a, r, modulation.out, modulation.residual, *noise, self.bias, clamp=self.conv_clamp)
 
     @staticmethod
     def project(x: Tensor, weight: Tensor) -> Tensor:
@@ -110,32 +108,38 @@ def modulate_blocks(
     blocks: Sequence[EncoderBlock], styles: Mapping[FullyConnected, Tensor], noise_mode: NoiseMode
 ) -> list[Modulation]:
     """Return the modulation of each block for the outputs of the affine layers, in few kernels for all blocks."""
-    exact = styles[blocks[0].affine].dtype
-    dtypes = [execution.dtype_on(block.grid, exact) for block in blocks]
     values, pairs = [], []  # s2 of each block; weight and style of each linear map
-    for block, dtype in zip(blocks, dtypes, strict=True):
+    for block in blocks:
         s1, s2 = block.styles(styles[block.affine])
+        dtype = execution.dtype_on(block.grid, s1.dtype)
         values.append(limit_rows(s2, dtype))
         qkv, *rest = (limit_rows(weight, dtype) for weight in block.demodulated_weights())
         pairs += [(qkv, s1), *((weight, values[-1]) for weight in rest)]
     count = len(pairs) // len(blocks)  # linear maps per block
-
     d = demodulations(pairs)
-    widths = [s2.shape[1] for s2 in values]
-    d_qk, d_v = zip(*(x.split([2 * C, C], dim=1) for x, C in zip(d[::count], widths, strict=True)), strict=True)
-    v_scales = (torch.cat(d_v, dim=1) * torch.cat(values, dim=1)).split(widths, dim=1)
-    rows, sizes = [], []
-    for i, C in enumerate(widths):
-        rest = d[i * count + 1 : (i + 1) * count]
-        rows += [pairs[i * count][1], d_qk[i], v_scales[i], *rest]
-        sizes += [C, 3 * C, *(x.shape[1] for x in rest)]
 
-    # One cast for all blocks. With float16 the scales stay in float32, because modulated tokens may exceed 65,504.
-    common = dtypes[0] if len(set(dtypes)) == 1 and dtypes[0] != torch.float16 else exact
-    scales = torch.cat(rows, dim=1).to(common).unsqueeze(1).split(sizes, dim=2)
-    consts, strengths = [block.noise_const for block in blocks], [block.noise_strength for block in blocks]
-    noises = scaled_noises(consts, strengths, noise_mode, len(values[0]), common)
+    # Multiply the columns of d_v by s2, for all blocks at once.
+    ones = torch.ones_like(values[0][:, :1])
+    factors = [x for s2 in values for x in (ones.expand(-1, 2 * s2.shape[1]), s2)]
+    qkv_scales = torch.cat(d[::count], dim=1) * torch.cat(factors, dim=1)
+    widths = [3 * s2.shape[1] for s2 in values]
+    noises = noise_maps([block.noise_const for block in blocks], noise_mode, len(ones))
     return [
-        Modulation(*scales[i * (count + 1) : (i + 1) * (count + 1)], noise=noise.to(dtype))
-        for i, (noise, dtype) in enumerate(zip(noises, dtypes, strict=True))
+        Modulation(pairs[i][1], qkv_scale, d[i + 1], d[i + 2] if count > 2 else None, noise)
+        for i, qkv_scale, noise in zip(
+            range(0, len(pairs), count), qkv_scales.split(widths, dim=1), noises, strict=True
+        )
     ]
+
+
+def noise_maps(consts: Sequence[Tensor], mode: NoiseMode, batch: int) -> list[Tensor]:
+    """Return the noise of several blocks, (batch or 1, N) each, as in `scaled_noise` but without the strength.
+
+    Random noise takes one draw for all blocks. The constants are (N, 1), or (batch, N, 1) in a projection.
+    """
+    if mode != "random":
+        maps = [const.reshape(-1, const.shape[-2]) for const in consts]
+        return [torch.zeros_like(x) for x in maps] if mode == "none" else maps
+    sizes = [batch * const.shape[-2] for const in consts]
+    noise = torch.randn(sum(sizes), dtype=consts[0].dtype, device=consts[0].device)
+    return [x.view(batch, -1) for x in noise.split(sizes)]
