@@ -49,7 +49,7 @@ SHORTEST = 8.0  # no stage is started with fewer seconds left
 METRIC = "swd1k"  # metric of the training run
 NOT_STARTED = "not started"
 
-KERNEL_TESTS = ("test_kernels", "test_ops", "test_grid_sample", "test_devices")
+KERNEL_TESTS = ("test_kernels", "test_ops", "test_encoder_ops", "test_conv2d", "test_grid_sample", "test_devices")
 TRAINING_TESTS = ("test_training", "test_equality")
 README_MODEL = ["--preset=cifar", "--g_dict=256,64,16", "--num_layers=1,2,2"]
 README_TRAINING = ["--cfg=cifar", "--g_dict=256,64,16", "--num_layers=1,2,2"]
@@ -90,7 +90,7 @@ def build_stages(options: Options) -> dict[str, SuiteStage]:
         "build": SuiteStage(command=["-m", "torch_utils.custom_ops"], limit=90),
         "kernels": run_tests(options, 70, *KERNEL_TESTS),
         "large": step(options, 70, "large", "bf16"),
-        "large-graphs": step(options, 70, "large", "bf16+graphs"),
+        "large-graphs": step(options, 100, "large", "bf16+graphs,bf16+graphs+operators"),
         "profile": profile_step(options, "bf16"),
         "profile-graphs": profile_step(options, "bf16+graphs"),
         "micro": SuiteStage(

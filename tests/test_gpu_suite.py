@@ -107,7 +107,7 @@ def test_scripts_accept_the_options_of_the_suite(
 def test_each_gpu_test_runs_once(tmp_path: Path) -> None:
     stages = gpu_suite.build_stages(options(tmp_path))
     chosen = [word for name in ("kernels", "equality") for word in stages[name].command if word.startswith("tests/")]
-    assert len(chosen) == 6
+    assert len(chosen) == len({*chosen}) > 5
     assert all((gpu_suite.ROOT / file).is_file() for file in chosen)
     ignored = [word.partition("=")[2] for word in stages["tests"].command if word.startswith("--ignore=")]
     assert sorted(ignored) == sorted(chosen)
