@@ -106,7 +106,7 @@ def test_kernels_are_prepared_before_the_network_is_loaded(calc: CalcMetrics, mo
 
         return recorded
 
-    for owner, name in ((calc_metrics.custom_ops, "prepare"), (calc_metrics, "load_network")):
+    for owner, name in ((calc_metrics.kernels, "prepare"), (calc_metrics, "load_network")):
         monkeypatch.setattr(owner, name, recording(name, getattr(owner, name)))
     assert calc("--metrics=swd12").exit_code == 0
     assert events == ["prepare", "load_network"]
