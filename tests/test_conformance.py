@@ -37,6 +37,7 @@ from exploration.attention_maps import attention_maps, has_attention, record
 from exploration.model import Model
 from torch_utils.checkpoint import digest
 from training.config import PRESETS, TrainConfig
+from training.loss import GAN, path_length
 from training.networks import DISCRIMINATORS, GENERATORS, execution
 from training.networks.weights import WeightCache
 from training.snapshots.snapshot import load_network, save_network
@@ -323,6 +324,26 @@ def assert_equals_finite_differences(function: Callable[[], Tensor], parameters:
         if slope == pytest.approx(differences[-1], rel=1e-4) and slope != 0:
             return
     pytest.fail(f"derivative {slope}, differences {differences}")
+
+
+@each_generator
+def test_path_length_uses_the_gradient_of_each_style(case: Case) -> None:
+    """Without style mixing the mapping network returns one expanded w; each style still has its own gradient."""
+    G = build(case.config(c_dim=0))
+    if G.num_ws == 1:
+        return
+    zero, labels = torch.zeros([], dtype=torch.float64), torch.zeros(1, 0)
+    gan: Any = GAN(G=G, D=None, augment=lambda x: x, labels=labels, style_mixing=0.0, pl_mean=zero)
+    gan.sample_latents = lambda count: (torch.randn(count, G.z_dim).double(), torch.zeros(count, 0))
+    torch.manual_seed(4)
+    terms = path_length(gan, torch.zeros(4, 3, 16, 16), torch.zeros(4, 0), weight=1.0, decay=0.5)
+    torch.manual_seed(4)
+    ws = G.mapping(torch.randn(2, G.z_dim).double(), None).clone(memory_format=torch.contiguous_format)
+    img = G.synthesis(ws, noise_mode="random")
+    y = torch.randn_like(img) / 16
+    (gradient,) = torch.autograd.grad((img * y).sum(), ws)
+    lengths = torch.stack([(image**2).sum() / G.num_ws for image in gradient]).sqrt()
+    same(terms.stats["Loss/path_length"].detach(), lengths)
 
 
 # Execution modes.

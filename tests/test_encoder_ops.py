@@ -12,11 +12,13 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -28,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_utils.ops
+from dnnlib.config import UserError
 from torch_utils import custom_ops, distributed
 from torch_utils.ops import encoder
 from torch_utils.ops.bias_act import bias_act
@@ -591,6 +594,17 @@ def test_kernels_that_compute_wrong_values_are_not_used(name: str, monkeypatch: 
 
 def test_the_check_of_the_kernels_passes_on_a_cpu(interpreter: ProcessPoolExecutor) -> None:
     interpreter.submit(encoder._check_all, torch.device("cpu")).result()
+
+
+def test_a_kernel_that_fails_during_training_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **constants: Any) -> None:
+        raise RuntimeError("out of resource:\nshared memory")
+
+    kernels = SimpleNamespace(modulated_layer_norm=defaultdict(lambda: fail))  # by number of programs
+    monkeypatch.setattr(encoder, "_kernels", lambda: kernels)
+    problem = "layer_norm failed for 600 channels in torch.float32: RuntimeError: out of resource: shared memory"
+    with pytest.raises(UserError, match=re.escape(problem) + ".*--set run.kernels=operators"):
+        encoder.launch_layer_norm(torch.ones(2, 6, 600), torch.ones(2, 600))
 
 
 @pytest.mark.usefixtures("_fresh")

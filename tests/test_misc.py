@@ -6,13 +6,16 @@ import os
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from small_families import small_generator
 from torch import Tensor, nn
 
 from dnnlib.allocator import tune_allocator
 from torch_utils import misc
+from torch_utils.stats import Stats
 
 
 def draws(seed: int, phase: str, position: int) -> tuple[float, ...]:
@@ -155,6 +158,30 @@ def test_module_summary() -> None:
     assert "act (ReLU)" not in cells
     assert "tied (Linear)" not in cells  # the tensor is counted under "head"
     assert not any(part._forward_hooks for part in net.modules())
+
+
+def test_the_summary_of_a_generator_shows_every_layer() -> None:
+    """Affine layers, which usually share one matrix product, run one by one under the hooks of the summary."""
+    G: Any = small_generator("styleformer").build()
+    lines = misc.module_summary(G, [torch.zeros(1, G.z_dim), None]).splitlines()
+    affine = [line for line in lines if "affine (" in line]
+    assert len(affine) == len(G.synthesis.style_readers())
+    assert not [line for line in affine if line.endswith("-")]
+
+
+@pytest.mark.parametrize("later", [("a",), ("b", "c"), ("c", "b", "a")])
+def test_statistics_may_be_added_in_any_combination(later: tuple[str, ...]) -> None:
+    stats, expected = Stats(torch.device("cpu")), dict.fromkeys("abc", 0.0)
+    for i, names in enumerate([("a", "b"), later, ("a", "b"), ("c",), later]):
+        stats.add({name: torch.tensor([i + 1.0, 10.0]) for name in names})
+        for name in names:
+            expected[name] += i + 11
+        if i == 2:
+            saved = {name: row.clone() for name, row in stats.state_dict().items()}
+            stats = Stats(torch.device("cpu"))
+            stats.load_state_dict(saved)
+    totals = {name: row[1].item() for name, row in stats.state_dict().items()}
+    assert totals == expected
 
 
 def test_module_summary_removes_its_hooks_when_forward_fails() -> None:

@@ -160,19 +160,38 @@ def test_demodulation_coefficients_equal_the_reference() -> None:
         close(d, 1 / np.sqrt((modulated**2).sum(axis=2) + 1e-8))
 
 
-def test_one_product_computes_all_styles_of_one_w() -> None:
-    """Styles that are expanded from one w share a product; others are computed layer by layer."""
+def test_one_product_computes_all_styles_of_one_w(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Styles that are expanded from one w share a product; others, and layers with hooks, are computed one by one."""
     G = build(TINY).synthesis
-    w = torch.randn(2, 1, TINY.w_dim, dtype=torch.float64)
+    w = torch.randn(2, 1, TINY.w_dim, dtype=torch.float64, requires_grad=True)
     readers, calls = G.style_readers(), []
-    for affine, _ in readers:
-        affine.register_forward_hook(lambda *args: calls.append(args[0]))
+    layers = [affine for affine, _ in readers]
+    forward = FullyConnected.forward
+
+    def recorded(self: FullyConnected, x: Tensor) -> Tensor:
+        calls.append(self)
+        return forward(self, x)
+
+    monkeypatch.setattr(FullyConnected, "forward", recorded)
     together = read_styles(readers, w.expand(-1, TINY.num_ws, -1))
     assert calls == []
     apart = read_styles(readers, w.repeat(1, TINY.num_ws, 1))
-    assert calls == [affine for affine, _ in readers] == [*together] == [*apart]
-    for affine, _ in readers:
-        torch.testing.assert_close(together[affine], apart[affine], rtol=1e-12, atol=1e-12)
+    assert calls == layers == [*together] == [*apart]
+    parameters = [w, *(p for layer in layers for p in layer.parameters())]
+    results = []
+    for styles in (together, apart):
+        total = torch.stack([style.sin().sum() for style in styles.values()]).sum()
+        results.append([*styles.values(), *torch.autograd.grad(total, parameters)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+    calls.clear()
+    handle = layers[2].register_forward_hook(lambda *args: None)
+    read_styles(readers, w.expand(-1, TINY.num_ws, -1))
+    handle.remove()
+    assert calls == layers
+    layers[1].activation = "lrelu"
+    assert read_styles(readers, w.expand(-1, TINY.num_ws, -1))[layers[1]].min() > together[layers[1]].min()
 
 
 def test_the_noise_of_several_blocks_is_one_draw() -> None:
@@ -255,7 +274,7 @@ def test_an_attention_backend_that_does_not_apply_is_replaced(
     backend: str, has_bias: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernels of cuDNN and the memory-efficient ones need a GPU; the line is printed once."""
-    monkeypatch.setattr(attention_module, "_unsupported", set())
+    monkeypatch.setattr(attention_module, "_reported", set())
     q, k, v, bias = torch.randn(2, 3, 7, 8), *torch.randn(2, 2, 3, 5, 8), torch.randn(3, 7, 5) if has_bias else None
     scores = q @ k.mT / 8**0.5 + (0 if bias is None else bias)
     for _ in range(2):

@@ -201,15 +201,10 @@ def prepare(device: torch.device) -> str:
     Local rank 0 of each machine builds while the other ranks wait. If any process fails, all use the reference, so that
     all ranks compute the same results. A collective call on `device`; it never raises, so that no rank can deadlock.
     """
-    failures = 0.0
-    for turn in (True, False):
-        is_mine = (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn
-        if is_mine and not failures and _state.kernels is None:  # do not retry after a failure
-            _load_quietly()
-        failures = distributed.all_reduce(torch.tensor(float(_state.reason is not None), device=device)).item()
+    failures = distributed.count_failures(lambda: None if _state.kernels else _load_quietly(), device)
     if not failures:
         return "CUDA operators: kernels loaded"
-    here = _state.reason or f"{failures:.0f} of {distributed.world_size()} processes could not load the kernels"
+    here = _state.reason or f"{failures} of {distributed.world_size()} processes could not load the kernels"
     _state.kernels, _state.reason = None, here
     return f"CUDA operators: using the PyTorch reference: {here}"
 

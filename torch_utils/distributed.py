@@ -389,6 +389,20 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(x, src=0)
 
 
+def count_failures(attempt: Callable[[], str | None], device: torch.device) -> int:
+    """Call `attempt`, which returns None or the reason for a failure, in each process; return the number of failures.
+
+    Local rank 0 of each machine goes first, because its result may be cached on the disk. The others make no attempt if
+    one of the first ones failed. A collective call on `device`.
+    """
+    failures, reason = 0, None
+    for turn in (True, False):
+        if (int(os.environ.get("LOCAL_RANK", 0)) == 0) == turn and not failures:
+            reason = attempt()
+        failures = round(all_reduce(torch.tensor(float(reason is not None), device=device)).item())
+    return failures
+
+
 def from_main(function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and return its result on every rank.
 

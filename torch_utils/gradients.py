@@ -36,7 +36,8 @@ class FlatGradients:
         reached: Any = [(p, g) for p, g in zip(self.parameters, found, strict=True) if g is not None]
         # A foreach operator takes one kernel for many tensors only if the strides of each pair agree.
         aligned = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in reached]
-        torch._foreach_add_([p.grad for p, _ in reached], aligned)
+        if reached:
+            torch._foreach_add_([p.grad for p, _ in reached], aligned)
 
     def zero(self) -> None:
         """Set the gradients to zero."""

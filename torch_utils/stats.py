@@ -24,7 +24,7 @@ class Stat:
 class Stats:
     """Running count, sum and sum of squares per name. Every rank must add the same names.
 
-    Names that are added together share a table, so that adding takes one kernel. A name must not be in two tables.
+    Names that are added together share a table, so that adding takes one kernel.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,9 +40,18 @@ class Stats:
         if not names:
             return
         if names not in self.tables:
-            zero = torch.zeros(1, 3, dtype=torch.float64, device=self.device)
-            self.tables[names] = torch.cat([self.tables.pop((name,), zero) for name in names])  # loaded rows, if any
+            self._join(names)
         self.tables[names] += rows
+
+    def _join(self, names: tuple[str, ...]) -> None:
+        """Move the rows of these names to a table of their own; names without a row start at zero."""
+        rows, zero = self._rows(), torch.zeros(3, dtype=torch.float64, device=self.device)
+        joined = torch.stack([rows.get(name, zero) for name in names])
+        split = [table for table in self.tables if {*table} & {*names}]
+        for table in split:
+            del self.tables[table]
+        self.tables |= {(name,): rows[name][None] for table in split for name in table if name not in names}
+        self.tables[names] = joined
 
     def collect(self) -> dict[str, Stat]:
         """Return the statistics over all ranks and reset. A collective call, and the only host synchronization."""

@@ -107,7 +107,7 @@ class RunConfig:
     )
     attention: str = setting(
         "auto",
-        "Attention kernels; auto: chosen by PyTorch, also where the given ones do not apply.",
+        "Attention kernels; auto: PyTorch's choice, which also handles inputs that others do not support.",
         choices=("auto", *BACKENDS),
     )
     cudnn_benchmark: bool = setting(True, "Let cuDNN benchmark its convolution algorithms and use the fastest.")

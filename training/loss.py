@@ -139,9 +139,10 @@ def discriminator_wgan(gan: GAN, img: Tensor, c: Tensor, gp_weight: float, drift
     (Gulrajani et al. 2017). D is evaluated on u without further augmentation. The drift term keeps logits near zero:
     Karras et al. 2018 square each logit; here, as in TransGAN, the mean logit of the micro-batch is squared.
     """
+    with torch.no_grad():
+        fake, _, mean_w = gan.generate(len(img), c)
     with execution.using(minibatches=2):
         with torch.no_grad():
-            fake, _, mean_w = gan.generate(len(img), c)
             images = gan.augment(torch.cat([fake, img]))
         fake_logits, real_logits = gan.discriminate(images, c.repeat(2, 1)).chunk(2)
     fake, real = images.chunk(2)
@@ -239,6 +240,7 @@ def path_length(gan: GAN, img: Tensor, c: Tensor, weight: float, decay: float) -
     """
     z, c = gan.sample_latents(len(img) // 2)
     ws, mean_w = gan.sample_styles(z, c)
+    ws = ws.contiguous()  # the gradient of an expanded tensor would not be separate for each style
     with execution.using(twice_differentiable=True):
         fake = gan.synthesize(ws, noise_mode="random")
         y = torch.randn_like(fake) / math.sqrt(fake.shape[2] * fake.shape[3])

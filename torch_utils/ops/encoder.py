@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnnlib.config import UserError
 from torch_utils import custom_ops, distributed
 from torch_utils.custom_ops import Impl
 from torch_utils.ops import library
@@ -157,13 +158,17 @@ def prepare(device: torch.device) -> str:
     If any process fails, all use the reference, so that all ranks compute the same results. A collective call on
     `device`; it never raises, so that no rank can deadlock.
     """
-    if not _state.is_tried:
-        _try_quietly()
-    failures = distributed.all_reduce(torch.tensor(float(_state.reason is not None), device=device)).item()
+
+    def attempt() -> str | None:
+        if not _state.is_tried:
+            _try_quietly()
+        return _state.reason
+
+    failures = distributed.count_failures(attempt, device)
     if not failures:
         return "Encoder kernels: compiled"
     if _state.reason is None:
-        _state.reason = f"{failures:.0f} of {distributed.world_size()} processes could not compile the kernels"
+        _state.reason = f"{failures} of {distributed.world_size()} processes could not compile the kernels"
     return f"Encoder kernels: using the PyTorch reference: {_state.reason}"
 
 
@@ -176,9 +181,13 @@ def _try_quietly() -> None:
     except subprocess.CalledProcessError as error:  # the compiler has printed the cause
         _state.reason = f"{error.cmd[0]} failed; Triton needs a C compiler and the headers of Python (python3-dev)"
     except Exception as error:  # on any failure, fall back to the reference
-        message = textwrap.shorten(str(error), 200, placeholder=" ...")
-        _state.reason = f"{type(error).__name__}: {message}" if message else type(error).__name__
+        _state.reason = _one_line(error)
     _state.is_tried = True
+
+
+def _one_line(error: Exception) -> str:
+    message = textwrap.shorten(str(error), 200, placeholder=" ...")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _check_all(device: torch.device) -> None:
@@ -336,17 +345,23 @@ def _kernels() -> ModuleType:
 
 
 def _launch(name: str, B: int, tiling: _Tiling, *args: Any, **constants: Any) -> None:
-    """Launch a kernel on `args`, of which the first is a tensor, for a batch of B images."""
+    """Launch a kernel on `args` for a batch of B images; the first argument is a tensor.
+
+    Raises UserError if the kernel cannot be compiled for these arguments.
+    """
     programs = B * tiling.blocks
     if not programs:
         return
-    device = args[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        getattr(_kernels(), name)[(programs,)](
-            *(*args, tiling.N, tiling.blocks),
-            **{"C": tiling.C, "ROWS": tiling.rows, "WIDTH": tiling.width, **constants},
-            num_warps=WARPS,
-        )
+    x, kernel = args[0], getattr(_kernels(), name)
+    constants |= {"C": tiling.C, "ROWS": tiling.rows, "WIDTH": tiling.width, "num_warps": WARPS}
+    try:
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            kernel[(programs,)](*args, tiling.N, tiling.blocks, **constants)
+    except Exception as error:
+        raise UserError(
+            f"the encoder kernel {name} failed for {tiling.C} channels in {x.dtype}: {_one_line(error)}; "
+            "--set run.kernels=operators trains without these kernels"
+        ) from error
 
 
 def _with_rows(x: Tensor) -> Tensor:

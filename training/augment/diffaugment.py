@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import ConfigError
-from training.augment.stages import COLOR, AffineStage, Constants, FilterStage, RandomMatrices, Transform
+from training.augment.stages import COLOR, AffineStage, Constants, FilterStage, Transform
 from training.networks import execution
 
 ImgShape = tuple[int, int, int]  # channels, height, width
@@ -156,8 +156,7 @@ class DiffHue(AffineStage):
         if img_shape[0] not in (3, 4):
             problem = f"hue rotation needs RGB channels, but the images have {img_shape[0]} channels; remove hue"
             raise ConfigError("policy", ("hue",), problem)
-        super().__init__("color", img_shape)
-        self.random_matrices = RandomMatrices([[], [t for t in COLOR if t.name == "hue"]], self.size)
+        super().__init__("color", img_shape, [t for t in COLOR if t.name == "hue"])
         self.probability = probability
 
     def draw(self, images: Tensor, p: Tensor) -> Tensor:

@@ -380,6 +380,7 @@ class Constants(nn.Module):
 
     def __init__(self, *tensors: Tensor) -> None:
         super().__init__()
+        self.count = len(tensors)
         for i, tensor in enumerate(tensors):
             self.register_buffer(f"single{i}", tensor.float(), persistent=False)
             self.register_buffer(f"double{i}", tensor.double(), persistent=False)
@@ -387,7 +388,7 @@ class Constants(nn.Module):
     def forward(self, dtype: torch.dtype) -> list[Tensor]:
         """Return the tensors with a dtype, in order."""
         kind = "single" if dtype == torch.float32 else "double"
-        return [x.to(dtype) for name, x in self.named_buffers() if name.startswith(kind)]
+        return [getattr(self, f"{kind}{i}").to(dtype) for i in range(self.count)]
 
 
 class Warp(nn.Module):
@@ -459,14 +460,19 @@ def recolor(images: Tensor, K: Tensor) -> Tensor:
 
 
 class AffineStage(AugmentStage):
-    """Geometric and colour transforms, combined into one affine map of coordinates and one of colours per image."""
+    """Geometric and colour transforms, combined into one affine map of coordinates and one of colours per image.
+
+    `colors` are the colour transforms to choose from; None: COLOR.
+    """
 
     groups = groups_of((*GEOMETRY, *COLOR))
 
-    def __init__(self, pipe: str, img_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, pipe: str, img_shape: tuple[int, int, int], colors: Sequence[MatrixTransform] | None = None
+    ) -> None:
         super().__init__(pipe, img_shape)
         self.geometry = [t for t in GEOMETRY if t.group in self.active]
-        self.color = [t for t in COLOR if t.group in self.active and (self.channels >= 3 or not t.rgb_only)]
+        self.color = [t for t in colors or COLOR if t.group in self.active and (self.channels >= 3 or not t.rgb_only)]
         H, W = self.size
         if self.geometry and min(H, W) < 3:
             raise ConfigError("pipe", pipe, f"images of {H}x{W} are too small to warp: the minimum is 3x3; use 'color'")

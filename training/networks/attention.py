@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dnnlib.util import is_out_of_memory
 from training.networks import execution
 from training.networks.blockwise import blockwise_attention
 from training.networks.weights import effective
@@ -24,7 +22,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-_unsupported: set[tuple[Any, ...]] = set()  # backends with kinds of inputs that they refused
+_reported: set[tuple[Any, ...]] = set()  # pairs of a backend and a kind of inputs
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,20 +52,25 @@ def _attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Call PyTorch's attention with the backend of `execution.current`, or its default if that one is not supported."""
+    """Call PyTorch's attention, with the backend of `execution.current` for inputs that this backend supports."""
     name = execution.current.attention
+    if name == "auto":
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+    backends = [BACKENDS[name], *(x for x in BACKENDS.values() if x != BACKENDS[name])]
+    with sdpa_kernel(backends[:1] if name == "math" else backends, set_priority=True):
+        if not torch.compiler.is_compiling():
+            _report_replacement(name, q, k, v, bias)
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+
+
+def _report_replacement(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    """Print one line if PyTorch replaces the backend for inputs of this kind."""
     case = name, q.device.type, q.dtype, q.shape[3], bias is not None
-    if name != "auto" and case not in _unsupported:
-        try:
-            with sdpa_kernel(BACKENDS[name]), warnings.catch_warnings(action="ignore"):
-                return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            _unsupported.add(case)
+    if case not in _reported:
+        _reported.add(case)
+        if torch._fused_sdp_choice(q, k, v, bias) != BACKENDS[name].value:
             inputs = f"{q.dtype} heads of {q.shape[3]} channels on {q.device.type}"
             print(f"Attention: {name} does not support {inputs}; using PyTorch's choice", file=sys.stderr, flush=True)
-    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -212,8 +212,8 @@ class MinibatchStd(nn.Module):
         std_g = mean_{c,h,w} sqrt(Var_{b in g}(x_bchw) + 1e-8)        ProGAN, section 3
 
     Groups of G = min(`group_size`, B) images are strided: image b belongs to group b mod (B/G), so neighbours in a
-    batch are in different groups. Raises ValueError if G does not divide B. If the batch is a concatenation of several
-    `execution.current.minibatches`, this applies to each of them, of B images.
+    batch are in different groups. Raises ValueError if G does not divide B. A batch may concatenate several minibatches
+    (`execution.current.minibatches`); B is then the size of one, and groups stay within a minibatch.
     """
 
     def __init__(self, group_size: int) -> None:

@@ -16,15 +16,23 @@ Reader = tuple[FullyConnected, int]  # affine layer of a modulated layer, and th
 def read_styles(readers: Sequence[Reader], ws: Tensor) -> dict[FullyConnected, Tensor]:
     """Return the output (B, out) of each affine layer for its style of ws (B, num_ws, w_dim).
 
-    If all styles are one w, as from a mapping network without style mixing or truncation cutoff, one matrix product
-    computes all outputs. `ws` is then an expanded tensor.
+    If `ws` is one w that is expanded to all styles, as from a mapping network without style mixing and truncation, one
+    matrix product computes all outputs. The gradient then reaches ws[:, 0] only, which is the same for w; pass a
+    contiguous tensor to differentiate with respect to each style.
     """
-    if ws.shape[1] > 1 and ws.stride(1) != 0:
-        return {affine: affine(ws[:, index]) for affine, index in readers}
     layers = [affine for affine, _ in readers]
+    if (ws.shape[1] > 1 and ws.stride(1) != 0) or not _can_share_a_product(layers):
+        return {affine: affine(ws[:, index]) for affine, index in readers}
     weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
     styles = F.linear(ws[:, 0] * layers[0].weight_gain, weight, bias)
     return dict(zip(layers, styles.split([len(layer.bias) for layer in layers], dim=1), strict=True))
+
+
+def _can_share_a_product(layers: Sequence[FullyConnected]) -> bool:
+    """Return whether the layers are linear with equal gains, and no forward hook waits for a call of one of them."""
+    is_alike = {(layer.activation, layer.bias_gain, layer.weight_gain) for layer in layers}
+    has_hooks = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    return is_alike == {("linear", 1.0, layers[0].weight_gain)} and not has_hooks
 
 
 def demodulations(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -205,7 +205,7 @@ class StyleformerStage(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Map x (B or 1, N, C) and rgb at half this resolution (or None) to new x and rgb.
 
-        `modulations` are those of the blocks, `style` and `d` the style of ToRGB and its demodulation.
+        `modulations` has an entry per block; `style` and `d` are the style of ToRGB and its demodulation.
         """
         x = execution.cast(x, self.grid)
         x = x + effective(self.pos_embedding, x.dtype)

@@ -64,8 +64,8 @@ class AblatedEncoderBlock(EncoderBlock):
     def demodulated_weights(self) -> list[Tensor]:
         return super().demodulated_weights() if self.has_residual else [self.qkv_weight, self.out_weight]
 
-    def styles(self, style: Tensor) -> tuple[Tensor, Tensor]:
-        return super().styles(style) if self.style_attention else (torch.ones_like(style), style)
+    def split_style(self, style: Tensor) -> tuple[Tensor, Tensor]:
+        return super().split_style(style) if self.style_attention else (torch.ones_like(style), style)
 
     def normalize(self, x: Tensor, style: Tensor) -> Tensor:
         return x * style.unsqueeze(1).to(x.dtype) if self.norm_after else super().normalize(x, style)

@@ -64,7 +64,7 @@ class EncoderBlock(nn.Module):
         self.register_buffer("noise_const", torch.randn(N, 1))
 
     def build_styles(self, config: StyleformerConfig, width: int) -> None:
-        """Create the parameters that `styles` uses."""
+        """Create the parameters that `split_style` uses."""
         self.affine = FullyConnected(config.w_dim, 2 * width, bias_init=1.0)
 
     def build_output(self, config: StyleformerConfig, width: int, out_width: int) -> None:
@@ -73,10 +73,10 @@ class EncoderBlock(nn.Module):
         self.residual_weight = uniform_weight(out_width, width)
 
     def demodulated_weights(self) -> list[Tensor]:
-        """Return the weights whose outputs are demodulated: Q, K and V in one matrix, then those modulated by s2."""
+        """Return the demodulated weights: first that of Q, K and V, modulated by s1; the others are modulated by s2."""
         return [self.qkv_weight, self.out_weight, self.residual_weight]
 
-    def styles(self, style: Tensor) -> tuple[Tensor, Tensor]:
+    def split_style(self, style: Tensor) -> tuple[Tensor, Tensor]:
         """Return s1 and s2, each (B, C), for the output of the affine layer."""
         s1, s2 = style.chunk(2, dim=1)
         return s1, s2
@@ -108,21 +108,21 @@ def modulate_blocks(
     blocks: Sequence[EncoderBlock], styles: Mapping[FullyConnected, Tensor], noise_mode: NoiseMode
 ) -> list[Modulation]:
     """Return the modulation of each block for the outputs of the affine layers, in few kernels for all blocks."""
-    values, pairs = [], []  # s2 of each block; weight and style of each linear map
+    value_styles, pairs = [], []  # s2 of each block; weight and style of each linear map
     for block in blocks:
-        s1, s2 = block.styles(styles[block.affine])
+        s1, s2 = block.split_style(styles[block.affine])
         dtype = execution.dtype_on(block.grid, s1.dtype)
-        values.append(limit_rows(s2, dtype))
+        value_styles.append(limit_rows(s2, dtype))
         qkv, *rest = (limit_rows(weight, dtype) for weight in block.demodulated_weights())
-        pairs += [(qkv, s1), *((weight, values[-1]) for weight in rest)]
+        pairs += [(qkv, s1), *((weight, value_styles[-1]) for weight in rest)]
     count = len(pairs) // len(blocks)  # linear maps per block
     d = demodulations(pairs)
 
     # Multiply the columns of d_v by s2, for all blocks at once.
-    ones = torch.ones_like(values[0][:, :1])
-    factors = [x for s2 in values for x in (ones.expand(-1, 2 * s2.shape[1]), s2)]
+    ones = torch.ones_like(value_styles[0][:, :1])
+    factors = [x for s2 in value_styles for x in (ones.expand(-1, 2 * s2.shape[1]), s2)]
     qkv_scales = torch.cat(d[::count], dim=1) * torch.cat(factors, dim=1)
-    widths = [3 * s2.shape[1] for s2 in values]
+    widths = [3 * s2.shape[1] for s2 in value_styles]
     noises = noise_maps([block.noise_const for block in blocks], noise_mode, len(ones))
     return [
         Modulation(pairs[i][1], qkv_scale, d[i + 1], d[i + 2] if count > 2 else None, noise)

@@ -242,7 +242,7 @@ class StyleGAN2Stage(nn.Module):
         self.register_buffer("resample_filter", resample_filter(), persistent=False)
 
     def style_readers(self, first: int) -> list[Reader]:
-        """Return the affine layers with the indices of their styles, of which `first` is the first."""
+        """Return the affine layers with the indices of their styles, starting at `first`."""
         layers: list[Any] = [*self.convs, *([] if self.torgb is None else [self.torgb])]
         return [(layer.affine, first + i) for i, layer in enumerate(layers)]
 

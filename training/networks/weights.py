@@ -31,7 +31,8 @@ def effective(parameter: Tensor, dtype: torch.dtype, gain: float = 1.0) -> Tenso
 class WeightCache:
     """Effective weights of one phase. The requests of the first pass are computed one by one and remembered.
 
-    Use as `execution.using(weights=cache)` inside `with cache.filled():`, which computes all remembered requests
+    Gradients of a weight that is used several times are added in its reduced dtype. Use as
+    `execution.using(weights=cache)` inside `with cache.filled():`, which computes all remembered requests
     together from the current parameters.
     """
 
@@ -105,7 +106,8 @@ def _scale_and_cast(
 
 def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Cast each tensor to its dtype, with one foreach operator for all that change."""
-    out = list(tensors)
+    # A foreach operator takes few kernels only if all tensors are dense; an expanded gradient is not.
+    out = [x.contiguous() if 0 in x.stride() else x for x in tensors]
     changed = [i for i, dtype in enumerate(dtypes) if out[i].dtype != dtype]
     if changed:
         cast = [torch.empty_like(out[i], dtype=dtypes[i]) for i in changed]
