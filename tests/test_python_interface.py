@@ -141,7 +141,8 @@ def test_a_script_for_stylegan2_ada_runs(
     assert all(buffer.grad.abs().sum() > 0 for buffer in found["noise_bufs"].values())
 
     assert all(torch.equal(x, y) for x, y in zip(G.parameters(), found["G2"].parameters(), strict=True))
-    assert torch.equal(found["outputs"], G(found["z"], found["label"]))
+    # Not to the bit: under the hooks of the summary, affine layers do not share a matrix product.
+    torch.testing.assert_close(found["outputs"], G(found["z"], found["label"]), rtol=1e-4, atol=1e-5)
     assert f"{misc.count_parameters(G):,}" in capsys.readouterr().out.splitlines()[-2]
 
 

@@ -46,9 +46,7 @@ def test_the_cache_changes_neither_weights_nor_gradients(is_first: bool) -> None
             weights[0].add_(1)  # an optimizer step
     expected = requested(weights)
     factors = [torch.randn_like(x) for x in expected]
-    expected_gradients = torch.autograd.grad(
-        sum((x * y).sum() for x, y in zip(expected, factors, strict=True)), weights
-    )
+    expected_gradients = torch.autograd.grad(total(expected, factors), weights)
     with execution.using(weights=cache), cache.filled():
         found = requested(weights)
         assert requested(weights)[0] is found[0]
