@@ -336,7 +336,8 @@ def test_path_length_uses_the_gradient_of_each_style(case: Case) -> None:
     gan: Any = GAN(G=G, D=None, augment=lambda x: x, labels=labels, style_mixing=0.0, pl_mean=zero)
     gan.sample_latents = lambda count: (torch.randn(count, G.z_dim).double(), torch.zeros(count, 0))
     torch.manual_seed(4)
-    terms = path_length(gan, torch.zeros(4, 3, 16, 16), torch.zeros(4, 0), weight=1.0, decay=0.5)
+    with execution.using(shared_styles=True):  # as in training
+        terms = path_length(gan, torch.zeros(4, 3, 16, 16), torch.zeros(4, 0), weight=1.0, decay=0.5)
     torch.manual_seed(4)
     ws = G.mapping(torch.randn(2, G.z_dim).double(), None).clone(memory_format=torch.contiguous_format)
     img = G.synthesis(ws, noise_mode="random")

@@ -173,7 +173,9 @@ def test_one_product_computes_all_styles_of_one_w(monkeypatch: pytest.MonkeyPatc
         return forward(self, x)
 
     monkeypatch.setattr(FullyConnected, "forward", recorded)
-    together = read_styles(readers, w.expand(-1, TINY.num_ws, -1))
+    with execution.using(shared_styles=True):
+        together = read_styles(readers, w.expand(-1, TINY.num_ws, -1))
+    read_styles(readers, w.detach().expand(-1, TINY.num_ws, -1))
     assert calls == []
     apart = read_styles(readers, w.repeat(1, TINY.num_ws, 1))
     assert calls == layers == [*together] == [*apart]
@@ -186,6 +188,10 @@ def test_one_product_computes_all_styles_of_one_w(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
     calls.clear()
+    read_styles(readers, w.expand(-1, TINY.num_ws, -1))  # a gradient with respect to each style may be needed
+    assert calls == layers
+    calls.clear()
+    w = w.detach()
     handle = layers[2].register_forward_hook(lambda *args: None)
     read_styles(readers, w.expand(-1, TINY.num_ws, -1))
     handle.remove()

@@ -240,8 +240,7 @@ def path_length(gan: GAN, img: Tensor, c: Tensor, weight: float, decay: float) -
     """
     z, c = gan.sample_latents(len(img) // 2)
     ws, mean_w = gan.sample_styles(z, c)
-    ws = ws.contiguous()  # the gradient of an expanded tensor would not be separate for each style
-    with execution.using(twice_differentiable=True):
+    with execution.using(twice_differentiable=True, shared_styles=False):
         fake = gan.synthesize(ws, noise_mode="random")
         y = torch.randn_like(fake) / math.sqrt(fake.shape[2] * fake.shape[3])
         (gradient,) = torch.autograd.grad((fake * y).sum(), ws, create_graph=True)  # (B/2, num_ws, w_dim)

@@ -157,6 +157,7 @@ class Trainer:
             recompute=config.run.recompute,
             random_noise=True,
             attention=config.run.attention,
+            shared_styles=True,
         )
         self.graphs: GraphPool[Moments] | None = GraphPool() if config.run.graphs else None
 

@@ -32,9 +32,10 @@ class Execution:
     `recompute`: gradient checkpointing; discard the activations inside a block and recompute them in the backward pass,
     which saves memory at the cost of one more forward pass. `random_noise`: draw fresh noise in discriminators with
     noise, as in training. `minibatches`: number of equal minibatches that are concatenated in the batch of D, such as
-    generated and real images; statistics and random choices that images share stay within a minibatch. `weights`:
-    cache of effective weights; None: layers compute them at every call. `attention`: backend of PyTorch's attention,
-    "auto" or a key of attention.BACKENDS.
+    generated and real images; statistics and random choices that images share stay within a minibatch. `weights`: cache
+    of effective weights; None: layers compute them at every call. `attention`: backend of PyTorch's attention, "auto"
+    or a key of attention.BACKENDS. `shared_styles`: compute the styles of all layers together if one w is expanded to
+    them, even with gradients; these reach w, but not each style separately.
     """
 
     reduced: torch.dtype | None = None
@@ -45,6 +46,7 @@ class Execution:
     minibatches: int = 1
     weights: WeightCache | None = None
     attention: str = "auto"
+    shared_styles: bool = False
 
 
 current = Execution()

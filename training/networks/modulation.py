@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.networks import execution
 from training.networks.layers import FullyConnected
 
 Reader = tuple[FullyConnected, int]  # affine layer of a modulated layer, and the index of the style that it reads
@@ -17,15 +18,20 @@ def read_styles(readers: Sequence[Reader], ws: Tensor) -> dict[FullyConnected, T
     """Return the output (B, out) of each affine layer for its style of ws (B, num_ws, w_dim).
 
     If `ws` is one w that is expanded to all styles, as from a mapping network without style mixing and truncation, one
-    matrix product computes all outputs. The gradient then reaches ws[:, 0] only, which is the same for w; pass a
-    contiguous tensor to differentiate with respect to each style.
+    matrix product computes all outputs, unless a gradient is needed and `execution.current.shared_styles` is not set.
     """
     layers = [affine for affine, _ in readers]
-    if (ws.shape[1] > 1 and ws.stride(1) != 0) or not _can_share_a_product(layers):
+    if not (_is_one_w(ws) and _can_share_a_product(layers)):
         return {affine: affine(ws[:, index]) for affine, index in readers}
     weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
     styles = F.linear(ws[:, 0] * layers[0].weight_gain, weight, bias)
     return dict(zip(layers, styles.split([len(layer.bias) for layer in layers], dim=1), strict=True))
+
+
+def _is_one_w(ws: Tensor) -> bool:
+    """Return whether all styles are one w, and no gradient with respect to each style is needed."""
+    is_expanded = ws.shape[1] == 1 or ws.stride(1) == 0
+    return is_expanded and (execution.current.shared_styles or not (ws.requires_grad and torch.is_grad_enabled()))
 
 
 def _can_share_a_product(layers: Sequence[FullyConnected]) -> bool:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from torch_utils.ops.bias_act import bias_act
 from training.networks.layers import FullyConnected, uniform_weight
-from training.networks.styleformer_block import EncoderBlock, Modulation
+from training.networks.styleformer_block import EncoderBlock, Modulation, project
 from training.networks.weights import effective
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ class AblatedEncoderBlock(EncoderBlock):
 
     def output(self, attended: Tensor, v: Tensor, modulation: Modulation) -> Tensor:
         dtype = v.dtype
-        y = self.project(attended, self.out_weight) * modulation.out.unsqueeze(1).to(dtype)
+        y = project(attended, modulation.weights[1]) * modulation.out.unsqueeze(1).to(dtype)
         if modulation.residual is not None:
-            y = torch.addcmul(y, self.project(v, self.residual_weight), modulation.residual.unsqueeze(1).to(dtype))
+            y = torch.addcmul(y, project(v, modulation.weights[2]), modulation.residual.unsqueeze(1).to(dtype))
         if self.norm_after:
             y = F.layer_norm(y, y.shape[2:])
         y = y if self.ffn is None else self.ffn(y)

@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Modulation:
-    """Inputs of an encoder block besides its tokens, in full precision."""
+    """Inputs of an encoder block besides its tokens, in full precision.
 
+    `weights` are the matrices whose outputs are scaled by `qkv`, `out` and `residual`.
+    """
+
+    weights: Sequence[Tensor]
     style: Tensor  # s1 (B, C)
     qkv: Tensor  # d_q, d_k and s2 d_v (B, 3C)
     out: Tensor  # d_o (B, C_out)
@@ -84,7 +88,7 @@ class EncoderBlock(nn.Module):
     def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
         """Map x (B or 1, N, C) to (B, N, C_out), in the dtype of x."""
         x = self.normalize(x.expand(len(modulation.style), -1, -1), modulation.style)
-        q, k, v = scale_and_split(self.project(x, self.qkv_weight), modulation.qkv)  # each (B, N, C)
+        q, k, v = scale_and_split(project(x, modulation.weights[0]), modulation.qkv)  # each (B, N, C)
         return self.output(self.attention(q, k, v), v, modulation)
 
     def normalize(self, x: Tensor, style: Tensor) -> Tensor:
@@ -94,20 +98,23 @@ class EncoderBlock(nn.Module):
     def output(self, attended: Tensor, v: Tensor, modulation: Modulation) -> Tensor:
         """Return the output (B, N, C_out) for the attention output and the values, each (B, N, C)."""
         assert modulation.residual is not None
-        a, r = self.project(attended, self.out_weight), self.project(v, self.residual_weight)
+        a, r = project(attended, modulation.weights[1]), project(v, modulation.weights[2])
         noise = (modulation.noise, self.noise_strength)
         return residual_lrelu(a, r, modulation.out, modulation.residual, *noise, self.bias, clamp=self.conv_clamp)
 
-    @staticmethod
-    def project(x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply tokens x (B, N, in) by a weight (out, in), up to the scale that demodulation cancels."""
-        return F.linear(x, effective(limit_rows(weight, x.dtype), x.dtype))
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply tokens x (B, N, in) by a weight (out, in), in the dtype of x."""
+    return F.linear(x, effective(weight, x.dtype))
 
 
 def modulate_blocks(
     blocks: Sequence[EncoderBlock], styles: Mapping[FullyConnected, Tensor], noise_mode: NoiseMode
 ) -> list[Modulation]:
-    """Return the modulation of each block for the outputs of the affine layers, in few kernels for all blocks."""
+    """Return the modulation of each block for the outputs of the affine layers, in few kernels for all blocks.
+
+    With float16, the rows of the weights and of s2 are limited to 1, which demodulation cancels.
+    """
     value_styles, pairs = [], []  # s2 of each block; weight and style of each linear map
     for block in blocks:
         s1, s2 = block.split_style(styles[block.affine])
@@ -125,7 +132,14 @@ def modulate_blocks(
     widths = [3 * s2.shape[1] for s2 in value_styles]
     noises = noise_maps([block.noise_const for block in blocks], noise_mode, len(ones))
     return [
-        Modulation(pairs[i][1], qkv_scale, d[i + 1], d[i + 2] if count > 2 else None, noise)
+        Modulation(
+            weights=[weight for weight, _ in pairs[i : i + count]],
+            style=pairs[i][1],
+            qkv=qkv_scale,
+            out=d[i + 1],
+            residual=d[i + 2] if count > 2 else None,
+            noise=noise,
+        )
         for i, qkv_scale, noise in zip(
             range(0, len(pairs), count), qkv_scales.split(widths, dim=1), noises, strict=True
         )
