@@ -19,6 +19,12 @@ CASES: dict[str, tuple[Convolve, Convolve, tuple[int, ...]]] = {
     "pointwise": (ours.conv2d, F.conv2d, (4, 3, 1, 1)),
     "strided": (partial(ours.conv2d, stride=2), partial(F.conv2d, stride=2), (4, 3, 3, 3)),
     "patches": (partial(ours.conv2d, stride=2, padding=1), partial(F.conv2d, stride=2, padding=1), (4, 3, 4, 4)),
+    "grouped": (partial(ours.conv2d, padding=1, groups=3), partial(F.conv2d, padding=1, groups=3), (6, 1, 3, 3)),
+    "grouped patches": (
+        partial(ours.conv2d, stride=2, padding=1, groups=3),
+        partial(F.conv2d, stride=2, padding=1, groups=3),
+        (3, 1, 4, 4),
+    ),
     "transposed": (partial(ours.conv_transpose2d, stride=2), partial(F.conv_transpose2d, stride=2), (3, 4, 3, 3)),
 }
 
