@@ -116,7 +116,7 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
         option("--p", field="augment.p", metavar="0..1", help="Augmentation probability for --aug=fixed."),
         option("--target", field="augment.target", metavar="0..1", help="ADA target for mean sign of D(real). [0.6]"),
         option("--augpipe", field="augment.pipe", metavar="NAME",
-               help="blit, geom, color, filter, noise, cutout, bg, bgc, bgcf, bgcfn or bgcfnc. [bgc]"),
+               help="blit, geom, color, filter, noise, cutout, bg, bgc, bgcf, bgcfn, bgcfnc or bgcc. [bgc]"),
     ),
     "Generator": (
         option("--gen", field="generator.family", metavar="NAME",

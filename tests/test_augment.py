@@ -110,8 +110,9 @@ def test_only_the_groups_of_the_pipe_are_built() -> None:
 
 def test_a_pipe_is_named_after_its_groups() -> None:
     groups = ["blit", "geom", "color", "filter", "noise", "cutout"]  # Karras et al. 2020b
-    for pipe in ("bg", "bgc", "bgcf", "bgcfn", "bgcfnc"):
-        assert list(PIPES[pipe]) == groups[: len(pipe)]
+    for pipe in ("bg", "bgc", "bgcf", "bgcfn", "bgcfnc", "bgcc"):
+        if pipe != "bgcc":
+            assert list(PIPES[pipe]) == groups[: len(pipe)]
         assert pipe == "".join(group[0] for group in PIPES[pipe])
     assert {pipe: PIPES[pipe] for pipe in groups} == {group: (group,) for group in groups}
     assert [t.name for t in GEOMETRY if t.group in groups] == [*GEOMETRY_BY_HAND]
@@ -577,6 +578,36 @@ def test_gates_fire_with_their_probability(p: float) -> None:
             assert abs(frequency - chance) <= 5 * sqrt(chance * (1 - chance) / B), transform.name
 
 
+def test_color_strength_scales_the_gates_of_colors_only() -> None:
+    """A transform fires where u < strength * p; the draws are those of strength 1."""
+    p, B = 0.6, 1000
+    images = torch.zeros(B, 3, 8, 8, dtype=torch.float64)
+    for strength in (0.0, 0.5, 1.0):
+        stage = AffineStage("bgcc", (3, 8, 8), color_strength=strength)
+        torch.manual_seed(0)
+        u, n = torch.rand(16, 3, B, dtype=torch.float64), torch.randn(16, 2, B, dtype=torch.float64)
+        drawn = stage.random_matrices.matrices(u, n, torch.tensor(p))  # coordinates and colours in turn
+        fired = ((drawn - torch.eye(4)).abs().amax(dim=(2, 3)) > 1e-9).view(8, 2, B)
+        colors = COLOR_NAMES[::-1]
+        for name in ("brightness", "contrast", "hue", "saturation"):
+            i = colors.index(name)
+            assert torch.equal(fired[i, 1], u[2 * i + 1, 2] < strength * p), name
+        assert torch.equal(fired[3, 0], u[6, 2] < p)  # scale
+        torch.manual_seed(0)
+        maps = stage.draw(images, torch.tensor(p))
+        torch.testing.assert_close(maps, stage.random_matrices.products(drawn), rtol=0, atol=0)
+
+
+def test_color_strength_one_changes_no_gate() -> None:
+    """The threshold is the same number, to the last bit, as without a strength."""
+    p = torch.tensor([0.0, 1e-4, 0.1, 1 / 3, 0.55, 0.7, 1.0])
+    matrices = AffineStage("bgc", (3, 8, 8)).random_matrices
+    assert matrices.strength.eq(1).all()
+    for value in p:
+        chance = torch.addcmul(matrices.strength, matrices.strength, (1 - value) ** matrices.share, value=-1)
+        assert torch.equal(chance, 1 - (1 - value) ** matrices.share)
+
+
 def test_either_rotation_fires_with_probability_p() -> None:
     B, p = 20000, 0.6
     torch.manual_seed(0)
@@ -614,6 +645,8 @@ def test_the_axes_of_a_shift_share_a_gate() -> None:
         ({"ada_interval": 0}, "ada_interval"),
         ({"max_p": 0}, "max_p"),
         ({"max_p": 1.1}, "max_p"),
+        ({"color_strength": 1.5}, "color_strength"),
+        ({"color_strength": -0.1}, "color_strength"),
     ],
 )
 def test_invalid_configurations_are_refused(changes: dict[str, object], field: str) -> None:

@@ -84,6 +84,10 @@ def test_every_combination_trains(scenes: Path, match: tuple[str, str, str, str]
         (["--aug=diffaug", "--target=0.6"], "--target=0.6: --aug=diffaug does not use it"),
         (["--aug=noaug", "--augpipe=bgc"], "--augpipe=bgc: --aug=noaug does not use it"),
         (
+            ["--augpipe=bg", "--set=augment.color_strength=0.5"],
+            "--set augment.color_strength=0.5: has no effect on augment.pipe=bg, which lacks colour transforms",
+        ),
+        (
             ["--aug=fixed", "--p=0.5", "--set=augment.policy=color"],
             "--set augment.policy=color: mode 'fixed' does not use a policy",
         ),

@@ -13,6 +13,7 @@ from torch_utils.misc import OnMeta
 from training import image_size
 from training.augment.diffaugment import DEFAULT_POLICY, PARAMETERS
 from training.augment.pipe import MODE_FIELDS, AugmentConfig, AugmentPipe
+from training.augment.stages import PIPES
 from training.data_sources.sizes import Size, Sizes
 from training.dataset import DatasetConfig
 from training.ema import EMAConfig
@@ -457,6 +458,9 @@ def _check_augment_options(augment: AugmentConfig, values: Mapping[str, Any]) ->
             modes = [other for other, fields in MODE_FIELDS.items() if name in fields]
             problem = f"--aug={augment.mode} does not use it: omit it, or give --aug={modes[0]}"
             raise ConfigError(path, value, problem)
+        if path == "augment.color_strength" and "color" not in PIPES[augment.pipe]:
+            problem = f"has no effect on augment.pipe={augment.pipe}, which lacks colour transforms"
+            raise ConfigError(path, value, problem)
         transforms = [transform for transform, parameter in PARAMETERS.items() if path == f"augment.{parameter}"]
         if transforms and not set(transforms) & set(policy):
             problem = f"has no effect on augment.policy={','.join(policy)}, which lacks {' and '.join(transforms)}"
@@ -649,6 +653,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "generator.residual": True,
     "generator.attention_noise": False,
     "discriminator.attention_noise": False,
+    "augment.color_strength": 1.0,
     "augment.policy": None,
     "augment.translation": 0.125,
     "augment.cutout_p": 1.0,

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, check_bounds, setting
 from training.augment.diffaugment import DIFFAUG, PARAMETERS
-from training.augment.stages import PIPES, STAGES, Transform
+from training.augment.stages import PIPES, STAGES, AffineStage, AugmentStage, Transform
 
 Mode = Literal["noaug", "ada", "fixed", "diffaug"]
 
 # Fields used by each mode. Flags for other fields are rejected.
 MODE_FIELDS: dict[str, tuple[str, ...]] = {
     "noaug": (),
-    "ada": ("pipe", "target", "ada_kimg", "ada_interval", "max_p"),
-    "fixed": ("pipe", "p"),
+    "ada": ("pipe", "color_strength", "target", "ada_kimg", "ada_interval", "max_p"),
+    "fixed": ("pipe", "color_strength", "p"),
     "diffaug": ("policy", "translation", "cutout_p", "filter_p", "hue_p"),
 }
 
@@ -37,6 +37,9 @@ class AugmentConfig:
 
     mode: Mode = setting("ada", "Augmentation: none, adaptive p (ADA), constant p, or DiffAugment.", parse=parse_mode)
     pipe: str = setting("bgc", "Groups of transforms for ada and fixed.", choices=tuple(PIPES))
+    color_strength: float = setting(
+        1.0, "Probability of each colour transform, as a fraction of p.", at_least=0, at_most=1
+    )
     p: float | None = setting(
         None, "Probability of each transform, for fixed; None in other modes.", at_least=0, at_most=1
     )
@@ -110,7 +113,13 @@ def _build_stages(config: AugmentConfig, img_shape: tuple[int, int, int]) -> lis
             raise ConfigError("policy", None, "not resolved")
         return [_build_diffaug(name, config, img_shape) for name in config.policy]
     active = set(PIPES[config.pipe])
-    return [stage(config.pipe, img_shape) for stage in STAGES if active & set(stage.groups)]
+    return [_build_stage(stage, config, img_shape) for stage in STAGES if active & set(stage.groups)]
+
+
+def _build_stage(stage: type[AugmentStage], config: AugmentConfig, img_shape: tuple[int, int, int]) -> AugmentStage:
+    if issubclass(stage, AffineStage):
+        return stage(config.pipe, img_shape, color_strength=config.color_strength)
+    return stage(config.pipe, img_shape)
 
 
 def _build_diffaug(name: str, config: AugmentConfig, img_shape: tuple[int, int, int]) -> Transform:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import pi, sqrt
 from typing import Any, ClassVar
@@ -49,6 +49,7 @@ PIPES: dict[str, tuple[str, ...]] = {
     "bgcf": ("blit", "geom", "color", "filter"),
     "bgcfn": ("blit", "geom", "color", "filter", "noise"),
     "bgcfnc": ("blit", "geom", "color", "filter", "noise", "cutout"),
+    "bgcc": ("blit", "geom", "color", "cutout"),  # R3GAN
 }
 
 Size = tuple[int, int]  # height and width of the images in pixels
@@ -112,14 +113,16 @@ class RandomMatrix:
 class MatrixTransform:
     """Transform defined by one matrix per image, for images of a size.
 
-    The transform is applied with probability 1 - (1 - p)^share, so that at least one of several transforms whose shares
-    add up to 1 is applied with probability p. Transforms with `rgb_only` are skipped for images without RGB channels.
+    The transform is applied with probability strength (1 - (1 - p)^share). At strength 1, at least one of several
+    transforms whose shares add up to 1 is therefore applied with probability p. Transforms with `rgb_only` are skipped
+    for images without RGB channels.
     """
 
     name: str
     group: str
     matrix: Callable[[Size], RandomMatrix]
     share: float = 1.0
+    strength: float = 1.0
     rgb_only: bool = False
 
 
@@ -145,6 +148,7 @@ class RandomMatrices(nn.Module):
     is_rounded: Tensor
     is_normal: Tensor
     share: Tensor
+    strength: Tensor
     terms: Tensor
     constant: Tensor
 
@@ -164,6 +168,7 @@ class RandomMatrices(nn.Module):
             "is_rounded": np.array([[[p.unit is not None]] for p in parameters]),
             "is_normal": np.array([[[p.is_normal]] for p in parameters]),
             "share": np.array([[transform.share] for transform in transforms]),
+            "strength": np.array([[transform.strength] for transform in transforms]),
             "terms": np.stack([matrix.by_feature() for matrix in matrices]),  # (R, 6, 16)
             "constant": np.stack([matrix.constant().reshape(1, 16) for matrix in matrices]),
         }
@@ -180,9 +185,10 @@ class RandomMatrices(nn.Module):
     def matrices(self, u: Tensor, n: Tensor, p: Tensor) -> Tensor:
         """Return the matrices [R, B, 4, 4] for uniform draws u [R, 3, B] in [0, 1) and normal draws n [R, 2, B].
 
-        A matrix is the identity where u[:, 2] >= 1 - (1 - p)^share.
+        A matrix is the identity where u[:, 2] >= strength (1 - (1 - p)^share).
         """
-        is_applied = u[:, 2] < 1 - (1 - p) ** self.share  # (R, B)
+        chance = torch.addcmul(self.strength, self.strength, (1 - p) ** self.share, value=-1)  # (R, 1)
+        is_applied = u[:, 2] < chance  # (R, B)
         parameters = torch.addcmul(self.start, self.scale, torch.where(self.is_normal, n, u[:, :2]))
         parameters = torch.where(self.is_rounded, parameters.round(), parameters)
         parameters = parameters * (self.unit * is_applied[:, None])  # (R, 2, B)
@@ -462,17 +468,24 @@ def recolor(images: Tensor, K: Tensor) -> Tensor:
 class AffineStage(AugmentStage):
     """Geometric and colour transforms, combined into one affine map of coordinates and one of colours per image.
 
-    `colors` are the colour transforms to choose from; None: COLOR.
+    `colors` are the colour transforms to choose from, None: COLOR. Their probabilities are multiplied by
+    `color_strength`.
     """
 
     groups = groups_of((*GEOMETRY, *COLOR))
 
     def __init__(
-        self, pipe: str, img_shape: tuple[int, int, int], colors: Sequence[MatrixTransform] | None = None
+        self,
+        pipe: str,
+        img_shape: tuple[int, int, int],
+        colors: Sequence[MatrixTransform] | None = None,
+        *,
+        color_strength: float = 1.0,
     ) -> None:
         super().__init__(pipe, img_shape)
         self.geometry = [t for t in GEOMETRY if t.group in self.active]
-        self.color = [t for t in colors or COLOR if t.group in self.active and (self.channels >= 3 or not t.rgb_only)]
+        colors = [t for t in colors or COLOR if t.group in self.active and (self.channels >= 3 or not t.rgb_only)]
+        self.color = [replace(t, strength=color_strength * t.strength) for t in colors]
         H, W = self.size
         if self.geometry and min(H, W) < 3:
             raise ConfigError("pipe", pipe, f"images of {H}x{W} are too small to warp: the minimum is 3x3; use 'color'")
