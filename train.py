@@ -120,11 +120,11 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
     ),
     "Generator": (
         option("--gen", field="generator.family", metavar="NAME",
-               help="Family: styleformer, stylegan2, styleformer-c or transgan. [the preset's]"),
+               help="Family: styleformer, stylegan2, styleformer-c, transgan or r3gan. [the preset's]"),
         option("--g_dict", field="generator.widths", metavar="INT,...",
-               help="Hidden size per resolution, lowest first (styleformer, styleformer-c, transgan)."),
+               help="Hidden size per resolution, lowest first (styleformer, styleformer-c, transgan, r3gan)."),
         option("--num_layers", field="generator.layers", metavar="INT,...",
-               help="Blocks per resolution (styleformer, styleformer-c, transgan)."),
+               help="Blocks per resolution (styleformer, styleformer-c, transgan, r3gan)."),
         option("--base", field="generator.base", metavar="N|HxW",
                help="Lowest resolution: 8, or 8x12 for height x width (all families)."),
         option("--depth", field="generator.depth", metavar="INT",
@@ -139,7 +139,7 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
     ),
     "Discriminator": (
         option("--disc", field="discriminator.family", metavar="NAME",
-               help="Family: stylegan2, styleformer or transgan. [the preset's]"),
+               help="Family: stylegan2, styleformer, transgan or r3gan. [the preset's]"),
         option("--d-arch", field="discriminator.architecture", metavar="NAME",
                help="orig, skip or resnet (stylegan2). [resnet]"),
         option("--cbase", field="discriminator.channel_base", metavar="INT",
@@ -247,7 +247,7 @@ REMOVED = {  # flag of an earlier version -> its field or fields
 @with_sections(OPTIONS)
 @click.pass_context
 def main(context: click.Context, **options: Any) -> None:
-    """Train a GAN: Styleformer, StyleGAN2 or TransGAN networks, with adaptive discriminator augmentation.
+    """Train a GAN: Styleformer, StyleGAN2, TransGAN or R3GAN networks, with adaptive discriminator augmentation.
 
     Options not given default to the values of the preset (--cfg); [brackets] show the value in most presets.
 

@@ -104,6 +104,8 @@ class Bounds:
             return ", ".join(map(str, self.choices))
         ends = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
         words = {word: f"{end:,}" for word, end in ends.items() if end is not None}
+        if self.at_least is not None and self.at_least == self.at_most:
+            return words["at least"]
         if len(words) == 2:
             excluded = [words[word] for word in ("above", "below") if word in words]
             return ", ".join(["..".join(words.values()), *(f"{end} excluded" for end in excluded)])

@@ -41,7 +41,7 @@ name, the error suggests the nearest names.
 There are several families of generators and discriminators (`--gen`, `--disc`), each with its own fields. If `--gen` or
 `--disc` replaces the preset's family, fields return to their defaults, `auto` where possible; only the latents, the
 mapping network and the clamp of a generator are taken from the preset. TransGAN has no mapping network unless
-`--map-depth` adds one. Setting a field that the family does not have is an error.
+`--map-depth` adds one, R3GAN has none. Setting a field that the family does not have is an error.
 
 A resumed run uses its saved configuration, updated by the given options. Options may change the group `run` (duration,
 machine, logging); any other field only with `--override` ([running.md](running.md#stopping-and-resuming)). In `run`,

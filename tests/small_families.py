@@ -29,19 +29,25 @@ G_SETTINGS: dict[str, Settings] = {
     "stylegan2": {"channel_base": 128, "channel_max": 8},
     "styleformer-c": {"handover": 8, "widths": (16,), "layers": (1,), "channel_base": 128, "channel_max": 8},
     "transgan": {"widths": (16, 4), "layers": (1, 1), "num_heads": 2, "full_upto": 8, "window": 8},
+    "r3gan": {"w_dim": 0, "widths": (16, 16, 8), "layers": (1, 1, 1), "group_width": 8},
 }
 D_SETTINGS: dict[str, Settings] = {
     "stylegan2": {"channel_base": 128, "channel_max": 8},
     "styleformer": {"layers": (1, 1), "channel_base": 128, "channel_max": 8, "depth": 4},
     "transgan": {"widths": (8, 8), "layers": (1, 1), "local_layers": (0, 0), "num_heads": 2},
+    "r3gan": {"widths": (16, 16, 8), "layers": (1, 1, 1), "group_width": 8},
 }
 
 # Changes for images of 32x32, for families in which `fit` does not choose the number of resolutions.
 G_DOUBLED: dict[str, Settings] = {
     "styleformer": {"widths": (16, 8, 8), "layers": (1, 1, 1)},
     "transgan": {"widths": (16, 4, 4), "layers": (1, 1, 1)},
+    "r3gan": {"widths": (16, 16, 8, 8), "layers": (1, 1, 1, 1)},
 }
-D_DOUBLED: dict[str, Settings] = {"styleformer": {"layers": (1, 1, 1)}}
+D_DOUBLED: dict[str, Settings] = {
+    "styleformer": {"layers": (1, 1, 1)},
+    "r3gan": {"widths": (16, 16, 8, 8), "layers": (1, 1, 1, 1)},
+}
 
 # Options of a family that change what its networks compute.
 G_VARIANTS: dict[str, dict[str, Settings]] = {
@@ -57,6 +63,7 @@ G_VARIANTS: dict[str, dict[str, Settings]] = {
         "nystrom": {"attention": "nystrom", "landmarks": 16, "widths": (16, 16)},
         "noise": {"attention_noise": True, "latent_tokens": 3, "antialias": 1, "layers": (0, 1)},
     },
+    "r3gan": {"clamp": {"conv_clamp": 1.0, "layers": (2, 0, 1)}},
 }
 D_VARIANTS: dict[str, dict[str, Settings]] = {
     "stylegan2": {"skip": {"architecture": "skip"}, "orig": {"architecture": "orig"}},
@@ -71,8 +78,8 @@ D_VARIANTS: dict[str, dict[str, Settings]] = {
 
 # Number of parameters of each family with its default configuration.
 G_PARAMETERS = {"styleformer": 1_438_064, "stylegan2": 19_947_539, "styleformer-c": 7_531_928}
-G_PARAMETERS |= {"transgan": 100_064_623, "film": 936_899}
-D_PARAMETERS = {"stylegan2": 21_507_073, "styleformer": 12_701_697, "transgan": 10_210_393}
+G_PARAMETERS |= {"transgan": 100_064_623, "r3gan": 20_732_160, "film": 936_899}
+D_PARAMETERS = {"stylegan2": 21_507_073, "styleformer": 12_701_697, "transgan": 10_210_393, "r3gan": 20_683_776}
 
 
 def small_generator(family: str, side: int = 16, **changes: Any) -> GeneratorConfig:

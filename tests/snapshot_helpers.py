@@ -17,6 +17,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "stylegan2": {"channel_max": 8},
     "styleformer-c": {"base": (4, 4), "handover": 4, "widths": (16,), "layers": (2,), "channel_max": 8},
     "transgan": {"base": (4, 4), "widths": (64, 16), "layers": (1, 1)},
+    "r3gan": {"w_dim": 0, "widths": (16, 8), "layers": (1, 1), "group_width": 8},
 }
 
 

@@ -80,6 +80,8 @@ def inside_and_outside(config: Any, name: str, bounds: Bounds) -> tuple[list[Any
         within, beyond = (near(sign), near(-sign)) if near else (edge + sign, edge - sign)
         inside += [within, edge] if end in ("at_least", "at_most") else [within]
         outside += [beyond] if end in ("at_least", "at_most") else [edge, beyond]
+    if bounds.at_least is not None and bounds.at_least == bounds.at_most:
+        inside = [bounds.at_least]  # the only value
     return inside, outside
 
 
@@ -118,6 +120,7 @@ def test_values_at_the_edge_of_the_bounds(config: Any, field: dataclasses.Field[
         (Bounds(at_most=1024), 1025, "must be at most 1,024"),
         (Bounds(below=0.5), 0.5, "must be below 0.5"),
         (Bounds(at_least=0, at_most=1), -0.1, "must lie in 0..1"),
+        (Bounds(at_least=0, at_most=0, note="no layers"), 2, "must be 0; no layers"),
         (Bounds(at_least=0, below=1), 1, "must lie in 0..1, 1 excluded"),
         (Bounds(above=0, below=1), math.nan, "must lie in 0..1, 0 excluded, 1 excluded"),
         (Bounds(choices=("stop", "skip")), "halt", "choose one of stop, skip"),

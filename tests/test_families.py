@@ -155,7 +155,7 @@ PAIRS = [
 def pair_options(pair: tuple[str, str]) -> list[str]:
     """Return options of train.py for small networks of a pair of families."""
     options = [f"--gen={pair[0]}", f"--disc={pair[1]}", *COMMON]
-    options += ["--mixing=0", "--pl-weight=0"] if pair[0] == "transgan" else []  # TransGAN has no styles per layer
+    options += ["--mixing=0", "--pl-weight=0"] if pair[0] in ("transgan", "r3gan") else []  # no styles per layer
     for part, settings in (("generator", G_SETTINGS[pair[0]]), ("discriminator", D_SETTINGS[pair[1]])):
         for name, value in settings.items():
             text = ",".join(map(str, value)) if isinstance(value, tuple) else value
@@ -232,6 +232,14 @@ LEARNING = {
         *SMALL_STYLEGAN2_D,
     ],
     ("transgan", "stylegan2"): ["--g_dict=128,32", "--num_layers=1,1", *SMALL_STYLEGAN2_D],
+    ("r3gan", "r3gan"): [
+        "--g_dict=64,64,32",
+        "--num_layers=1,1,1",
+        "--set=discriminator.widths=64,64,32",
+        "--set=discriminator.layers=1,1,1",
+        "--loss=relativistic",
+        "--dlr=0.001",
+    ],
     ("stylegan2", "styleformer"): [*SMALL_STYLEGAN2_G, *SMALL_STYLEGAN2_D],
     ("stylegan2", "transgan"): [
         *SMALL_STYLEGAN2_G,

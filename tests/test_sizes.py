@@ -98,6 +98,8 @@ def test_the_size_of_a_preset_equals_the_size_in_its_name() -> None:
         ({"family": "stylegan2"}, (20, 20), "images of 20x20, which the generator of --cfg=tiny with --gen=stylegan2 "
          "does not support: rebuild the dataset with --width=16 --height=16, or give --base=10"),
         ({"family": "transgan"}, (178, 218), "which the generator of --cfg=tiny with --gen=transgan does not support"),
+        ({"family": "r3gan"}, (48, 48), "--cfg=tiny with --gen=r3gan does not support: rebuild the "
+         "dataset with --width=32 --height=32, or give --base=12"),
         ({"family": "styleformer-c"}, (32, 32), "with --width=64 --height=64, or give --set generator.handover=16"),
         ({"family": "transgan", "base": (12, 12)}, (32, 32), "base=(12, 12): cannot be doubled to"),
         ({"widths": (64, 64, 64)}, (128, 128), "widths=(64, 64, 64): does not produce images of 128x128"),
@@ -121,6 +123,8 @@ def test_size_errors_name_only_the_given_options(
         ("transgan", {}, (18, 18), "images of 18x18, which the discriminator of --cfg=transgan-cifar with "
          "--gen=stylegan2 --base=9 does not support"),
         ("stylegan2", {}, (9, 9), "which the discriminator of --cfg=transgan-cifar with --gen=stylegan2 --base=9"),
+        ("r3gan", {}, (9, 9), "which the discriminator of --cfg=transgan-cifar with --gen=stylegan2 --base=9"),
+        ("r3gan", {"widths": (32, 32, 32)}, (18, 18), "one entry per grid, 2 for images of 18x18"),
         ("styleformer", {"patch": 4}, (18, 18), "patch=4: does not divide images of 18x18"),
     ],
 )  # fmt: skip
@@ -140,8 +144,8 @@ def test_size_errors_of_the_discriminator_name_the_options(
 
 def test_all_families_are_covered() -> None:
     """A new family needs test cases above."""
-    assert set(GENERATORS) == {"styleformer", "stylegan2", "styleformer-c", "transgan"}
-    assert set(DISCRIMINATORS) == {"stylegan2", "styleformer", "transgan"}
+    assert set(GENERATORS) == {"styleformer", "stylegan2", "styleformer-c", "transgan", "r3gan"}
+    assert set(DISCRIMINATORS) == {"stylegan2", "styleformer", "transgan", "r3gan"}
 
 
 def test_raw_images_get_the_complete_build_command() -> None:

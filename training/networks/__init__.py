@@ -9,6 +9,8 @@ and lists its layers in `layers_from_image()`.
 
 from training.networks.discriminator import DiscriminatorConfig
 from training.networks.generator import GeneratorConfig
+from training.networks.r3gan import R3GANConfig
+from training.networks.r3gan_discriminator import R3GANDiscriminatorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.styleformer_discriminator import StyleformerDiscriminatorConfig
@@ -22,9 +24,11 @@ GENERATORS: dict[str, type[GeneratorConfig]] = {
     "stylegan2": StyleGAN2Config,
     "styleformer-c": StyleformerCConfig,
     "transgan": TransGANConfig,
+    "r3gan": R3GANConfig,
 }
 DISCRIMINATORS: dict[str, type[DiscriminatorConfig]] = {
     "stylegan2": StyleGAN2DiscriminatorConfig,
     "styleformer": StyleformerDiscriminatorConfig,
     "transgan": TransGANDiscriminatorConfig,
+    "r3gan": R3GANDiscriminatorConfig,
 }

@@ -45,12 +45,12 @@ class GeneratorConfig(ABC):
     def convert_from(cls, other: GeneratorConfig) -> Self:
         """Return a configuration of this family with the shared fields of `other` and the AUTO fields unresolved.
 
-        If `other` has no mapping network but this family requires one, `mapping_layers` is this family's default.
+        Shared fields with values that this family does not allow have the family's defaults, such as
+        `mapping_layers` if `other` has no mapping network but this family requires one.
         """
         shared = {name: getattr(other, name) for name in field_names(GeneratorConfig)}
-        if bounds_of(cls)["mapping_layers"].problem(other.mapping_layers):
-            del shared["mapping_layers"]
-        return cls(**shared, **cls.AUTO)
+        allowed = {name: value for name, value in shared.items() if not bounds_of(cls)[name].problem(value)}
+        return cls(**allowed, **cls.AUTO)
 
     @property
     def folder_words(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -86,6 +87,21 @@ class LatentMapping(StyleMapping):
 
     def style(self, z: Tensor, c: Tensor | None) -> Tensor:
         return z if self.embed is None or c is None else torch.addmm(z, c, self.embed)
+
+
+class ConcatenatingMapping(StyleMapping):
+    """Identity mapping w = z; w = [z, E c] in conditional models, with a learned class embedding E.
+
+    E (c_dim, label_dim) is initialized from N(0, 1 / c_dim), a linear layer of gain 1 on c (R3GAN). Truncation scales
+    both z and the distances between classes, about the mean of w.
+    """
+
+    def __init__(self, *, z_dim: int, c_dim: int, label_dim: int, num_ws: int) -> None:
+        super().__init__(z_dim=z_dim, c_dim=c_dim, w_dim=z_dim + label_dim, num_ws=num_ws)
+        self.embed = nn.Parameter(torch.randn(c_dim, label_dim) / math.sqrt(c_dim)) if c_dim else None
+
+    def style(self, z: Tensor, c: Tensor | None) -> Tensor:
+        return z if self.embed is None or c is None else torch.cat([z, c @ self.embed], dim=1)
 
 
 class LabelMapping(nn.Module):
