@@ -177,6 +177,7 @@ def test_labels_are_concatenated_to_the_latent() -> None:
     torch.manual_seed(0)
     mapping = ConcatenatingMapping(z_dim=3, c_dim=2, label_dim=4, num_ws=1)
     z, c = torch.randn(2, 3), torch.eye(2)
+    assert mapping.embed is not None
     assert torch.equal(mapping(z, c)[:, 0], torch.cat([z, mapping.embed], dim=1))
     plain = ConcatenatingMapping(z_dim=3, c_dim=0, label_dim=0, num_ws=1)
     assert torch.equal(plain(z, None)[:, 0], z)
