@@ -106,7 +106,8 @@ class Bounds:
                 hint = did_you_mean(item, self.choices) if isinstance(item, str) else ""
                 return f"choose one of {self}{hint}" if items is None else f"{show(item)} is not one of {self}{hint}"
             if isinstance(item, numbers.Real) and not self._is_allowed(item):
-                return f"{'' if items is None else 'each '}must {'lie in' if '..' in str(self) else 'be'} {self}"
+                each = "" if items is None else "each value " if isinstance(value, TextValue) else "each "
+                return f"{each}must {'lie in' if '..' in str(self) else 'be'} {self}"
         return "cannot be None" if value is None else None
 
     def _is_allowed(self, value: Any) -> bool:

@@ -105,8 +105,8 @@ def test_malformed_schedules_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("path", "text", "problem"),
     [
-        ("d_optimizer.beta2", "0.9:1@20M", "each must lie in 0..1, 1 excluded"),
-        ("d_optimizer.lr", "0:0.001@20M", "each must be positive"),
+        ("d_optimizer.beta2", "0.9:1@20M", "each value must lie in 0..1, 1 excluded"),
+        ("d_optimizer.lr", "0:0.001@20M", "each value must be positive"),
         ("loss.r1_gamma", "1e9:1e-9@1M", ""),
         ("ema.rampup", "0:1@1M", "expected a number or none"),
     ],
