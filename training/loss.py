@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnnlib.config import ConfigError, check_bounds, setting
+from dnnlib.schedule import Schedule
 from torch_utils.misc import compiled
 from training.dataset import encode_labels
 from training.networks import execution
@@ -49,6 +50,7 @@ class GAN:
     pl_mean: Tensor  # scalar: running mean of the path length
     # Applied to G.synthesis and D, e.g. torch.compile.
     wrapper: Callable[[Any], Callable[..., Tensor]] = lambda network: network
+    scheduled: dict[Schedule, Tensor] = field(default_factory=dict)  # current values, scalars on the device
 
     def __post_init__(self) -> None:
         self.synthesize, self.discriminate = self.wrapper(self.G.synthesis), self.wrapper(self.D)
@@ -56,6 +58,20 @@ class GAN:
     def compiled(self) -> GAN:
         """Return a copy that calls the networks through torch.compile, which does not support second derivatives."""
         return replace(self, wrapper=compiled)
+
+    def weight(self, value: float | Schedule) -> float | Tensor:
+        """Return the weight of a loss term: a constant, or for a schedule a scalar tensor with its current value.
+
+        `follow_schedules` updates the tensor in place, so that a captured CUDA graph reads the current value.
+        """
+        if not isinstance(value, Schedule):
+            return value
+        return self.scheduled.setdefault(value, torch.tensor(value.at(0), device=self.labels.device))
+
+    def follow_schedules(self, nimg: int) -> None:
+        """Set the weights that have a schedule to their values after `nimg` images, without synchronization."""
+        for schedule, scalar in self.scheduled.items():
+            scalar.fill_(schedule.at(nimg))
 
     def sample_latents(self, count: int) -> tuple[Tensor, Tensor]:
         """Return random z (count, z_dim) and the labels c (count, c_dim) of randomly drawn training images."""
@@ -172,7 +188,7 @@ def generator_relativistic(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
     return _omit_signs(_generator_terms(F.softplus(real_logits - logits).mean(), logits, mean_w))
 
 
-def discriminator_relativistic(gan: GAN, img: Tensor, c: Tensor, gamma: float) -> LossTerms:
+def discriminator_relativistic(gan: GAN, img: Tensor, c: Tensor, gamma: float | Tensor) -> LossTerms:
     """softplus(D(T(G(z))) - D(T(x))) + gamma/2 (E[|grad_x D(T(x))|^2] + E[|grad D(T(G(z)))|^2]), on the same pairs.
 
     R1 and R2 in every step: Huang et al. 2024, "The GAN is dead; long live the GAN!". As in `r1_penalty`, gradients
@@ -221,7 +237,7 @@ def _discriminator_terms(loss: Tensor, real_logits: Tensor, margins: Tensor, mea
     return LossTerms(loss, stats, {"w_avg": mean_w, "real_sign": signs.mean()})
 
 
-def r1_penalty(gan: GAN, img: Tensor, c: Tensor, gamma: float) -> LossTerms:
+def r1_penalty(gan: GAN, img: Tensor, c: Tensor, gamma: float | Tensor) -> LossTerms:
     """gamma/2 E[|grad_x D(T(x))|^2] on real images x before the augmentation T (Mescheder et al. 2018)."""
     img = img.detach().requires_grad_(True)
     with execution.using(twice_differentiable=True):
@@ -269,12 +285,12 @@ def _wgangp_eps(gan: GAN, config: LossConfig) -> Losses:
 
 
 def _relativistic(gan: GAN, config: LossConfig) -> Losses:
-    d_loss = partial(discriminator_relativistic, gan, gamma=_resolved(config, "r1_gamma"))
+    d_loss = partial(discriminator_relativistic, gan, gamma=gan.weight(_resolved(config, "r1_gamma")))
     return partial(generator_relativistic, gan), d_loss
 
 
-def _resolved(config: LossConfig, name: str) -> float:
-    value: float | None = getattr(config, name)
+def _resolved(config: LossConfig, name: str) -> Any:
+    value = getattr(config, name)
     if value is None:
         raise ConfigError(name, None, "not resolved")
     return value
@@ -326,7 +342,7 @@ class LossConfig:
         at_least=0,
         note=OFF,
     )
-    r1_gamma: float | None = setting(
+    r1_gamma: float | Schedule | None = setting(
         None,
         "Weight of R1 (of R1 and R2 with relativistic); None: from resolution and batch size.",
         auto=True,
