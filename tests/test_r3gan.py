@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,9 @@ from reference_r3gan import (
 from torch import Tensor
 
 from dnnlib.config import ConfigError
+from dnnlib.schedule import value_at
 from torch_utils.ops.upfirdn2d import downsample2d, upsample2d
+from training.config import PRESETS, Environment, resolve
 from training.networks import convolution, execution
 from training.networks.layers import resample_filter
 from training.networks.mapping import ConcatenatingMapping
@@ -230,6 +234,74 @@ def test_networks_have_the_published_parameter_counts(name: str) -> None:
     with torch.device("meta"):
         networks = [config.fit(side, side).build() for config in configs]
     assert tuple(sum(p.numel() for p in network.parameters()) for network in networks) == counts
+
+
+# Table 9: dataset; batch; total length and burn-in in Mimg; final lr; gamma; half-life of the EMA in Mimg; p.
+RECIPES: dict[str, tuple[str, int, tuple[int, int], float, tuple[float, float], float, float | None]] = {
+    "cifar": ("CIFAR-10", 512, (250, 20), 5e-5, (0.05, 0.005), 5, 0.55),
+    "stackedmnist": ("StackedMNIST", 512, (10, 2), 2e-4, (1, 0.1), 0.5, None),
+    "ffhq64": ("FFHQ-64", 256, (100, 20), 5e-5, (2, 0.2), 0.5, 0.3),
+    "ffhq256": ("FFHQ-256", 256, (200, 20), 5e-5, (150, 15), 0.5, 0.3),
+    "imagenet32": ("ImageNet-32", 4096, (1000, 200), 5e-5, (0.5, 0.05), 50, 0.5),
+    "imagenet64": ("ImageNet-64", 4096, (1000, 200), 5e-5, (1, 0.1), 50, 0.4),
+}
+
+
+def cosine(start: float, end: float, n: float, length: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(n / length, 1))) / 2
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_presets_have_the_published_recipe(name: str) -> None:
+    config = PRESETS[f"r3gan-{name}"]
+    _, batch, (total, burn_in), lr, gamma, half_life, p = RECIPES[name]
+    assert (config.batch_size, config.run.total_kimg) == (batch, 1000 * total)
+    assert (config.loss.objective, config.loss.n_critic, config.loss.r1_interval) == ("relativistic", 1, None)
+    assert (config.loss.pl_weight, config.loss.style_mixing, config.ema.rampup) == (0, 0, None)
+    assert config.g_optimizer == config.d_optimizer
+    assert (config.g_optimizer.beta1, config.g_optimizer.clip_norm) == (0, None)
+    augment = config.augment
+    if p is None:
+        assert augment.mode == "noaug"
+    else:
+        assert (augment.mode, augment.pipe, augment.color_strength) == ("fixed", "bgcc", 0.5)
+    values = [(config.g_optimizer.lr, 2e-4, lr), (config.g_optimizer.beta2, 0.9, 0.99)]
+    values += [(config.loss.r1_gamma, *gamma), (config.ema.kimg, 0, 1000 * half_life)]
+    values += [(augment.p, 0, p)] if p is not None else []
+    for value, start, end in values:
+        assert value is not None
+        for n in (0, burn_in / 4, burn_in / 2, burn_in, total):
+            assert value_at(value, int(n * 10**6)) == pytest.approx(cosine(start, end, n, burn_in))
+    assert config.data.mirror == (name != "stackedmnist")  # mirrored digits are not digits
+    assert config.data.use_labels == (name in ("cifar", "imagenet32", "imagenet64"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_presets_have_the_published_networks(name: str) -> None:
+    """Bfloat16 on the highest three grids of 32x32 networks, four of larger ones."""
+    config = PRESETS[f"r3gan-{name}"]
+    widths, group_width, side, c_dim, counts = PUBLISHED[RECIPES[name][0]]
+    config = resolve(config, Environment(img_shape=(3, side, side), c_dim=c_dim, on_gpu=True, has_bf16=True))
+    G: Any = config.generator
+    D: Any = config.discriminator
+    assert (G.z_dim, G.w_dim, G.c_dim) == (64, 128 if c_dim else 64, c_dim)
+    assert (G.widths, D.widths, G.group_width, D.group_width) == (widths, widths, group_width, group_width)
+    with torch.device("meta"):
+        assert tuple(sum(p.numel() for p in part.build().parameters()) for part in (G, D)) == counts
+    assert D.group_size == 0
+    assert config.precision == "bf16"
+    assert sum(max(grid) >= config.reduced_from for grid in G.grids) == (3 if side == 32 else 4)
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "r3gan.md").read_text()
+
+
+def test_the_docs_list_every_preset_with_parameter_counts() -> None:
+    rows = re.findall(r"--cfg=r3gan-(\w+)` \| ([\d.]+)M / ([\d.]+)M", PAGE)
+    assert [name for name, *_ in rows] == [*RECIPES]
+    assert [f"r3gan-{name}" for name in RECIPES] == [name for name in PRESETS if name.startswith("r3gan")]
+    for name, *found in rows:
+        assert found == [f"{n / 1e6:.2f}" for n in PUBLISHED[RECIPES[name][0]][4]]
 
 
 @pytest.mark.parametrize("side", [64, 256])

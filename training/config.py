@@ -23,6 +23,8 @@ from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.attention import BACKENDS
 from training.networks.discriminator import DiscriminatorConfig
 from training.networks.generator import GeneratorConfig
+from training.networks.r3gan import R3GANConfig
+from training.networks.r3gan_discriminator import R3GANDiscriminatorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
@@ -242,6 +244,7 @@ def _presets() -> dict[str, TrainConfig]:
         "ablation-no-residual": override(cifar, {"preset": "ablation-no-residual", "generator.residual": False}),
         "styleformer-c256": _compositional(stylegan2),
         **{config.preset: config for config in _transgans()},
+        **{config.preset: config for config in _r3gans()},
         "tiny": _tiny(),
     }
 
@@ -387,6 +390,86 @@ def _transgans() -> list[TrainConfig]:
             augment=SCRIPTS_CELEBAHQ,
             ema=short,
         ),
+    ]
+
+
+def _r3gan(
+    name: str,
+    widths: tuple[int, ...],
+    *,
+    group_width: int = 16,
+    batch: int,
+    total: int,
+    burn_in: int,
+    gamma: tuple[float, float],
+    ema: float,
+    p: float | None,
+    lr: tuple[float, float] = (2e-4, 5e-5),
+    labels: bool = False,
+    tick: float = 4,
+) -> TrainConfig:
+    """R3GAN's training configuration (table 9); `total`, `burn_in` and `ema` are in millions of images.
+
+    All schedules are cosines over the burn-in: of lr, gamma and beta2, and from 0 of p and the half-life of the EMA.
+    """
+
+    def burn(start: float, end: float) -> Schedule:
+        return Schedule(start, end, length=burn_in * 1_000_000)
+
+    side = 4 << (len(widths) - 1)
+    adam = AdamConfig(lr=burn(*lr) if lr[0] != lr[1] else lr[0], beta2=burn(0.9, 0.99))
+    shape: dict[str, Any] = {"widths": widths, "layers": (2,) * len(widths), "group_width": group_width}
+    augment = AugmentConfig(mode="noaug")
+    if p is not None:
+        augment = AugmentConfig(mode="fixed", pipe="bgcc", color_strength=0.5, p=burn(0.0, p))
+    return TrainConfig(
+        preset=name,
+        data=DatasetConfig(mirror=p is not None, use_labels=labels),
+        generator=R3GANConfig(**shape),
+        discriminator=R3GANDiscriminatorConfig(img_size=(side, side), **shape),
+        augment=augment,
+        loss=LossConfig(
+            objective="relativistic",
+            r1_gamma=burn(*gamma),
+            r1_interval=None,
+            pl_weight=0,
+            pl_interval=None,
+            style_mixing=0,
+        ),
+        g_optimizer=adam,
+        d_optimizer=adam,
+        ema=EMAConfig(kimg=burn(0.0, 1000 * ema), rampup=None),
+        batch_size=batch,
+        reduced_from=max(8, side // 8),
+        run=RunConfig(total_kimg=1000 * total, tick_kimg=tick),
+    )
+
+
+def _r3gans() -> list[TrainConfig]:
+    """R3GAN's models (Huang et al. 2024, table 9); docs/r3gan.md lists which details are inferred."""
+    base = (768, 768, 768, 768)  # from 4x4 to 32x32
+    faces: dict[str, Any] = {"batch": 256, "burn_in": 20, "ema": 0.5, "p": 0.3}
+    imagenet: dict[str, Any] = {"group_width": 32, "batch": 4096, "total": 1000, "burn_in": 200, "ema": 50.0}
+    imagenet |= {"labels": True, "tick": 40}
+    return [
+        _r3gan(
+            "r3gan-cifar", base, batch=512, total=250, burn_in=20, gamma=(0.05, 0.005), ema=5.0, p=0.55, labels=True
+        ),
+        _r3gan(
+            "r3gan-stackedmnist",
+            base,
+            batch=512,
+            total=10,
+            burn_in=2,
+            gamma=(1.0, 0.1),
+            ema=0.5,
+            p=None,
+            lr=(2e-4, 2e-4),
+        ),
+        _r3gan("r3gan-ffhq64", (*base, 384), total=100, gamma=(2.0, 0.2), **faces),
+        _r3gan("r3gan-ffhq256", (*base, 384, 192, 96), total=200, gamma=(150.0, 15.0), **faces),
+        _r3gan("r3gan-imagenet32", (1536,) * 4, gamma=(0.5, 0.05), p=0.5, **imagenet),
+        _r3gan("r3gan-imagenet64", (1536,) * 5, gamma=(1.0, 0.1), p=0.4, **imagenet),
     ]
 
 
