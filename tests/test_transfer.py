@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, UserError, from_json, to_json
+from training.networks.r3gan import R3GANConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.styleformer_discriminator import StyleformerDiscriminatorConfig
@@ -94,6 +95,15 @@ def test_stages_of_a_transgan_are_copied_to_the_same_grid() -> None:
         for key, x in source.synthesis.stages[i].state_dict().items():
             assert torch.equal(x, target.synthesis.stages[i + 1].state_dict()[key]), key
     assert {name.split(".")[2] for name in copied.new if "stages" in name} == {"4x4"}
+
+
+@pytest.mark.parametrize("c_dim", [0, 3])
+def test_label_embeddings_within_styles_need_equal_conditioning(c_dim: int) -> None:
+    open_width = R3GANConfig(widths=(16, 16), layers=(1, 1), group_width=8)
+    with_labels = dataclasses.replace(open_width, c_dim=3).fit(8, 8)
+    configs = (with_labels, open_width.fit(8, 8)) if c_dim else (open_width.fit(8, 8), with_labels)
+    with pytest.raises(UserError, match=f"include the label embedding, so give --cond={'true' if c_dim else 'false'}"):
+        copy_weights(*pair(*configs), "G")
 
 
 def test_a_larger_generator_starts_from_the_smaller_one() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dnnlib.config import UserError, check_bounds, setting
 from dnnlib.screen import public
+from training.networks.mapping import ConcatenatingMapping
 
 MIN_FITTING = 0.5  # minimum copied fraction of the matched parameters; below it, the configurations differ
 MIN_COPIED = 0.1  # minimum copied fraction of all parameters; below it, the copy is useless
@@ -135,11 +136,14 @@ def _match(source: nn.Module, target: nn.Module) -> dict[str, Match]:
 def _check_styles(source: Any, target: Any, name: str) -> None:
     """Raise UserError if style dimensions differ: layers would fit, but their styles would be random."""
     source_dim, target_dim = (getattr(network, "w_dim", None) for network in (source, target))
-    if source_dim != target_dim:
-        raise UserError(
-            f"{name}: the snapshot has styles of {source_dim} numbers, this network has styles of {target_dim}: give "
-            f"--set generator.w_dim={source_dim}"
-        )
+    if source_dim == target_dim:
+        return
+    remedy = f"give --set generator.w_dim={source_dim}"
+    if isinstance(target.mapping, ConcatenatingMapping) and bool(source.c_dim) != bool(target.c_dim):
+        remedy = f"they include the label embedding, so give --cond={'true' if source.c_dim else 'false'}"
+    raise UserError(
+        f"{name}: the snapshot has styles of {source_dim} numbers, this network has styles of {target_dim}: {remedy}"
+    )
 
 
 def _check_enough(matches: Mapping[str, Match], sizes: Mapping[str, int], problem: str) -> None:
