@@ -23,6 +23,7 @@ from training.networks.generator import (
     StagedConfig,
     Synthesis,
     count_resolutions,
+    doubled_grids,
 )
 from training.networks.layers import resample_filter
 from training.networks.mapping import ConcatenatingMapping, StyleMapping
@@ -125,8 +126,7 @@ class R3GANConfig(StagedConfig):
         if self.layers and len(self.layers) != count:
             problem = f"must have one entry per resolution, {count} for images of {height}x{width}"
             raise ConfigError("layers", self.layers, problem)
-        grids = [(self.base[0] << n, self.base[1] << n) for n in range(count)]
-        widths = tuple(published_width(grid) for grid in grids)
+        widths = tuple(published_width(grid) for grid in doubled_grids(self.base, count))
         return replace(self, w_dim=w_dim, widths=widths, layers=self.layers or (BLOCKS,) * count)
 
     def build(self) -> Generator:
