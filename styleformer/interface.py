@@ -59,6 +59,7 @@ def generate(
     network: Snapshot | str | Path,
     seeds: Iterable[int],
     *,
+    ema: float | None = None,
     truncation_psi: float = 1.0,
     class_index: int | None = None,
     label: Sequence[float] | None = None,
@@ -70,7 +71,8 @@ def generate(
     """Generate images from seeds like `styleformer generate images`; return uint8 [N, C, H, W] on the CPU.
 
     An image depends on its seed, not on `batch`. `network` is a snapshot from `load_network`, used on its device, or an
-    argument of `load_network`, loaded to `device`: "cpu", "cuda" or "cuda:N", by default a GPU if there is one.
+    argument of `load_network`, loaded to `device`: "cpu", "cuda" or "cuda:N", by default a GPU if there is one, with
+    `ema` as in `load_network`, reported on stderr.
     A conditional network requires `class_index`, or, if its labels are vectors, `label` with c_dim numbers. TF32, which
     would change the images, is turned off for the whole process.
 
@@ -83,13 +85,14 @@ def generate(
     if batch < 1:
         raise UserError(f"batch={batch}: must be at least 1")
     if isinstance(network, Snapshot):
-        if device is not None:
-            raise UserError(f"device={device}: the network is already loaded; pass the device to load_network")
+        for name, value in {"device": device, "ema": ema}.items():
+            if value is not None:
+                raise UserError(f"{name}={value}: the network is already loaded; pass {name} to load_network")
         snapshot = network
         snapshot.require_generator("is needed to generate images")
         execution.set_gpu_arithmetic()
     else:
-        snapshot, _ = open_network(network, device)
+        snapshot, _ = open_network(network, device, ema)
     G = snapshot.G_ema
     vector = None if label is None else tuple(label)
     c = choose_label(snapshot, class_index, vector, "class_index").to(next(G.parameters()).device)

@@ -120,7 +120,7 @@ def solve(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the weights x (n, k), with sum 1, that combine n profiles into k wanted ones at `nimg` images.
 
-    The second result are the relative residuals (k,).
+    Also return the relative residuals (k,).
     """
     t = np.array(nimgs, dtype=np.float64)[:, None] / nimg
     gammas = np.array([gamma_of(sigma) for sigma in sigmas])[:, None]
@@ -151,10 +151,12 @@ def plan(snapshot: Snapshot, sigma: float) -> Plan:
     if not MIN_SIGMA <= sigma <= MAX_SIGMA:
         problem = f"must be from {MIN_SIGMA:g} to {MAX_SIGMA:g}; a uniform average over the run would have 0.289"
         raise UserError(f"--ema={sigma:g}: {problem}")
-    files = _files_of(snapshot)
-    for file in files:
+    tracked = snapshot.path.parent / file_name(sigma, snapshot.nimg)
+    if tracked.is_file():
+        file = _read_header(tracked)
         if (file.sigma, file.nimg) == (sigma, snapshot.nimg):
             return Plan(sigma, snapshot.nimg, (file,), (1.0,), 0.0)
+    files = _files_of(snapshot)
     x, residuals = solve([file.sigma for file in files], [file.nimg for file in files], [sigma], snapshot.nimg)
     found = Plan(sigma, snapshot.nimg, tuple(files), tuple(x[:, 0].tolist()), float(residuals[0]))
     if max(found.residual, found.rounding) > MAX_ERROR:
