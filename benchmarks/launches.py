@@ -119,6 +119,7 @@ def count_launches(case: str) -> list[dict[str, Any]]:
 def update_averages(trainer: Trainer) -> None:
     """Update EMA and ADA, as after the phases of a step."""
     trainer.ema.update(trainer.batch_size, trainer.batch_size)
+    trainer.profiles.update(trainer.batch_size, trainer.batch_size)
     trainer.ada.update(trainer.config.augment.ada_interval, trainer.batch_size)
 
 

@@ -270,6 +270,7 @@ def take_steps(trainer: Trainer, data: Iterator[tuple[Tensor, Tensor]], count: i
                     trainer.run_phase(phase, img, c)
         with clock.section("ema"):
             trainer.ema.update(trainer.state.nimg, trainer.batch_size)
+            trainer.profiles.update(trainer.state.nimg, trainer.batch_size)
         trainer.state.nimg += trainer.batch_size
         trainer.state.step += 1
         if i == count - 1:

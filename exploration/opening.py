@@ -14,12 +14,16 @@ from exploration.model import Model, label_of, vector_label
 from torch_utils import distributed, kernels
 from torch_utils.misc import name_user
 from training.networks import execution
+from training.snapshots import post_hoc
 from training.snapshots.reading import load_network
 from training.snapshots.snapshot import Snapshot
 
 
-def open_network(network: Path | str, device: str | None) -> tuple[Snapshot, torch.device]:
-    """Load a snapshot onto the requested or best available device, and prepare the device."""
+def open_network(network: Path | str, device: str | None, ema: float | None = None) -> tuple[Snapshot, torch.device]:
+    """Load a snapshot onto the requested or best available device, and prepare the device.
+
+    With `ema`, G_ema is rebuilt as the average of this length.
+    """
     name_user()
     tune_allocator()
     torch_device = distributed.use_device(device)
@@ -27,6 +31,10 @@ def open_network(network: Path | str, device: str | None) -> tuple[Snapshot, tor
     for note in snapshot.notes():
         click.echo(note, err=True)
     snapshot.require_generator("is needed to generate images")
+    if ema is not None:
+        plan = post_hoc.plan(snapshot, ema)
+        click.echo(plan, err=True)
+        snapshot = post_hoc.rebuild(snapshot, [plan])[0]
     channels = snapshot.G_ema.img_shape[0]
     if channels not in (1, 3, 4):
         raise UserError(f"--network={network}: its images have {channels} channels, but image files have 1, 3 or 4")
@@ -46,11 +54,12 @@ def open_model(
     precision: str,
     device: str | None,
     trunc: float = 1.0,
+    ema: float | None = None,
     class_flag: str = "--class",
     needs_class: bool = True,
 ) -> Model:
     """Return the averaged generator of a snapshot, configured by MODEL_OPTIONS."""
-    snapshot, torch_device = open_network(network, device)
+    snapshot, torch_device = open_network(network, device, ema)
     c = choose_label(snapshot, class_index, label, class_flag, is_needed=needs_class)
     return build_model(snapshot, torch_device, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
 

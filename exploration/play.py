@@ -289,10 +289,17 @@ def open_server(player: Player, port: int) -> ThreadingHTTPServer:
 
 
 def play(
-    *, network: Path | str, label: tuple[float, ...] | None, batch: int, precision: str, device: str | None, port: int
+    *,
+    network: Path | str,
+    label: tuple[float, ...] | None,
+    batch: int,
+    precision: str,
+    device: str | None,
+    port: int,
+    ema: float | None = None,
 ) -> None:
     """Run `generate.py play`."""
-    snapshot, torch_device = open_network(network, device)
+    snapshot, torch_device = open_network(network, device, ema)
     has_classes = label is None and snapshot.label_kind() != "vectors"  # requests then specify a class
     c = choose_label(snapshot, None, label, is_needed=not has_classes)
     model = build_model(snapshot, torch_device, c, noise_mode="const", batch=batch, precision=precision, trunc=1.0)

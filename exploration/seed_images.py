@@ -82,6 +82,7 @@ def make_images(
     use_compile: bool | None,
     use_graphs: bool | None,
     device: str | None,
+    ema: float | None = None,
 ) -> None:
     """Run `generate.py images`."""
     check_strength(strength, direction)
@@ -90,7 +91,7 @@ def make_images(
         raise UserError(
             "--projected-w, --direction: cannot be combined with --compile, --graphs or --noise-mode=random"
         )
-    snapshot, torch_device = open_network(network, device)
+    snapshot, torch_device = open_network(network, device, ema)
     if use_graphs and torch_device.type != "cuda":
         raise UserError(f"--graphs: CUDA graphs need a GPU, but the device is {torch_device}")
     c = choose_label(snapshot, class_index, label, is_needed=is_mapping(seeds, projected_w)).to(torch_device)

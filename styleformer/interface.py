@@ -23,7 +23,7 @@ from training import startup
 from training.dataset import ImageFolderDataset as Dataset
 from training.networks import execution
 from training.resume import RunRequest
-from training.snapshots import reading
+from training.snapshots import post_hoc, reading
 from training.snapshots.snapshot import Snapshot
 
 __all__ = ["Dataset", "compute_metric", "generate", "load_network", "train"]
@@ -31,7 +31,7 @@ __all__ = ["Dataset", "compute_metric", "generate", "load_network", "train"]
 NoiseMode = Literal["const", "random", "none"]
 
 
-def load_network(network: str | Path, device: torch.device | str = "cpu") -> Snapshot:
+def load_network(network: str | Path, device: torch.device | str = "cpu", *, ema: float | None = None) -> Snapshot:
     """Read a snapshot. `styleformer snapshot info` prints a description of the same file.
 
     `network` is network-snapshot-*.pkl, a snapshot of a related code base, a safetensors folder, a run folder (selects
@@ -42,15 +42,24 @@ def load_network(network: str | Path, device: torch.device | str = "cpu") -> Sna
 
         img = snapshot.G_ema(z, c, truncation_psi=0.7)   # z [N, z_dim], c [N, c_dim] -> [N, C, H, W] in about [-1, 1]
 
-    Raises UserError, with the path, for a file that is missing, corrupt, of unknown format, or has non-finite weights.
+    `ema` is the length of the moving average of `G_ema`, e.g. 0.1, rebuilt from the files of the run (docs/ema.md); by
+    default `G_ema` is the average in the snapshot.
+
+    Raises UserError, with the path, for a file that is missing, corrupt, of unknown format, or has non-finite weights,
+    and for a length that cannot be rebuilt.
     """
-    return reading.load_network(network, device)
+    snapshot = reading.load_network(network, device)
+    if ema is None:
+        return snapshot
+    snapshot.require_generator("is needed for `ema`")
+    return post_hoc.rebuild(snapshot, [post_hoc.plan(snapshot, ema)])[0]
 
 
 def generate(
     network: Snapshot | str | Path,
     seeds: Iterable[int],
     *,
+    ema: float | None = None,
     truncation_psi: float = 1.0,
     class_index: int | None = None,
     label: Sequence[float] | None = None,
@@ -62,7 +71,8 @@ def generate(
     """Generate images from seeds like `styleformer generate images`; return uint8 [N, C, H, W] on the CPU.
 
     An image depends on its seed, not on `batch`. `network` is a snapshot from `load_network`, used on its device, or an
-    argument of `load_network`, loaded to `device`: "cpu", "cuda" or "cuda:N", by default a GPU if there is one.
+    argument of `load_network`, loaded to `device`: "cpu", "cuda" or "cuda:N", by default a GPU if there is one, with
+    `ema` as in `load_network`, reported on stderr.
     A conditional network requires `class_index`, or, if its labels are vectors, `label` with c_dim numbers. TF32, which
     would change the images, is turned off for the whole process.
 
@@ -75,13 +85,14 @@ def generate(
     if batch < 1:
         raise UserError(f"batch={batch}: must be at least 1")
     if isinstance(network, Snapshot):
-        if device is not None:
-            raise UserError(f"device={device}: the network is already loaded; pass the device to load_network")
+        for name, value in {"device": device, "ema": ema}.items():
+            if value is not None:
+                raise UserError(f"{name}={value}: the network is already loaded; pass {name} to load_network")
         snapshot = network
         snapshot.require_generator("is needed to generate images")
         execution.set_gpu_arithmetic()
     else:
-        snapshot, _ = open_network(network, device)
+        snapshot, _ = open_network(network, device, ema)
     G = snapshot.G_ema
     vector = None if label is None else tuple(label)
     c = choose_label(snapshot, class_index, vector, "class_index").to(next(G.parameters()).device)
@@ -96,6 +107,7 @@ def compute_metric(
     data: str | Path | None = None,
     *,
     mirror: bool | None = None,
+    ema: float | None = None,
     detectors: Sequence[str] = (),
     protocol: Literal["stylegan", "clean"] = "stylegan",
     truncation_psi: float = 1.0,
@@ -114,7 +126,8 @@ def compute_metric(
     `network` is an argument of `load_network`, or a zip file or folder of generated images, which requires `data`.
     `data` is the zip file or folder of real images, by default the training dataset. `mirror` includes flipped real
     images in the metrics that count flips, by default as in training. `detectors` and `protocol` are as on the command
-    line. `batch` is the batch size of the generator.
+    line. `batch` is the batch size of the generator. `ema` is as in `load_network`; the names of the values then end
+    in the length, e.g. "swd5k_ema0.1".
 
     Raises UserError for an unknown metric, an unavailable detector, and unusable files.
     """
@@ -122,9 +135,7 @@ def compute_metric(
     if not (names := tuple(resolve([metric], setup))):
         raise UserError("metric='': specify a metric, e.g. fid50k_full or swd5k")
     path = reading.local_file(network)
-    subjects = calc_metrics.list_subjects(path)
-    if subjects is None and data is None:
-        raise UserError(f"{network}: is a set of images: specify the real images with `data`")
+    subjects = _list_subjects(path, data, ema)
     tune_allocator()
     where = distributed.use_device(device)
     kernels.prepare(where)
@@ -134,6 +145,7 @@ def compute_metric(
         folder=None,
         changes={field: value for field, value in fields.items() if value is not None},
         metric_names=names,
+        ema=() if ema is None else (ema,),
         setup=setup,
         device=device,
         batch_size=batch,
@@ -147,6 +159,15 @@ def compute_metric(
     )
     measure = calc_metrics.measure_images if subjects is None else partial(_measure_newest, subjects)
     return _raise_errors(next(iter(measure(job, where))))
+
+
+def _list_subjects(path: Path, data: str | Path | None, ema: float | None) -> list[Path] | None:
+    """Return the snapshots, or None for a set of images. Raises UserError if `data` is missing or `ema` unusable."""
+    subjects = calc_metrics.list_subjects(path)
+    if subjects is None and data is None:
+        raise UserError(f"{path}: is a set of images: specify the real images with `data`")
+    calc_metrics.check_lengths(subjects, ema is not None)
+    return subjects
 
 
 def _measure_newest(subjects: list[Path], job: calc_metrics.Job, device: torch.device) -> Any:

@@ -226,3 +226,14 @@ def test_resolving_twice_changes_nothing(data: Path) -> None:
         config: TrainConfig = override(PRESETS[name], {"data.path": str(path), "run.device": "cpu"})
         resolved = complete(config)
         assert complete(resolved) == resolved
+
+
+def test_a_resumed_run_can_drop_averages_but_not_add_them(new: Callable[..., RunRequest]) -> None:
+    run_dir = save(choose_start(new()))
+    fewer = choose_start(new(run_dir, texts={"ema.profiles": "0.1"}, override=True))
+    assert fewer.config.ema.profiles == (0.1,)
+    assert choose_start(new(run_dir, texts={"ema.profiles": "none"}, override=True)).config.ema.profiles == ()
+    with pytest.raises(
+        UserError, match=r"ema.profiles=0.2,0.03: .* cannot add lengths: .*=0.05,0.1, or start a new run"
+    ):
+        choose_start(new(run_dir, texts={"ema.profiles": "0.1,0.2,0.03"}, override=True))

@@ -371,7 +371,7 @@ def test_the_last_states_are_kept_and_some_permanently(last: int, every: float |
 
 def test_corrupt_newer_states_do_not_count_as_kept(shapes_zip: Path, tmp_path: Path) -> None:
     """Otherwise, a run resumed from an earlier state would delete its own new states."""
-    trainer = new_trainer(shapes_zip, run__keep_last=1)
+    trainer = new_trainer(shapes_zip, run__keep_last=1, ema__profiles=())
     for kimg in (7, 9):
         (tmp_path / f"training-state-{kimg:06d}.pt").write_bytes(b"damaged")
     saver = new_saver(tmp_path, trainer.config)
@@ -387,7 +387,7 @@ def test_corrupt_newer_states_do_not_count_as_kept(shapes_zip: Path, tmp_path: P
 
 
 def test_keep_states_sets_the_number_of_kept_states(shapes_zip: Path, tmp_path: Path) -> None:
-    trainer = new_trainer(shapes_zip, run__keep_last=1)
+    trainer = new_trainer(shapes_zip, run__keep_last=1, ema__profiles=())
     for kimg in (3, 5):
         trainer.save(tmp_path / f"training-state-{kimg:06d}.pt")
     saver = new_saver(tmp_path, trainer.config)

@@ -49,7 +49,7 @@ def test_resuming_is_bit_exact(shapes_zip: Path, tmp_path: Path) -> None:
 
 
 def test_a_state_of_version_1_resumes_with_fused_optimizers(shapes_zip: Path, tmp_path: Path) -> None:
-    config = every_phase_config(shapes_zip)
+    config = override(every_phase_config(shapes_zip), {"ema.profiles": ()})
     straight = new_trainer(config)
     train_steps(straight, 2)
     straight.save(tmp_path / "new.pt")
@@ -59,6 +59,7 @@ def test_a_state_of_version_1_resumes_with_fused_optimizers(shapes_zip: Path, tm
     write_file(tmp_path / "old.pt", Checkpoint.FORMAT, 1, payload)
     again = new_trainer(config)
     again.resume(tmp_path / "old.pt")
+    again.profiles.run = straight.profiles.run  # was not saved before version 4
     train_steps(straight, 2)
     train_steps(again, 2)
     assert digest(saved_state(again)) == digest(saved_state(straight))

@@ -53,13 +53,19 @@ def _add_statistics(payload: dict[str, Any]) -> dict[str, Any]:
     return payload
 
 
+def _add_profiles(payload: dict[str, Any]) -> dict[str, Any]:
+    """Migrate to version 4: a state holds power-function averages; earlier versions tracked none."""
+    payload["parts"]["profiles"] = {"run": "", "averages": {}}
+    return payload
+
+
 class Checkpoint:
     """The mutable state of a training run, as named parts that are saved and restored together."""
 
     FORMAT = "training-state"
-    VERSION = 3
+    VERSION = 4
     # version -> function that upgrades a payload to the next version
-    MIGRATIONS: Mapping[int, Migration] = {1: _fuse_optimizers, 2: _add_statistics}
+    MIGRATIONS: Mapping[int, Migration] = {1: _fuse_optimizers, 2: _add_statistics, 3: _add_profiles}
 
     def __init__(self, **parts: Stateful) -> None:
         self.parts = parts
@@ -116,6 +122,7 @@ class Checkpoint:
 REMEDIES = {
     "training-state": "pass it to --resume; the snapshots of the run are network-snapshot-*.pkl in the same folder",
     "network-snapshot": "pass it to --network, or to --resume for transfer learning",
+    "network-ema": "pass a network-snapshot-*.pkl of the same folder to --network, and a length to --ema",
 }
 # Signature -> description of files that users mistake for files of this project.
 SIGNATURES = {

@@ -758,6 +758,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "g_optimizer.clip_norm": None,
     "d_optimizer.clip_norm": None,
     "discriminator.cmap_dim": None,
+    "ema.profiles": (),
     "origin": Origin(),
 }
 

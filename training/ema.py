@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, check_bounds, setting
 from dnnlib.schedule import Schedule, value_at
+from training.power_ema import MAX_SIGMA, MIN_SIGMA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,19 @@ class EMAConfig:
         0.05, "Upper bound on the half-life, as a fraction of the images seen so far; None: no ramp-up.", above=0
     )
 
+    profiles: tuple[float, ...] = setting(
+        (0.05, 0.1),
+        "Relative widths of power-function averages to track, for other lengths after training.",
+        at_least=MIN_SIGMA,
+        at_most=MAX_SIGMA,
+    )
+
     def __post_init__(self) -> None:
         check_bounds(self)
+        if len({f"{sigma:.3f}" for sigma in self.profiles}) < len(self.profiles):
+            raise ConfigError("profiles", self.profiles, "must be distinct")
+        if any(abs(sigma - round(sigma, 3)) > 1e-9 for sigma in self.profiles):
+            raise ConfigError("profiles", self.profiles, "at most three decimals are allowed; file names contain them")
 
 
 class EMA:

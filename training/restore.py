@@ -19,10 +19,11 @@ from torch_utils import distributed
 from training.config import TrainConfig
 from training.resume import Start
 from training.run_folder import list_states, read_log
+from training.snapshots.post_hoc import list_files
 from training.snapshots.reading import load_network
 from training.snapshots.snapshot import Snapshot
 from training.snapshots.transfer import Origin, check_frozen, copy_weights
-from training.training_loop import Trainer
+from training.training_loop import Trainer, run_id
 
 # Temporary names of files that training writes atomically.
 OWN_PARTIAL = re.compile(
@@ -45,6 +46,7 @@ def load(trainer: Trainer, start: Start) -> str:
     if start.snapshot:
         networks = {"G": trainer.G, "D": trainer.D, "G_ema": trainer.ema.module}
         trainer.config, report = transfer(trainer.config, networks, start.snapshot, load_network(start.snapshot))
+        trainer.profiles.start(run_id(trainer.config))
         return report
     return "Starting from random weights"
 
@@ -96,6 +98,7 @@ def load_latest(trainer: Trainer, run_dir: Path) -> Path:
     trainer.last_snapshot = max(snapshots, default=None)
     if distributed.is_main():
         _remove_leftovers(run_dir)
+        _remove_later_averages(run_dir, trainer.state.nimg)
         for log in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
             with warn_on_write_error():
                 _truncate_log(log, trainer.state.nimg / 1000)
@@ -135,6 +138,14 @@ def _remove_leftovers(run_dir: Path) -> None:
     """Remove temporary files left by processes of this run that were killed during a write."""
     for path in run_dir.glob(f".*{PARTIAL}"):
         if OWN_PARTIAL.fullmatch(path.name) and path.is_file():
+            with warn_on_write_error():
+                path.unlink(missing_ok=True)
+
+
+def _remove_later_averages(run_dir: Path, nimg: int) -> None:
+    """Remove the averages after the training state: the run may now continue with other weights or snapshots."""
+    for path, kimg in list_files(run_dir).items():
+        if kimg > nimg // 1000:
             with warn_on_write_error():
                 path.unlink(missing_ok=True)
 

@@ -157,6 +157,7 @@ def _continue(request: RunRequest, path: Path, saved: TrainConfig) -> Start:
     Raises UserError if options change anything outside `run` and --override is not given.
     """
     config = _merge(request, saved)
+    _check_profiles(path, saved.ema.profiles, config.ema.profiles)
     if changes := _differences(saved, config):
         if not request.override:
             raise UserError(
@@ -169,6 +170,16 @@ def _continue(request: RunRequest, path: Path, saved: TrainConfig) -> Start:
             config=config, outdir=request.outdir, run_dir=path, needs_batch_gpu=_needs_batch_gpu(request, config, saved)
         )
     return Start(config=config, outdir=_outdir(request), state=path, needs_batch_gpu=_needs_batch_gpu(request, config))
+
+
+def _check_profiles(path: Path, saved: Sequence[float], chosen: Sequence[float]) -> None:
+    """Raise UserError for a power-function average that a run did not track from its first image."""
+    if added := [f"{sigma:g}" for sigma in chosen if sigma not in saved]:
+        tracked = ",".join(f"{sigma:g}" for sigma in saved) or "none"
+        raise UserError(
+            f"--resume={path}: ema.profiles={','.join(added)}: the averages of a run begin at its first image, so a "
+            f"resumed run cannot add lengths: give --set ema.profiles={tracked}, or start a new run"
+        )
 
 
 def _changes(request: RunRequest, saved: TrainConfig) -> list[str]:

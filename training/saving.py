@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dnnlib.config import UserError, WriteError
 from dnnlib.util import describe_error, warn_on_write_error
@@ -14,6 +15,7 @@ from torch_utils import distributed
 from torch_utils.background import BackgroundWriter
 from torch_utils.checkpoint import Checkpoint
 from training.run_folder import RunFolder, list_states
+from training.snapshots import post_hoc
 from training.snapshots.snapshot import capture_network, write_network
 from training.training_loop import Trainer
 
@@ -33,6 +35,7 @@ class Saver:
     def save(self, trainer: Trainer, *, snapshot: bool) -> None:
         """Write a training state, unless this step is 0 or its state is already saved, and optionally a snapshot.
 
+        The power-function averages are written with the snapshot.
         A collective call. Raises UserError if the processes have diverged.
         """
         trainer.check_replicas()
@@ -45,6 +48,7 @@ class Saver:
         if snapshot:
             path = self.run_dir / f"network-snapshot-{nimg // 1000:06d}.pkl"
             jobs.append(partial(self._write_snapshot, path, capture_snapshot(trainer)))
+            jobs += [partial(post_hoc.write, path, content) for path, content in self._averages(trainer)]
         if nimg != self.saved_nimg:
             path = self.run_dir / f"training-state-{nimg // 1000:06d}.pt"
             jobs.append(partial(self._write_state, path, trainer.capture()))
@@ -53,6 +57,13 @@ class Saver:
             self.writer.submit(partial(_run_all, jobs))
         if nimg == 0:
             self._warn(self.writer.join())  # the data loader forks next, which is unsafe with a running thread
+
+    def _averages(self, trainer: Trainer) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yield the path and a copy of the content of each power-function average; at image 0 there are none."""
+        nimg = trainer.state.nimg
+        for sigma in trainer.profiles.averages if nimg else ():
+            content = post_hoc.capture(trainer.profiles, sigma, nimg, trainer.batch_size)
+            yield self.run_dir / post_hoc.file_name(sigma, nimg), content
 
     def check_folder(self, trainer: Trainer) -> None:
         """Restore the run's folder if it was removed, and write a training state into it. A collective call.

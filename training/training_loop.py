@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, UserError, to_json
 from torch_utils import distributed, kernels
-from torch_utils.checkpoint import Checkpoint
+from torch_utils.checkpoint import Checkpoint, digest
 from torch_utils.graphs import GraphPool
 from torch_utils.misc import peak_memory, seed_step
 from torch_utils.stats import Stat, Stats, moments
@@ -27,6 +27,7 @@ from training.ema import EMA
 from training.loss import GAN
 from training.networks import execution
 from training.phases import Phase, build_phases, build_updater
+from training.power_ema import PowerEMA
 
 if TYPE_CHECKING:
     from training.hooks import Hook
@@ -146,6 +147,7 @@ class Trainer:
         self.G: Any = config.generator.build().to(device).to(memory_format=memory_format)
         self.D: Any = config.discriminator.build().to(device).to(memory_format=memory_format)
         self.ema = EMA(self.G, config.ema)
+        self.profiles = PowerEMA(self.G, config.ema.profiles, run_id(config))
         self.augment = AugmentPipe(config.augment, dataset.img_shape).to(device)
         self.ada = AdaController(config.augment, self.augment)
         self.pl_mean = RunningMean(torch.zeros([], device=device), config.loss.pl_decay)
@@ -176,6 +178,7 @@ class Trainer:
             G=self.G,
             D=self.D,
             G_ema=self.ema.module,
+            profiles=self.profiles,
             g_optimizer=self.g_updater.optimizer,
             d_optimizer=self.d_updater.optimizer,
             ada=self.ada,
@@ -228,6 +231,7 @@ class Trainer:
                     with self.stopwatch.section(phase.name):
                         self.run_phase(phase, img, c)
             self.ema.update(self.state.nimg, self.batch_size)
+            self.profiles.update(self.state.nimg, self.batch_size)
             self.state.nimg += self.batch_size
             self.state.step += 1
             self.state.elapsed = time.monotonic() - began
@@ -404,6 +408,7 @@ class Trainer:
         """Broadcast the weights of rank 0 to all processes."""
         for module in (self.G, self.D, self.ema.module):
             distributed.broadcast([*module.parameters(), *module.buffers()])
+        distributed.broadcast(self.profiles.tensors())
 
     def check_replicas(self) -> None:
         """Raise UserError naming the state that differs between processes, if any. A collective call."""
@@ -441,6 +446,12 @@ class Trainer:
         payload = self.checkpoint.load(path)
         self._follow_schedules()
         return bool(payload.get("data_hash") == self.dataset.content_hash)
+
+
+def run_id(config: TrainConfig) -> str:
+    """Return a hash of a new run's configuration and seed, which identifies the run in files of its averages."""
+    settings = {name: value for name, value in to_json(config).items() if name != "run"}
+    return digest(settings)
 
 
 def _batch_sizes(config: TrainConfig) -> tuple[int, int]:

@@ -8,11 +8,12 @@ from typing import Any
 import click
 
 from dnnlib.cli import IntRanges, Script, call, option, switch
-from exploration.commands.options import BATCH, CLASS, DEVICE, LABEL, NETWORK, PRECISION, PROJECTED, TRUNC
+from exploration.commands.options import BATCH, CLASS, DEVICE, EMA, LABEL, NETWORK, PRECISION, PROJECTED, TRUNC
 
 
 @click.command("images", cls=Script)
 @NETWORK
+@EMA
 @option("--seeds", "--seed", type=IntRanges(), help="Seeds, e.g. 0-35,40; a seed always gives the same image.")
 @PROJECTED
 @option("--outdir", required=True, type=click.Path(path_type=Path), help="Folder for seed0000.png and so on.")

@@ -11,6 +11,13 @@ from dnnlib.cli import FileOrURL, FloatList, option
 PRECISIONS = ("fp32", "bf16", "fp16")  # the keys of REDUCED in training/networks/execution.py
 
 NETWORK = option("--network", required=True, type=FileOrURL(), help="Snapshot: network-snapshot-*.pkl, or its URL.")
+EMA = option(
+    "--ema",
+    type=float,
+    metavar="LENGTH",
+    help="Length of the weights' moving average relative to the run's, e.g. 0.1, rebuilt from the files network-ema-* "
+    "beside the snapshot.  [default: the snapshot's G_ema]",
+)
 OUTDIR = option("--outdir", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 TRUNC = option(
     "--trunc", type=float, default=1.0, show_default=True, help="Truncation psi: 1 = no truncation, 0 = the average."
@@ -35,4 +42,4 @@ FIXED_NOISE = option(
     show_default=True,
     help="Noise of the network.",
 )
-MODEL_OPTIONS = (NETWORK, TRUNC, CLASS, LABEL, FIXED_NOISE, BATCH, PRECISION, DEVICE)
+MODEL_OPTIONS = (NETWORK, EMA, TRUNC, CLASS, LABEL, FIXED_NOISE, BATCH, PRECISION, DEVICE)

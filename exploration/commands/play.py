@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 from dnnlib.cli import Script, call, option, with_options
-from exploration.commands.options import BATCH, DEVICE, LABEL, NETWORK, PRECISION
+from exploration.commands.options import BATCH, DEVICE, EMA, LABEL, NETWORK, PRECISION
 
 
 @click.command("play", cls=Script)
-@with_options((NETWORK, LABEL, BATCH, PRECISION, DEVICE))
+@with_options((NETWORK, EMA, LABEL, BATCH, PRECISION, DEVICE))
 @option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free port.")
 def play(**options: Any) -> None:
     """Explore seeds, truncation, mixing and attention in a browser on this machine.

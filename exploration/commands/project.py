@@ -12,6 +12,7 @@ from exploration.commands.options import (
     BATCH,
     CLASS,
     DEVICE,
+    EMA,
     FIXED_NOISE,
     LABEL,
     NETWORK,
@@ -47,7 +48,7 @@ PROJECTION_OPTIONS = (
 
 
 @click.command("project", cls=Script)
-@with_options((NETWORK, CLASS, LABEL, FIXED_NOISE, BATCH, PRECISION, DEVICE))
+@with_options((NETWORK, EMA, CLASS, LABEL, FIXED_NOISE, BATCH, PRECISION, DEVICE))
 @option("--target", required=True, type=click.Path(path_type=Path), help="An image, or a folder or zip of images.")
 @with_options(PROJECTION_OPTIONS)
 @option("--seed", type=int, default=0, show_default=True, help="Random seed.")
