@@ -515,7 +515,7 @@ def resolve(config: TrainConfig, env: Environment) -> TrainConfig:
     if config.augment.mode == "diffaug" and config.augment.policy is None:
         values["augment.policy"] = DEFAULT_POLICY
     resolved = override(config, values)
-    resolved = replace(resolved, loss=resolved.loss.fit(resolution, batch_size))
+    resolved = replace(resolved, loss=resolved.loss.fit(resolution, batch_size, precision))
     resolved = _fit_networks(resolved, env)
     if is_auto:
         resolved = override(resolved, {"run.batch_gpu": next(iter(micro_batches(resolved)), batch_gpu)})
