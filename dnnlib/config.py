@@ -17,9 +17,10 @@ import numbers
 import re
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 FLOAT32_MAX = 3.4028234663852886e38
@@ -58,6 +59,24 @@ class ConfigError(UserError):
         return ConfigError, (self.field, self.value, self.problem)  # makes the error picklable
 
 
+class TextValue(ABC):
+    """Base class of field values that are written as text, on the command line and in JSON."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str) -> Self:
+        """Parse text. Raises ValueError with a noun phrase for the expected text."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """Return the text that `parse` converts to this value."""
+
+    @property
+    @abstractmethod
+    def numbers(self) -> tuple[float, ...]:
+        """Numbers to which the bounds of a field apply."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounds:
     """Allowed values of a config field. For a tuple, the bounds apply to each item. Strings have no numeric bounds."""
@@ -79,7 +98,7 @@ class Bounds:
         return f"{problem}; {self.note}" if problem and self.note else problem
 
     def _problem(self, value: object) -> str | None:
-        items = value if isinstance(value, (tuple, list)) else None
+        items = value.numbers if isinstance(value, TextValue) else value if isinstance(value, (tuple, list)) else None
         if self.length is not None and (items is None or len(items) != self.length):
             return f"must be {self.length} numbers"
         for item in (value,) if items is None else items:
@@ -87,7 +106,8 @@ class Bounds:
                 hint = did_you_mean(item, self.choices) if isinstance(item, str) else ""
                 return f"choose one of {self}{hint}" if items is None else f"{show(item)} is not one of {self}{hint}"
             if isinstance(item, numbers.Real) and not self._is_allowed(item):
-                return f"{'' if items is None else 'each '}must {'lie in' if '..' in str(self) else 'be'} {self}"
+                each = "" if items is None else "each value " if isinstance(value, TextValue) else "each "
+                return f"{each}must {'lie in' if '..' in str(self) else 'be'} {self}"
         return "cannot be None" if value is None else None
 
     def _is_allowed(self, value: Any) -> bool:
@@ -213,18 +233,30 @@ def _hints(config_class: Hashable) -> dict[str, Any]:
     return typing.get_type_hints(config_class)
 
 
+def is_config(value: object) -> bool:
+    """Return whether the value of a field is a configuration with fields of its own."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, TextValue)
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """Return nested plain dicts, lists, numbers and strings; tuples become lists."""
     result: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        if is_config(value):
             families = field.metadata.get("families")
             head = {"family": family_of(value, families)} if families else {}
             result[field.name] = head | to_json(value)
         else:
-            result[field.name] = list(value) if isinstance(value, tuple) else value
+            result[field.name] = _plain(value)
     return result
+
+
+def _plain(value: Any) -> Any:
+    """Return the JSON form of a field's value."""
+    if isinstance(value, TextValue):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def from_json(config_class: type[T], data: Mapping[str, Any]) -> T:
@@ -320,11 +352,27 @@ def _read_field(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
             return from_json(typing.cast(type, hint), value)
     if isinstance(value, list):
         value = tuple(value)
+    if isinstance(value, str) and (kind := _text_type(hint)):
+        try:
+            return kind.parse(value)
+        except ValueError as error:
+            raise ConfigError(field.name, value, f"expected {error}") from None
     if not _matches(hint, value):
         is_out_of_range = any(_is_number(kind, value) for kind in (hint, *typing.get_args(hint)))
         bound = "; numbers must be finite and fit into 64 bits" if is_out_of_range else ""
         raise ConfigError(field.name, value, f"expected {getattr(hint, '__name__', hint)}{bound}")
     return float(value) if hint is float else value
+
+
+def _text_type(hint: Any) -> type[TextValue] | None:
+    """Return the TextValue among the members of a type hint, or None."""
+    members = typing.get_args(hint) or (hint,)
+    return next((kind for kind in members if isinstance(kind, type) and issubclass(kind, TextValue)), None)
+
+
+def accepts_text_value(config_class: Any, name: str) -> bool:
+    """Return whether a field accepts a TextValue, such as a schedule."""
+    return _text_type(hints(config_class)[name]) is not None
 
 
 def _matches(hint: Any, value: Any) -> bool:

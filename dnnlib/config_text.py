@@ -14,6 +14,7 @@ from typing import Any
 from dnnlib.config import (
     FLOAT32_MAX,
     ConfigError,
+    TextValue,
     check_family,
     check_setting,
     did_you_mean,
@@ -84,7 +85,8 @@ def parse_field(config_class: type, field: Field, text: str) -> Any:
             return _parse_as(member, text)
         except ValueError as error:
             problems.append(str(error))
-    raise ValueError(f"expected {' or '.join([*problems, *expected])}")
+    *others, last = [*problems, *expected]
+    raise ValueError(f"expected {' or '.join([*filter(None, [', '.join(others)]), last])}")
 
 
 def _parse_as(hint: Any, text: str) -> Any:
@@ -108,6 +110,8 @@ def _parse_as(hint: Any, text: str) -> Any:
         if not re.fullmatch(rf"[-+]?\d{{1,{MAX_DIGITS}}}", text, re.ASCII):
             raise ValueError("a whole number")
         return int(text)
+    if issubclass(hint, TextValue):
+        return hint.parse(text)
     return _parse_float(text) if hint is float else text
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from dnnlib.cli import ConfigOption  # noqa: E402
-from dnnlib.config import bounds_of, override, to_json  # noqa: E402
+from dnnlib.config import accepts_text_value, bounds_of, is_config, override, to_json  # noqa: E402
 from training.config import PRESETS, TrainConfig  # noqa: E402
 
 HEADER = """# Configuration
@@ -112,7 +112,7 @@ def _parts() -> list[tuple[str, str, Any]]:
         for family in families if len(families) > 1 else ():
             chosen = getattr(override(config, {f"{field.name}.family": family}), field.name)
             parts.append((f"{field.name}: {family}", field.name, chosen))
-        if dataclasses.is_dataclass(value) and len(families) < 2:
+        if is_config(value) and len(families) < 2:
             parts.append((field.name, field.name, value))
     return parts
 
@@ -123,10 +123,12 @@ def _fields_table(title: str, path: str, config: Any, flags: dict[str, str]) -> 
     rows = ["| field | flag | default | values | description |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if not dataclasses.is_dataclass(value) and field.name != "preset":
+        if not is_config(value) and field.name != "preset":
             full = f"{path}.{field.name}" if path else field.name
             flag = f"`{flags[full]}`" if full in flags else ""
-            values, text = bounds[field.name], field.metadata["help"]
+            values, text = str(bounds[field.name]), field.metadata["help"]
+            if accepts_text_value(type(config), field.name):
+                values += "; [schedule](schedules.md)"
             rows.append(f"| {field.name} | {flag} | {_show(full, value)} | {values} | {text} |")
     return "\n".join([heading, *rows, ""])
 

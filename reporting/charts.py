@@ -29,6 +29,10 @@ GROUPS = (
     Group("signs", "Logit signs of D: 1 = real, -1 = generated", "mean sign", ("Loss/signs/*",)),
     Group("scores", "Logits of D", "mean logit", ("Loss/scores/*",)),
     Group("augment", "Augmentation probability p", "p", ("Progress/augment",)),
+    Group("schedule-lr", "Scheduled learning rates", "learning rate", ("Schedule/*.lr",), is_log=True),
+    Group("schedule-beta2", "Scheduled beta2 of Adam", "beta2", ("Schedule/*.beta2",)),
+    Group("schedule-gamma", "Scheduled weight gamma of R1 and R2", "gamma", ("Schedule/loss.r1_gamma",), is_log=True),
+    Group("schedule-ema", "Scheduled half-life of G_ema", "kimg", ("Schedule/ema.kimg",)),
     Group("gradients", "Gradient norms", "norm", ("Gradients/*",), is_log=True),
     Group("regularisers", "Regularisers and other loss terms", "mean", ("Loss/*",), is_log=True),
     Group("diversity", "Diversity of generated images: 1 = as diverse as real images", "ratio", ("Images/diversity",)),
@@ -37,7 +41,7 @@ GROUPS = (
     Group("holdout-signs", "Logit signs of D for held-out and other images", "mean sign", ("Overfitting/sign_*",)),
     Group("skipped", "Updates skipped because of non-finite values", "updates per tick", ("Skipped/*",)),
     Group("pace", "Training speed", "seconds per kimg", ("Timing/sec_per_kimg",)),
-    Group("", "", "", ("Progress/*", "Timing/*", "Resources/*", "timestamp")),  # not plotted
+    Group("", "", "", ("Progress/*", "Timing/*", "Resources/*", "Schedule/augment.p", "timestamp")),  # not plotted
     Group("others", "Other statistics", "", ("*",)),
 )
 # Okabe-Ito palette, suitable for colour blindness, without the colours that are faint on white.

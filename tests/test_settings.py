@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 import train
 from dnnlib.cli import ConfigOption
-from dnnlib.config import ConfigError, field_names, hints, override
+from dnnlib.config import ConfigError, field_names, hints, is_config, override
 from dnnlib.config_text import field_paths, parse_field, parse_texts
 from training.config import PRESETS
 from training.networks import DISCRIMINATORS, GENERATORS
@@ -124,7 +124,7 @@ def fields_of_presets() -> Iterator[tuple[type, Any, Any]]:
                 for part in filter(dataclasses.is_dataclass, parts):
                     for field in dataclasses.fields(part):
                         value = getattr(part, field.name)
-                        if not dataclasses.is_dataclass(value):
+                        if not is_config(value):
                             yield type(part), field, value
 
 
@@ -189,11 +189,11 @@ def test_texts_are_parsed_by_the_type_of_the_field(texts: dict[str, str], values
         ("run.total_kimg", "1e39", "expected a number"),
         ("run.num_gpus", "1.5", "expected a whole number"),
         ("seed", "9" * 19, "expected a whole number"),
-        ("run.batch_gpu", "some", "expected a whole number or auto"),
+        ("run.batch_gpu", "some", "expected a whole number, auto or none"),
         ("data.mirror", "maybe", "expected true or false"),
         ("generator.widths", "64,x", "expected a list such as 256,64,16"),
         ("precision", "fp23", "did you mean fp32?"),
-        ("loss.r1_gamma", "none", "expected a number or auto"),
+        ("loss.r1_gamma", "none", ") or auto"),
         ("g_optimizer.clip_norm", "auto", "expected a number or none"),
     ],
 )

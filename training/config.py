@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import ceil
 from typing import Any, Literal
 
-from dnnlib.config import ConfigError, check_bounds, field_names, from_json, override, setting, to_json
+from dnnlib.config import ConfigError, check_bounds, field_names, from_json, is_config, override, setting, to_json
+from dnnlib.schedule import Schedule
 from torch_utils.kernels import KERNELS
 from torch_utils.misc import OnMeta
 from training import image_size
@@ -656,6 +657,18 @@ def _check_parts(config: TrainConfig, env: Environment) -> None:
         raise ConfigError("freeze_layers", config.freeze_layers, problem)
 
 
+def schedules(config: Any) -> dict[str, Schedule]:
+    """Return the fields of a configuration that have a schedule, {config path: schedule}."""
+    found: dict[str, Schedule] = {}
+    for name in field_names(config):
+        value = getattr(config, name)
+        if is_config(value):
+            found |= {f"{name}.{path}": schedule for path, schedule in schedules(value).items()}
+        elif isinstance(value, Schedule):
+            found[name] = value
+    return found
+
+
 # Fields missing from the files of earlier versions, with the values that reproduce the behaviour of those versions.
 ADDED_FIELDS: Mapping[str, Any] = {
     "precision": "fp32",
@@ -716,7 +729,7 @@ def read_config(data: Any) -> TrainConfig:
             *parents, name = path.split(".")
             part = data.get(parents[0]) if parents else data
             if isinstance(part, dict) and (not parents or _has_field(parents[0], part, name)):
-                part.setdefault(name, to_json(value) if is_dataclass(value) else value)
+                part.setdefault(name, to_json(value) if is_config(value) else value)
     return from_json(TrainConfig, data)
 
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, check_bounds, setting
+from dnnlib.schedule import Schedule, value_at
 
 
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig:
     """Exponential moving average of the generator's weights."""
 
-    kimg: float | None = setting(
+    kimg: float | Schedule | None = setting(
         None,
         "Half-life, in thousands of images; None: 10/32 of the batch size.",
         auto=True,
@@ -35,7 +36,7 @@ class EMA:
     """Copy of a module with averaged weights; the half-life is measured in images (Karras et al. 2018).
 
     After a batch: n = 1000 kimg, with ramp-up n = min(n, rampup * nimg); beta = 0.5^(batch / n);
-    w_ema <- w + beta (w_ema - w). Buffers are copied.
+    w_ema <- w + beta (w_ema - w). If kimg has a schedule, its value before the batch counts. Buffers are copied.
     """
 
     def __init__(self, source: nn.Module, config: EMAConfig) -> None:
@@ -43,13 +44,14 @@ class EMA:
             raise ConfigError("kimg", None, "not resolved")
         self.source = source
         self.module: Any = copy.deepcopy(source).eval().requires_grad_(False)
-        self.half_life = config.kimg * 1000
+        self.kimg = config.kimg
         self.rampup = config.rampup
 
     @torch.no_grad()
     def update(self, nimg: int, batch_size: int) -> None:
         """Update the averages after a batch; `nimg` counts the images before this batch."""
-        n = self.half_life if self.rampup is None else min(self.half_life, nimg * self.rampup)
+        half_life = 1000 * value_at(self.kimg, nimg)
+        n = half_life if self.rampup is None else min(half_life, nimg * self.rampup)
         beta = 0.5 ** (batch_size / max(n, 1e-8))
         averages: list[Tensor] = list(self.module.parameters())
         weights: list[Tensor] = list(self.source.parameters())

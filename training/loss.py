@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnnlib.config import ConfigError, check_bounds, setting
+from dnnlib.schedule import Schedule
 from torch_utils.misc import compiled
 from training.augment.pipe import AugmentPipe
 from training.dataset import encode_labels
@@ -53,6 +54,7 @@ class GAN:
     paired_augment: bool = False  # the same augmentation for the two images of a pair
     # Applied to G.synthesis and D, e.g. torch.compile.
     wrapper: Callable[[Any], Callable[..., Tensor]] = lambda network: network
+    scheduled: dict[Schedule, Tensor] = field(default_factory=dict)  # current values, scalars on the device
 
     def __post_init__(self) -> None:
         self.synthesize, self.discriminate = self.wrapper(self.G.synthesis), self.wrapper(self.D)
@@ -60,6 +62,20 @@ class GAN:
     def compiled(self) -> GAN:
         """Return a copy that calls the networks through torch.compile, which does not support second derivatives."""
         return replace(self, wrapper=compiled)
+
+    def weight(self, value: float | Schedule) -> float | Tensor:
+        """Return the weight of a loss term: a constant, or for a schedule a scalar tensor with its current value.
+
+        `follow_schedules` updates the tensor in place, so that a captured CUDA graph reads the current value.
+        """
+        if not isinstance(value, Schedule):
+            return value
+        return self.scheduled.setdefault(value, torch.tensor(value.at(0), device=self.labels.device))
+
+    def follow_schedules(self, nimg: int) -> None:
+        """Set the weights that have a schedule to their values after `nimg` images, without synchronization."""
+        for schedule, scalar in self.scheduled.items():
+            scalar.fill_(schedule.at(nimg))
 
     def sample_latents(self, count: int) -> tuple[Tensor, Tensor]:
         """Return random z (count, z_dim) and the labels c (count, c_dim) of randomly drawn training images."""
@@ -176,7 +192,7 @@ def generator_relativistic(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
 
 
 def discriminator_relativistic(
-    gan: GAN, img: Tensor, c: Tensor, gamma: float, estimate: Estimate | None = None, centring: float = 0.0
+    gan: GAN, img: Tensor, c: Tensor, gamma: float | Tensor, estimate: Estimate | None = None, centring: float = 0.0
 ) -> LossTerms:
     """softplus(f - r) + gamma/2 (R1 + R2) + centring E[(r + f)^2], with f = D(T(G(z))) and r = D(T(x)) of a pair.
 
@@ -237,7 +253,7 @@ def _discriminator_terms(loss: Tensor, real_logits: Tensor, margins: Tensor, mea
     return LossTerms(loss, stats, {"w_avg": mean_w, "real_sign": signs.mean()})
 
 
-def r1_penalty(gan: GAN, img: Tensor, c: Tensor, gamma: float, estimate: Estimate | None = None) -> LossTerms:
+def r1_penalty(gan: GAN, img: Tensor, c: Tensor, gamma: float | Tensor, estimate: Estimate | None = None) -> LossTerms:
     """gamma/2 E[|grad_x D(T(x))|^2] on real images x before the augmentation T (Mescheder et al. 2018).
 
     With an `estimate`, the squared norm is estimated by finite differences.
@@ -293,15 +309,15 @@ def _relativistic(gan: GAN, config: LossConfig) -> Losses:
     d_loss = partial(
         discriminator_relativistic,
         gan,
-        gamma=_resolved(config, "r1_gamma"),
+        gamma=gan.weight(_resolved(config, "r1_gamma")),
         estimate=config.estimate,
         centring=config.centring,
     )
     return partial(generator_relativistic, gan), d_loss
 
 
-def _resolved(config: LossConfig, name: str) -> float:
-    value: float | None = getattr(config, name)
+def _resolved(config: LossConfig, name: str) -> Any:
+    value = getattr(config, name)
     if value is None:
         raise ConfigError(name, None, "not resolved")
     return value
@@ -353,7 +369,7 @@ class LossConfig:
         at_least=0,
         note=OFF,
     )
-    r1_gamma: float | None = setting(
+    r1_gamma: float | Schedule | None = setting(
         None,
         "Weight of R1 (of R1 and R2 with relativistic); None: from resolution and batch size.",
         auto=True,
@@ -450,7 +466,7 @@ class LossConfig:
     def fit(self, resolution: int, batch_size: int, precision: str = "fp32") -> Self:
         """Fill in weights that are None; `resolution` is the longer side of the images.
 
-        bfloat16 rounds logits too coarsely for differences over a perturbation of 0.01; docs/objectives.md has the bias.
+        bfloat16 is too coarse for differences over a perturbation of 0.01; see the bias in docs/objectives.md.
         """
         gamma = 0.0 if self.objective == "wgangp-eps" else 0.0002 * resolution**2 / batch_size
         weights: dict[str, Any] = {"r1_gamma": gamma, **OBJECTIVES[self.objective].weights}

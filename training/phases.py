@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, check_bounds, setting
+from dnnlib.schedule import Schedule, value_at
 from torch_utils import distributed
 from torch_utils.gradients import FlatGradients
 from training.loss import GAN, OBJECTIVES, Loss, LossConfig, LossTerms, path_length, r1_penalty
@@ -22,11 +23,11 @@ from training.networks.weights import WeightCache
 class AdamConfig:
     """Adam (Kingma & Ba 2015)."""
 
-    lr: float | None = setting(
+    lr: float | Schedule | None = setting(
         None, "Learning rate; None: 0.0025, or 0.002 at 1024 pixels or more.", auto=True, above=0
     )
     beta1: float = setting(0.0, "Decay rate of the running mean of gradients.", at_least=0, below=1)
-    beta2: float = setting(0.99, "Decay rate of the running mean of squared gradients.", at_least=0, below=1)
+    beta2: float | Schedule = setting(0.99, "Decay rate of the running mean of squared gradients.", at_least=0, below=1)
     eps: float = setting(1e-8, "Term added to the denominator to avoid division by zero.", at_least=0)
     clip_norm: float | None = setting(
         None,
@@ -42,7 +43,8 @@ class AdamConfig:
 class Updater:
     """Trainable parameters of one network, with their gradients and optimizer.
 
-    `clip_norm` is the maximum norm of the gradient of all parameters together; None turns clipping off.
+    `clip_norm` is the maximum norm of the gradient of all parameters together; None turns clipping off. `settings`
+    returns the optimizer's settings after a number of images.
     """
 
     def __init__(
@@ -50,11 +52,18 @@ class Updater:
         parameters: list[nn.Parameter],
         optimizer: torch.optim.Optimizer,
         clip_norm: float | None = None,
+        settings: Callable[[int], dict[str, Any]] = lambda nimg: {},
     ) -> None:
         self.parameters = parameters
         self.optimizer: Any = optimizer
         self.clip_norm = clip_norm
+        self.settings = settings
         self.gradients = FlatGradients(parameters)
+
+    def follow_schedules(self, nimg: int) -> None:
+        """Set the optimizer's settings to their values after `nimg` images."""
+        for group in self.optimizer.param_groups:
+            group.update(self.settings(nimg))
 
     @contextmanager
     def requiring_grad(self) -> Iterator[None]:
@@ -131,18 +140,25 @@ class Phase:
 
 
 def build_updater(parameters: list[nn.Parameter], config: AdamConfig, regularisation_interval: int | None) -> Updater:
-    """Return an updater with Adam; `regularisation_interval` is the interval k of the lazy regulariser, if any.
+    """Return an updater with Adam; `regularisation_interval` is the interval of the lazy regulariser, if any."""
+    settings = partial(adam_settings, config, regularisation_interval)
+    # Fused: one kernel for all parameters, and the step can be skipped without synchronizing with the host.
+    adam = torch.optim.Adam(parameters, **settings(0), fused=True)
+    return Updater(parameters, adam, config.clip_norm, settings)
+
+
+def adam_settings(config: AdamConfig, regularisation_interval: int | None, nimg: int) -> dict[str, Any]:
+    """Return Adam's settings after `nimg` images. Adam corrects the bias of its means with the current betas.
 
     The regulariser adds one optimizer step every k steps. To compensate, Adam uses r lr, beta1^r and beta2^r with
     r = k/(k+1) (Karras et al. 2020a, appendix B, "lazy regularization").
     """
     if config.lr is None:
         raise ConfigError("lr", None, "not resolved")
-    r = 1.0 if regularisation_interval is None else regularisation_interval / (regularisation_interval + 1)
-    betas = (config.beta1**r, config.beta2**r)
-    # Fused: one kernel for all parameters, and the step can be skipped without synchronizing with the host.
-    adam = torch.optim.Adam(parameters, lr=config.lr * r, betas=betas, eps=config.eps, fused=True)
-    return Updater(parameters, adam, config.clip_norm)
+    k = regularisation_interval
+    r = 1.0 if k is None else k / (k + 1)
+    betas = (config.beta1**r, value_at(config.beta2, nimg) ** r)
+    return {"lr": value_at(config.lr, nimg) * r, "betas": betas, "eps": config.eps}
 
 
 def build_phases(gan: GAN, config: LossConfig, g: Updater, d: Updater, *, use_compiled: bool = False) -> list[Phase]:
@@ -158,6 +174,6 @@ def build_phases(gan: GAN, config: LossConfig, g: Updater, d: Updater, *, use_co
         of_g.append(Phase("G_reg", g, loss, interval=config.n_critic * config.pl_interval, weight=config.pl_interval))
     of_d = [Phase("D_main", d, d_loss)]
     if config.r1_gamma and config.r1_interval:
-        penalty = partial(r1_penalty, main, gamma=config.r1_gamma, estimate=config.estimate)
+        penalty = partial(r1_penalty, main, gamma=gan.weight(config.r1_gamma), estimate=config.estimate)
         of_d.append(Phase("D_reg", d, penalty, interval=config.r1_interval, weight=config.r1_interval))
     return of_d + of_g if config.d_first else of_g + of_d

@@ -21,7 +21,7 @@ from torch_utils.misc import peak_memory, seed_step
 from torch_utils.stats import Stat, Stats, moments
 from torch_utils.timing import Stopwatch
 from training.augment.pipe import AdaController, AugmentPipe
-from training.config import TrainConfig
+from training.config import TrainConfig, schedules
 from training.dataset import ImageDataset, batches, encode_labels, fits_on_gpu, resident_batches
 from training.ema import EMA
 from training.loss import GAN
@@ -193,7 +193,7 @@ class Trainer:
         d_parameters = [p for p in self.D.parameters() if id(p) not in frozen]
         self.g_updater = build_updater([*self.G.parameters()], config.g_optimizer, config.loss.pl_interval)
         self.d_updater = build_updater(d_parameters, config.d_optimizer, config.loss.r1_interval)
-        gan = GAN(
+        self.gan = GAN(
             G=self.G,
             D=self.D,
             augment=self.augment,
@@ -205,7 +205,9 @@ class Trainer:
         )
         self.G.requires_grad_(False)
         self.D.requires_grad_(False)
-        self.phases = build_phases(gan, config.loss, self.g_updater, self.d_updater, use_compiled=config.run.compile)
+        self.phases = build_phases(
+            self.gan, config.loss, self.g_updater, self.d_updater, use_compiled=config.run.compile
+        )
 
     @property
     def is_finished(self) -> bool:
@@ -232,10 +234,19 @@ class Trainer:
             self.state.nimg += self.batch_size
             self.state.step += 1
             self.state.elapsed = time.monotonic() - began
+            self._follow_schedules()
             self.ada.update(self.state.step, self.batch_size)
             self._call_hooks(self._finish_tick())
         for hook in reversed(self.hooks):
             hook.on_end(self)
+
+    def _follow_schedules(self) -> None:
+        """Set all values that have a schedule to their values at the current number of images."""
+        nimg = self.state.nimg
+        self.g_updater.follow_schedules(nimg)
+        self.d_updater.follow_schedules(nimg)
+        self.gan.follow_schedules(nimg)
+        self.ada.follow_schedule(nimg)
 
     def run_phase(self, phase: Phase, img: Tensor, c: Tensor) -> None:
         """Take one optimizer step, accumulating gradients over micro-batches of `batch_gpu` images.
@@ -385,6 +396,7 @@ class Trainer:
             values["Resources/cpu_mem_gb"] = peak / 2**30
         if self.device.type == "cuda":
             values["Resources/peak_gpu_mem_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        values |= {f"Schedule/{path}": value.at(self.state.nimg) for path, value in schedules(self.config).items()}
         done = self.state.nimg - self.tick_nimg_began
         if done:
             values["Timing/sec_per_tick"] = time.monotonic() - self.tick_began
@@ -427,16 +439,10 @@ class Trainer:
     def resume(self, path: Path) -> bool:
         """Load a training state; return whether the dataset is unchanged. Raises UserError if the state does not fit.
 
-        Hyperparameters in the state (learning rate, betas, eps, a constant p) are replaced by the configuration's.
+        Hyperparameters in the state (learning rate, betas, eps, a fixed p) are replaced by the configuration's.
         """
-        groups = [group for x in (self.g_updater, self.d_updater) for group in x.optimizer.param_groups]
-        settings = [{name: group[name] for name in ("lr", "betas", "eps")} for group in groups]
         payload = self.checkpoint.load(path)
-        groups = [group for x in (self.g_updater, self.d_updater) for group in x.optimizer.param_groups]
-        for group, chosen in zip(groups, settings, strict=True):
-            group.update(chosen)
-        if self.config.augment.constant_p is not None:
-            self.augment.p.fill_(self.config.augment.constant_p)
+        self._follow_schedules()
         return bool(payload.get("data_hash") == self.dataset.content_hash)
 
 

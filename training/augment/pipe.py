@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, check_bounds, setting
+from dnnlib.schedule import Schedule, value_at
 from training.augment.diffaugment import DIFFAUG, PARAMETERS
 from training.augment.stages import PIPES, STAGES, Transform
 
@@ -37,7 +38,7 @@ class AugmentConfig:
 
     mode: Mode = setting("ada", "Augmentation: none, adaptive p (ADA), constant p, or DiffAugment.", parse=parse_mode)
     pipe: str = setting("bgc", "Groups of transforms for ada and fixed.", choices=tuple(PIPES))
-    p: float | None = setting(
+    p: float | Schedule | None = setting(
         None, "Probability of each transform, for fixed; None in other modes.", at_least=0, at_most=1
     )
     target: float = setting(0.6, "ADA target for the mean sign of D(real).", at_least=0, at_most=1)
@@ -74,10 +75,11 @@ class AugmentConfig:
         if not policy or len(set(policy)) < len(policy):
             raise ConfigError("policy", policy, f"give one or more of {', '.join(DIFFAUG)}, each at most once")
 
-    @property
-    def constant_p(self) -> float | None:
-        """Constant probability of modes 'diffaug' and 'fixed'; None in the other modes."""
-        return 1.0 if self.mode == "diffaug" else self.p
+    def fixed_p(self, nimg: int) -> float | None:
+        """Return the probability after `nimg` images in modes 'diffaug' and 'fixed'; None in the other modes."""
+        if self.mode == "diffaug":
+            return 1.0
+        return None if self.p is None else value_at(self.p, nimg)
 
 
 class AugmentPipe(nn.Module):
@@ -94,7 +96,7 @@ class AugmentPipe(nn.Module):
     def __init__(self, config: AugmentConfig, img_shape: tuple[int, int, int]) -> None:
         super().__init__()
         # Not persistent, because p is part of the controller's state.
-        self.register_buffer("p", torch.tensor(config.constant_p or 0.0, dtype=torch.float32), persistent=False)
+        self.register_buffer("p", torch.tensor(config.fixed_p(0) or 0.0, dtype=torch.float32), persistent=False)
         self.stages = nn.ModuleList(_build_stages(config, img_shape))
 
     def draw(self, images: Tensor) -> list[Tensor]:
@@ -135,7 +137,7 @@ class AdaController:
         p <- clamp(p + sign(r - target) * batch * interval / (ada_kimg * 1000), 0, max_p)        every `interval` steps
 
     Karras et al. 2020b, section 3. r is the average since the last adjustment. All values stay on the device. In modes
-    other than 'ada' p is constant.
+    other than 'ada' p is constant or follows a schedule.
     """
 
     def __init__(self, config: AugmentConfig, pipe: AugmentPipe) -> None:
@@ -152,6 +154,12 @@ class AdaController:
         if self.config.mode == "ada":
             self.sign_sum += torch.where(skip, 0, mean_sign.detach())
             self.count += ~skip
+
+    def follow_schedule(self, nimg: int) -> None:
+        """Set p to its value after `nimg` images, except in mode 'ada'."""
+        p = self.config.fixed_p(nimg)
+        if p is not None:
+            self.pipe.p.fill_(p)
 
     def update(self, step: int, batch_size: int) -> None:
         """Adjust p every `ada_interval` steps. `step` counts completed steps; `batch_size` is the global batch size."""
