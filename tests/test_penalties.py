@@ -352,3 +352,9 @@ def test_a_preset_loses_settings_of_pairs_with_another_objective(shapes_zip: Pat
     assert apply_options(preset, {"loss.objective": "wgangp-eps"}).loss.penalty == "exact"
     assert not apply_options(preset, {"augment.mode": "noaug"}).augment.paired
     assert apply_options(preset, {"augment.mode": "diffaug"}).augment.paired
+
+
+@pytest.mark.parametrize(("precision", "sigma"), [("fp32", 0.01), ("bf16", 0.02)])
+def test_the_default_sigma_depends_on_the_precision(shapes_zip: Path, precision: str, sigma: float) -> None:
+    config = every_phase_config(shapes_zip, loss__penalty="estimate", precision=precision)
+    assert config.loss.estimate == Estimate(share=1.0, sigma=sigma)

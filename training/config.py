@@ -604,8 +604,8 @@ def _check_estimate(config: TrainConfig) -> None:
         return
     if config.discriminator.has_noise:
         problem = (
-            "differences of logits would contain the noise of this discriminator's attention: omit it, or give "
-            "--d-attention-noise=0"
+            "differences of logits would contain the noise of this discriminator's attention: omit it, or give --set "
+            "discriminator.attention_noise=0"
         )
         raise ConfigError("loss.penalty", config.loss.penalty, problem)
     assert isinstance(config.run.batch_gpu, int)

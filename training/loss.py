@@ -385,7 +385,7 @@ class LossConfig:
         None, "Share of the images used by the estimate of R1 and R2; None: 1.", auto=True, above=0, at_most=1
     )
     penalty_sigma: float | None = setting(
-        None, "Std of the perturbation in the estimate of R1 and R2; None: 0.01, or 0.05 with bf16.", auto=True, above=0
+        None, "Std of the perturbation in the estimate of R1 and R2; None: 0.01, or 0.02 with bf16.", auto=True, above=0
     )
     r1_interval: int | None = setting(
         16, "Lazy regularisation: steps between R1 phases; None: no R1 phase.", at_least=1
@@ -471,5 +471,5 @@ class LossConfig:
         gamma = 0.0 if self.objective == "wgangp-eps" else 0.0002 * resolution**2 / batch_size
         weights: dict[str, Any] = {"r1_gamma": gamma, **OBJECTIVES[self.objective].weights}
         if self.penalty == "estimate":
-            weights |= {"penalty_share": 1.0, "penalty_sigma": 0.05 if precision == "bf16" else 0.01}
+            weights |= {"penalty_share": 1.0, "penalty_sigma": 0.02 if precision == "bf16" else 0.01}
         return replace(self, **{name: value for name, value in weights.items() if getattr(self, name) is None})
