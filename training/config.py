@@ -41,8 +41,9 @@ class RunConfig:
     """Duration, device, micro-batches, logging. These settings may change when a run is resumed.
 
     The micro-batch (`batch_gpu`) affects minibatch standard deviation, path length and the drift term of wgangp-eps,
-    which are computed per micro-batch, and DiffAugment's cutout, which is switched on or off per micro-batch. No other
-    setting changes the result of a step, except for rounding (`compile`, `graphs`) and skipped steps (`nan`).
+    which are computed per micro-batch, loss.penalty_share, which is rounded down to images of a micro-batch, and
+    DiffAugment's cutout, which is switched on or off per micro-batch. No other setting changes the result of a step,
+    except for rounding (`compile`, `graphs`) and skipped steps (`nan`).
     """
 
     total_kimg: float = setting(25_000, "Training length, in thousands of real images.", above=0)
