@@ -701,6 +701,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "loss.penalty_share": None,
     "loss.penalty_sigma": None,
     "loss.centring": 0.0,
+    "loss.lecam": 0.0,
     "loss.fresh_reals": False,
     "loss.d_first": False,
     "generator.ffn": False,

@@ -25,6 +25,7 @@ from training.augment.pipe import AugmentPipe
 from training.dataset import encode_labels
 from training.networks import execution
 from training.penalties import Estimate, gradient_penalty, groups, squared_differences, squared_gradients
+from training.regularisers import LogitMeans, lecam
 
 
 @dataclass
@@ -52,6 +53,7 @@ class GAN:
     pl_mean: Tensor  # scalar: running mean of the path length
     group_size: int = 0  # of D, see DiscriminatorConfig.group_size
     paired_augment: bool = False  # the same augmentation for the two images of a pair
+    logit_means: LogitMeans = field(default_factory=LogitMeans)  # for LeCam regularisation
     # Applied to G.synthesis and D, e.g. torch.compile.
     wrapper: Callable[[Any], Callable[..., Tensor]] = lambda network: network
     scheduled: dict[Schedule, Tensor] = field(default_factory=dict)  # current values, scalars on the device
@@ -133,11 +135,12 @@ def generator_logistic(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -
     return _generator_terms(F.softplus(-logits).mean(), logits, mean_w)
 
 
-def discriminator_logistic(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
+def discriminator_logistic(gan: GAN, img: Tensor, c: Tensor, lecam_weight: float = 0.0) -> LossTerms:
     """softplus(D(T(G(z)))) + softplus(-D(T(x)))."""
     fake_logits, real_logits, mean_w = _fake_and_real_logits(gan, img, c)
     loss = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
-    return _discriminator_terms(loss, real_logits, real_logits, mean_w)
+    terms = _discriminator_terms(loss, real_logits, real_logits, mean_w)
+    return _add_lecam(terms, gan, fake_logits, real_logits, lecam_weight) if lecam_weight else terms
 
 
 def generator_linear(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
@@ -152,11 +155,12 @@ def generator_wgan(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> Lo
     return _omit_signs(generator_linear(gan, img, c, batch_scale))
 
 
-def discriminator_hinge(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
+def discriminator_hinge(gan: GAN, img: Tensor, c: Tensor, lecam_weight: float = 0.0) -> LossTerms:
     """max(0, 1 + D(T(G(z)))) + max(0, 1 - D(T(x))) (Lim & Ye 2017)."""
     fake_logits, real_logits, mean_w = _fake_and_real_logits(gan, img, c)
     loss = F.relu(1 + fake_logits).mean() + F.relu(1 - real_logits).mean()
-    return _discriminator_terms(loss, real_logits, real_logits, mean_w)
+    terms = _discriminator_terms(loss, real_logits, real_logits, mean_w)
+    return _add_lecam(terms, gan, fake_logits, real_logits, lecam_weight) if lecam_weight else terms
 
 
 def discriminator_wgan(gan: GAN, img: Tensor, c: Tensor, gp_weight: float, drift_weight: float) -> LossTerms:
@@ -253,6 +257,14 @@ def _discriminator_terms(loss: Tensor, real_logits: Tensor, margins: Tensor, mea
     return LossTerms(loss, stats, {"w_avg": mean_w, "real_sign": signs.mean()})
 
 
+def _add_lecam(terms: LossTerms, gan: GAN, fake_logits: Tensor, real_logits: Tensor, weight: float) -> LossTerms:
+    """Return D's terms plus weighted LeCam regularisation, with the batch means that update its averages."""
+    distance = lecam(real_logits, fake_logits, gan.logit_means)
+    means = torch.stack([real_logits.detach().mean(), fake_logits.detach().mean()])
+    loss = terms.loss + weight * distance
+    return LossTerms(loss, terms.stats | {"Loss/lecam": distance}, terms.means | {"logits": means})
+
+
 def r1_penalty(gan: GAN, img: Tensor, c: Tensor, gamma: float | Tensor, estimate: Estimate | None = None) -> LossTerms:
     """gamma/2 E[|grad_x D(T(x))|^2] on real images x before the augmentation T (Mescheder et al. 2018).
 
@@ -291,12 +303,12 @@ def path_length(gan: GAN, img: Tensor, c: Tensor, weight: float, decay: float) -
 
 def _logistic(gan: GAN, config: LossConfig) -> Losses:
     g_loss = partial(generator_logistic, gan, batch_scale=config.g_batch_scale)
-    return g_loss, partial(discriminator_logistic, gan)
+    return g_loss, partial(discriminator_logistic, gan, lecam_weight=config.lecam)
 
 
 def _hinge(gan: GAN, config: LossConfig) -> Losses:
     g_loss = partial(generator_linear, gan, batch_scale=config.g_batch_scale)
-    return g_loss, partial(discriminator_hinge, gan)
+    return g_loss, partial(discriminator_hinge, gan, lecam_weight=config.lecam)
 
 
 def _wgangp_eps(gan: GAN, config: LossConfig) -> Losses:
@@ -399,6 +411,7 @@ class LossConfig:
     centring: float = setting(
         0.0, "Weight of the squared sum of a pair's logits (relativistic).", at_least=0, note="0 turns the term off"
     )
+    lecam: float = setting(0.0, "Weight of LeCam regularisation (logistic, hinge).", at_least=0, note=OFF)
     fresh_reals: bool = setting(False, "Compare generated images with real images that D's step did not use.")
     d_first: bool = setting(False, "Update the discriminator before the generator in every step.")
 
@@ -422,6 +435,9 @@ class LossConfig:
         if self.objective == "relativistic" and self.g_batch_scale > 1:
             problem = "relativistic compares each generated image with a real image of the batch: leave it at 1"
             raise ConfigError("g_batch_scale", self.g_batch_scale, problem)
+        if self.lecam and self.objective not in LAZY_R1:
+            problem = f"only the logits of --loss={' and '.join(LAZY_R1)} have a level to regularise; omit it"
+            raise ConfigError("lecam", self.lecam, problem)
         for name in ("centring", "fresh_reals"):
             if getattr(self, name) and self.objective != "relativistic":
                 raise ConfigError(name, getattr(self, name), "applies to --loss=relativistic only; omit it")
@@ -455,6 +471,8 @@ class LossConfig:
             values["r1_interval"] = 16 if objective in LAZY_R1 else None
         if "wgangp-eps" in (objective, self.objective):
             values["r1_gamma"] = None
+        if objective not in LAZY_R1:
+            values["lecam"] = 0.0
         if objective == "wgangp-eps":
             values |= {"penalty": "exact", "penalty_share": None, "penalty_sigma": None}
         if objective == "relativistic":

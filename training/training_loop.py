@@ -27,6 +27,7 @@ from training.ema import EMA
 from training.loss import GAN
 from training.networks import execution
 from training.phases import Phase, build_phases, build_updater
+from training.regularisers import LogitMeans
 
 if TYPE_CHECKING:
     from training.hooks import Hook
@@ -172,6 +173,7 @@ class Trainer:
             "w_avg": self.w_avg.update,
             "pl_mean": self.pl_mean.update,
             "real_sign": self.ada.observe,
+            "logits": self.gan.logit_means.update,
         }
         self.checkpoint = Checkpoint(
             G=self.G,
@@ -184,6 +186,7 @@ class Trainer:
             state=self.state,
             stats=self.stats,
             failures=self.failures,
+            **({"logit_means": self.gan.logit_means} if config.loss.lecam else {}),
         )
 
     def _build_phases(self) -> None:
@@ -202,6 +205,7 @@ class Trainer:
             pl_mean=self.pl_mean.value,
             group_size=config.discriminator.group_size,
             paired_augment=config.augment.paired,
+            logit_means=LogitMeans().to(self.device),
         )
         self.G.requires_grad_(False)
         self.D.requires_grad_(False)
