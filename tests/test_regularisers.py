@@ -1,4 +1,4 @@
-"""LeCam regularisation: its equation, its averages, exact resuming, refusals."""
+"""LeCam and consistency regularisation: equations, averages, exact resuming, refusals."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dnnlib.config import ConfigError
 from torch_utils.checkpoint import digest
 from training import regularisers
 from training.loss import LossConfig, discriminator_hinge, discriminator_logistic
+from training.phases import Updater, build_phases
 
 
 @pytest.mark.parametrize("loss", [discriminator_logistic, discriminator_hinge])
@@ -66,3 +67,29 @@ def test_lecam_needs_logits_with_a_fixed_level(objective: str) -> None:
     with pytest.raises(ConfigError, match="only the logits of --loss=logistic and hinge"):
         LossConfig(objective=objective, r1_interval=None, lecam=0.1)
     assert LossConfig(lecam=0.1).with_objective(objective).lecam == 0
+
+
+def test_consistency_compares_images_with_their_augmentation() -> None:
+    """For <a, x> + b and T(x) = 3 x, the difference of the logits is 2 <a, x>."""
+    gan, (img, c) = make_gan(augment=lambda x: 3 * x), batch()
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    updater = Updater(parameters, torch.optim.SGD(parameters, lr=1))
+    plain, total = (
+        next(phase for phase in build_phases(gan, config.fit(32, 6), updater, updater) if phase.name == "D_main")
+        for config in (LossConfig(), LossConfig(bcr_real=10.0, bcr_fake=7.0))
+    )
+    torch.manual_seed(5)
+    expected = plain.loss(img, c).loss
+    fake = gan.generate(6)[0].detach()
+    of_real, of_fake = ((2 * (gan.D(x, c) - gan.D.b)).square() for x in (img, fake))
+    torch.manual_seed(5)
+    terms = total.loss(img, c)
+    torch.testing.assert_close(terms.loss, expected + 10 * of_real.mean() + 7 * of_fake.mean())
+    torch.testing.assert_close(terms.stats["Loss/consistency_real"], of_real)
+    torch.testing.assert_close(terms.stats["Loss/consistency_fake"], of_fake)
+
+
+def test_consistency_needs_an_augmentation(shapes_zip: Path) -> None:
+    with pytest.raises(ConfigError, match="--aug=noaug has none") as caught:
+        every_phase_config(shapes_zip, loss__bcr_fake=1.0, augment__mode="noaug", augment__pipe="bgc")
+    assert caught.value.field == "loss.bcr_fake"

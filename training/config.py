@@ -523,7 +523,7 @@ def resolve(config: TrainConfig, env: Environment) -> TrainConfig:
         resolved = override(resolved, {"run.batch_gpu": next(iter(micro_batches(resolved)), batch_gpu)})
     _check_batches(resolved)
     _check_styles(resolved)
-    _check_pairs(resolved)
+    _check_augmentation(resolved)
     _check_holdout(resolved)
     _check_parts(resolved, env)
     return resolved
@@ -619,10 +619,14 @@ def _check_estimate(config: TrainConfig) -> None:
         raise ConfigError("loss.penalty_share", estimate.share, problem)
 
 
-def _check_pairs(config: TrainConfig) -> None:
+def _check_augmentation(config: TrainConfig) -> None:
     problem = _pairing_problem(config)
     if config.augment.paired and problem:
         raise ConfigError("augment.paired", True, problem)
+    for name in ("bcr_real", "bcr_fake"):
+        if getattr(config.loss, name) and config.augment.mode == "noaug":
+            problem = "compares images with their augmentation, and --aug=noaug has none; omit it"
+            raise ConfigError(f"loss.{name}", getattr(config.loss, name), problem)
 
 
 def _check_styles(config: TrainConfig) -> None:
@@ -701,6 +705,8 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "loss.penalty_share": None,
     "loss.penalty_sigma": None,
     "loss.centring": 0.0,
+    "loss.bcr_real": 0.0,
+    "loss.bcr_fake": 0.0,
     "loss.lecam": 0.0,
     "loss.fresh_reals": False,
     "loss.d_first": False,

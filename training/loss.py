@@ -25,7 +25,7 @@ from training.augment.pipe import AugmentPipe
 from training.dataset import encode_labels
 from training.networks import execution
 from training.penalties import Estimate, gradient_penalty, groups, squared_differences, squared_gradients
-from training.regularisers import LogitMeans, lecam
+from training.regularisers import LogitMeans, consistency, lecam
 
 
 @dataclass
@@ -265,6 +265,15 @@ def _add_lecam(terms: LossTerms, gan: GAN, fake_logits: Tensor, real_logits: Ten
     return LossTerms(loss, terms.stats | {"Loss/lecam": distance}, terms.means | {"logits": means})
 
 
+def add_consistency(loss: Loss, gan: GAN, real_weight: float, fake_weight: float, img: Tensor, c: Tensor) -> LossTerms:
+    """Return the terms of D's `loss` plus weighted consistency of its logits under augmentation."""
+    terms = loss(img, c)
+    of_real, of_fake = consistency(gan, img, c)
+    stats = terms.stats | {"Loss/consistency_real": of_real, "Loss/consistency_fake": of_fake}
+    total = terms.loss + real_weight * of_real.mean() + fake_weight * of_fake.mean()
+    return replace(terms, loss=total, stats=stats)
+
+
 def r1_penalty(gan: GAN, img: Tensor, c: Tensor, gamma: float | Tensor, estimate: Estimate | None = None) -> LossTerms:
     """gamma/2 E[|grad_x D(T(x))|^2] on real images x before the augmentation T (Mescheder et al. 2018).
 
@@ -410,6 +419,12 @@ class LossConfig:
     style_mixing: float = setting(0.9, "Probability of style mixing.", at_least=0, at_most=1)
     centring: float = setting(
         0.0, "Weight of the squared sum of a pair's logits (relativistic).", at_least=0, note="0 turns the term off"
+    )
+    bcr_real: float = setting(
+        0.0, "Weight of the consistency of D(x) and D(T(x)) (bCR) for real images.", at_least=0, note=OFF
+    )
+    bcr_fake: float = setting(
+        0.0, "Weight of the consistency of D(x) and D(T(x)) (bCR) for generated images.", at_least=0, note=OFF
     )
     lecam: float = setting(0.0, "Weight of LeCam regularisation (logistic, hinge).", at_least=0, note=OFF)
     fresh_reals: bool = setting(False, "Compare generated images with real images that D's step did not use.")

@@ -15,7 +15,7 @@ from dnnlib.config import ConfigError, check_bounds, setting
 from dnnlib.schedule import Schedule, value_at
 from torch_utils import distributed
 from torch_utils.gradients import FlatGradients
-from training.loss import GAN, OBJECTIVES, Loss, LossConfig, LossTerms, path_length, r1_penalty
+from training.loss import GAN, OBJECTIVES, Loss, LossConfig, LossTerms, add_consistency, path_length, r1_penalty
 from training.networks.weights import WeightCache
 
 
@@ -172,6 +172,8 @@ def build_phases(gan: GAN, config: LossConfig, g: Updater, d: Updater, *, use_co
     if config.pl_weight and config.pl_interval:
         loss = partial(path_length, gan, weight=config.pl_weight, decay=config.pl_decay)
         of_g.append(Phase("G_reg", g, loss, interval=config.n_critic * config.pl_interval, weight=config.pl_interval))
+    if config.bcr_real or config.bcr_fake:
+        d_loss = partial(add_consistency, d_loss, main, config.bcr_real, config.bcr_fake)
     of_d = [Phase("D_main", d, d_loss)]
     if config.r1_gamma and config.r1_interval:
         penalty = partial(r1_penalty, main, gamma=gan.weight(config.r1_gamma), estimate=config.estimate)
