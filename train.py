@@ -161,7 +161,7 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
         switch("--nobench", help="Turn off cuDNN benchmarking."),
         switch("--allow-tf32", field="allow_tf32", help="Allow TF32 in float32 matrix products and convolutions."),
         switch("--graphs", field="run.graphs", help="Capture phases as CUDA graphs. [on GPUs, up to 64x64]"),
-        switch("--compile", field="run.compile", help="torch.compile for the main phases."),
+        switch("--compile", field="run.compile", help="torch.compile where no second derivatives are needed."),
         switch("--grad-checkpoint", field="run.recompute",
                help="Recompute activations in the backward pass: less memory, more time."),
         switch("--deterministic", field="run.deterministic",

@@ -21,6 +21,7 @@ import data
 import generation
 import networks
 import operators
+import penalties
 import swd
 import train_step
 
@@ -191,6 +192,16 @@ def test_swd_reports_throughput() -> None:
     (row,) = results(swd.main, "--size=32", "--images=16", "--device=cpu")
     assert (row["size"], row["images"]) == (32, 16)
     assert row.keys() >= {"cut_images_per_second", "images_per_second", "peak_mib"}
+
+
+@pytest.mark.slow
+def test_penalties_reports_times_and_an_unbiased_estimate() -> None:
+    options = ["--discriminators=stylegan2", "--batch=4", "--rounds=1", "--device=cpu", "--train-steps=1"]
+    step, *biases = results(penalties.main, *options, "--precisions=fp32", "--sigmas=0.001,0.01", "--draws=2")
+    assert step["parameters"] == 278_177
+    assert step["seconds"].keys() == step["ratio"].keys() == {"none", "exact", "estimate", "quarter"}
+    assert [(row["steps"], row["sigma"]) for row in biases] == [(0, 0.001), (0, 0.01), (1, 0.001), (1, 0.01)]
+    assert biases[0]["ratio"] == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.slow

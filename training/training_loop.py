@@ -28,6 +28,7 @@ from training.loss import GAN
 from training.networks import execution
 from training.phases import Phase, build_phases, build_updater
 from training.power_ema import PowerEMA
+from training.regularisers import LogitMeans
 
 if TYPE_CHECKING:
     from training.hooks import Hook
@@ -137,6 +138,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device) -> None:
         self.config, self.dataset, self.device = config, dataset, device
         self.batch_size, self.batch_gpu = _batch_sizes(config)
+        self.batches_per_step = 2 if config.loss.fresh_reals else 1  # of real images: for D, then for G
         self.total_nimg = round(config.run.total_kimg * 1000)
         self.tick_nimg = max(round(config.run.tick_kimg * 1000), 1)
         self.hooks: Sequence[Hook] = ()
@@ -173,6 +175,7 @@ class Trainer:
             "w_avg": self.w_avg.update,
             "pl_mean": self.pl_mean.update,
             "real_sign": self.ada.observe,
+            "logits": self.gan.logit_means.update,
         }
         self.checkpoint = Checkpoint(
             G=self.G,
@@ -186,6 +189,7 @@ class Trainer:
             state=self.state,
             stats=self.stats,
             failures=self.failures,
+            **({"logit_means": self.gan.logit_means} if config.loss.lecam else {}),
         )
 
     def _build_phases(self) -> None:
@@ -202,6 +206,9 @@ class Trainer:
             labels=self.dataset.labels.to(self.device),
             style_mixing=config.loss.style_mixing,
             pl_mean=self.pl_mean.value,
+            group_size=config.discriminator.group_size,
+            paired_augment=config.augment.paired,
+            logit_means=LogitMeans().to(self.device),
         )
         self.G.requires_grad_(False)
         self.D.requires_grad_(False)
@@ -225,11 +232,11 @@ class Trainer:
             self._call_hooks(Tick(0, 0, is_first=True, is_last=False, stats={}, values=self._progress()))
         while not (self.is_finished or self.is_stopped):
             with self.stopwatch.section("data"):
-                img, c = next(data)
+                reals = [next(data) for _ in range(self.batches_per_step)]
             for phase in self.phases:
                 if phase.is_due(self.state.step):
                     with self.stopwatch.section(phase.name):
-                        self.run_phase(phase, img, c)
+                        self.run_phase(phase, *reals[phase.batch])
             self.ema.update(self.state.nimg, self.batch_size)
             self.profiles.update(self.state.nimg, self.batch_size)
             self.state.nimg += self.batch_size
@@ -313,7 +320,7 @@ class Trainer:
         run, on_gpu = self.config.run, self.device.type == "cuda"
         share: dict[str, Any] = {
             "seed": self.config.seed,
-            "position": self.state.nimg,
+            "position": self.state.nimg * self.batches_per_step,
             "batch_size": self.batch_size,
             "rank": distributed.rank(),
             "world_size": distributed.world_size(),

@@ -56,6 +56,11 @@ class DiscriminatorConfig(ABC):
         """Number of images that share minibatch statistics; 0 if the logits of each image are independent."""
         return 0
 
+    @property
+    def has_noise(self) -> bool:
+        """True if the logits depend on noise that is drawn at every call during training."""
+        return False
+
     def fit(self, height: int, width: int) -> Self:
         """Return the configuration for images of this size, with all unresolved fields chosen.
 
