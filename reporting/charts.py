@@ -31,9 +31,7 @@ GROUPS = (
     Group("augment", "Augmentation probability p", "p", ("Progress/augment",)),
     Group("schedule-lr", "Scheduled learning rates", "learning rate", ("Schedule/*.lr",), is_log=True),
     Group("schedule-beta2", "Scheduled beta2 of Adam", "beta2", ("Schedule/*.beta2",)),
-    Group(
-        "schedule-gamma", "Scheduled gamma, the weight of R1 and R2", "gamma", ("Schedule/loss.r1_gamma",), is_log=True
-    ),
+    Group("schedule-gamma", "Scheduled weight gamma of R1 and R2", "gamma", ("Schedule/loss.r1_gamma",), is_log=True),
     Group("schedule-ema", "Scheduled half-life of G_ema", "kimg", ("Schedule/ema.kimg",)),
     Group("gradients", "Gradient norms", "norm", ("Gradients/*",), is_log=True),
     Group("regularisers", "Regularisers and other loss terms", "mean", ("Loss/*",), is_log=True),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from training.augment.pipe import AugmentConfig, AugmentPipe
 from training.loss import GAN
 
 H = W = 4
@@ -42,11 +43,28 @@ class LinearD(nn.Module):
         return ((img * self.a).sum(dim=(1, 2, 3)) + self.b)[:, None]
 
 
+class Augment(AugmentPipe):
+    """Augmentation by a function without random parameters."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__(AugmentConfig(mode="noaug"), (2, H, W))
+        self.function = function
+
+    def forward(self, images: Tensor, values: list[Tensor] | None = None) -> Tensor:
+        return self.function(images)
+
+
 def make_gan(augment: Callable[[Tensor], Tensor] = lambda x: x, style_mixing: float = 0.0) -> GAN:
     torch.manual_seed(1)
-    labels = torch.zeros(10, 0)
     pl_mean = torch.tensor(0.7, dtype=torch.float64)
-    return GAN(G=LinearG(), D=LinearD(), augment=augment, labels=labels, style_mixing=style_mixing, pl_mean=pl_mean)
+    return GAN(
+        G=LinearG(),
+        D=LinearD(),
+        augment=Augment(augment),
+        labels=torch.zeros(10, 0),
+        style_mixing=style_mixing,
+        pl_mean=pl_mean,
+    )
 
 
 def batch(count: int = 6) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,9 @@ ALSO: dict[tuple[str, str], dict[str, Any]] = {
     ("LossConfig", "gp_weight"): {"objective": "wgangp-eps", "r1_interval": None},
     ("LossConfig", "drift_weight"): {"objective": "wgangp-eps", "r1_interval": None},
     ("LossConfig", "objective"): {"r1_interval": None},
+    ("LossConfig", "penalty_share"): {"penalty": "estimate"},
+    ("LossConfig", "penalty_sigma"): {"penalty": "estimate"},
+    ("LossConfig", "centring"): {"objective": "relativistic", "r1_interval": None},
 }
 # Fields with minimum values that a check across fields refuses.
 SHAPES = {

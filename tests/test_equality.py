@@ -124,10 +124,13 @@ def test_kernels_train_like_the_reference_implementations(shapes_zip: Path) -> N
 
 @pytest.mark.slow
 @QUIET_COMPILER
-@pytest.mark.parametrize("objective", ["wgangp-eps", "relativistic"])
-def test_compiled_penalties_have_the_same_gradients(shapes_zip: Path, objective: str) -> None:
+@pytest.mark.parametrize(
+    ("objective", "penalty"), [("wgangp-eps", "exact"), ("relativistic", "exact"), ("relativistic", "estimate")]
+)
+def test_compiled_penalties_have_the_same_gradients(shapes_zip: Path, objective: str, penalty: str) -> None:
     settings: dict[str, Any] = {
         "loss__objective": objective,
+        "loss__penalty": penalty,
         "loss__pl_weight": 0.0,
         **OBJECTIVE_SETTINGS.get(objective, {}),
     }

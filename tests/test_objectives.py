@@ -425,14 +425,18 @@ def test_resuming_is_exact_with_every_objective(shapes_zip: Path, tmp_path: Path
     assert float(straight.augment.p) != 0.5  # the controller has adjusted p
 
 
-WITH_PENALTIES = ("wgangp-eps", "relativistic")
+ESTIMATED = "relativistic, estimated"
+WITH_PENALTIES = ("wgangp-eps", "relativistic", ESTIMATED)
 
 
 def config_to_share(data: Path, objective: str) -> TrainConfig:
     changes: dict[str, Any] = {"g_optimizer__eps": 1e-2, "d_optimizer__eps": 1e-2, "d_optimizer__clip_norm": 1.0}
     changes |= {"augment__mode": "fixed", "augment__p": 0.7, "loss__n_critic": 2, "data__use_labels": True}
     changes |= {"loss__g_batch_scale": 2} if objective == "wgangp-eps" else {}
-    return objective_config(data, objective, **changes)
+    if objective == ESTIMATED:
+        changes |= {"loss__penalty": "estimate", "loss__fresh_reals": True, "loss__d_first": True}
+        changes |= {"augment__paired": True}
+    return objective_config(data, objective.partition(",")[0], **changes)
 
 
 def in_two_processes(folder: Path, data: Path) -> None:

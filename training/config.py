@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import ceil
 from typing import Any, Literal
 
 from dnnlib.config import ConfigError, check_bounds, field_names, from_json, is_config, override, setting, to_json
@@ -17,7 +18,7 @@ from training.augment.pipe import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.data_sources.sizes import Size, Sizes
 from training.dataset import DatasetConfig
 from training.ema import EMAConfig
-from training.loss import LAZY_R1, LossConfig
+from training.loss import LAZY_R1, SLICING, LossConfig
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.attention import BACKENDS
 from training.networks.discriminator import DiscriminatorConfig
@@ -97,7 +98,7 @@ class RunConfig:
     recompute: bool = setting(
         False, "Gradient checkpointing: recompute activations in the backward pass (less memory, more time)."
     )
-    compile: bool = setting(False, "Use torch.compile in the main phases, i.e. those without second derivatives.")
+    compile: bool = setting(False, "Use torch.compile for networks whose second derivatives are not needed.")
     graphs: bool | None = setting(
         None, "Capture each phase as a CUDA graph; None: on a GPU, for images of up to 64 pixels per side.", auto=True
     )
@@ -420,15 +421,18 @@ TRANSFER_LEARNING: Mapping[str, Any] = {"augment.ada_kimg": 100.0, "ema.rampup":
 def apply_options(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     """Return a preset with a user's options applied, {config path: value}.
 
-    Preset settings that an option rules out are dropped: R1 if the --loss objective does not use it, path length and
-    style mixing if the --gen generator has no styles, probability and policy if the --aug mode changes. Options are
-    never dropped: an option without effect raises ConfigError.
+    Preset settings that an option rules out are dropped: R1 and others that the --loss objective does not use, path
+    length and style mixing if the --gen generator has no styles, probability and policy if the --aug mode changes,
+    paired augmentation without pairs or augmentation. Options are never dropped: an option without effect raises
+    ConfigError.
     """
     if "loss.objective" in values:
         preset = replace(preset, loss=preset.loss.with_objective(values["loss.objective"]))
     if values.get("augment.mode", preset.augment.mode) != preset.augment.mode:
         preset = replace(preset, augment=replace(preset.augment, mode="noaug", p=None, policy=None))
     chosen = override(preset, values)
+    if chosen.augment.paired and "augment.paired" not in values and _pairing_problem(chosen):
+        chosen = override(chosen, {"augment.paired": False})
     _check_augment_options(chosen.augment, values)
     _check_intervals(chosen, values)
     if "generator.family" in values and not _has_styles(chosen.generator):
@@ -462,6 +466,13 @@ def _check_augment_options(augment: AugmentConfig, values: Mapping[str, Any]) ->
         if transforms and not set(transforms) & set(policy):
             problem = f"has no effect on augment.policy={','.join(policy)}, which lacks {' and '.join(transforms)}"
             raise ConfigError(path, value, problem)
+
+
+def _pairing_problem(config: TrainConfig) -> str | None:
+    """Return the reason why augment.paired has no effect, if any."""
+    if config.loss.objective != "relativistic":
+        return "only --loss=relativistic compares pairs of images; omit it"
+    return "there is no augmentation with --aug=noaug; omit it" if config.augment.mode == "noaug" else None
 
 
 def _has_styles(generator: GeneratorConfig) -> bool:
@@ -505,12 +516,14 @@ def resolve(config: TrainConfig, env: Environment) -> TrainConfig:
     if config.augment.mode == "diffaug" and config.augment.policy is None:
         values["augment.policy"] = DEFAULT_POLICY
     resolved = override(config, values)
-    resolved = replace(resolved, loss=resolved.loss.fit(resolution, batch_size))
+    resolved = replace(resolved, loss=resolved.loss.fit(resolution, batch_size, precision))
     resolved = _fit_networks(resolved, env)
     if is_auto:
         resolved = override(resolved, {"run.batch_gpu": next(iter(micro_batches(resolved)), batch_gpu)})
     _check_batches(resolved)
     _check_styles(resolved)
+    _check_pairs(resolved)
+    _check_slicing(resolved)
     _check_holdout(resolved)
     _check_parts(resolved, env)
     return resolved
@@ -582,6 +595,40 @@ def _check_batches(config: TrainConfig) -> None:
             batch_gpu,
             "path length uses half of the micro-batch: give at least 2, or turn path length off with --pl-weight=0",
         )
+    _check_estimate(config)
+
+
+def _check_estimate(config: TrainConfig) -> None:
+    """Raise ConfigError if the finite differences of loss.penalty=estimate have no images or would not compare D's."""
+    estimate = config.loss.estimate
+    if estimate is None:
+        return
+    if config.discriminator.has_noise:
+        problem = (
+            "differences of logits would contain the noise of this discriminator's attention: omit it, or give "
+            "--d-attention-noise=0"
+        )
+        raise ConfigError("loss.penalty", config.loss.penalty, problem)
+    assert isinstance(config.run.batch_gpu, int)
+    members = max(min(config.discriminator.group_size, config.run.batch_gpu), 1)
+    groups = config.run.batch_gpu // members
+    if not estimate.count(groups):
+        images = f"{groups} minibatch-std groups of {members} images" if members > 1 else f"{groups} images"
+        problem = f"leaves none of the {images} of a micro-batch: give at least {ceil(1000 / groups) / 1000:g}"
+        problem += ", or a smaller --mbstd (0: no groups)" if members > 1 else ""
+        raise ConfigError("loss.penalty_share", estimate.share, problem)
+
+
+def _check_pairs(config: TrainConfig) -> None:
+    problem = _pairing_problem(config)
+    if config.augment.paired and problem:
+        raise ConfigError("augment.paired", True, problem)
+
+
+def _check_slicing(config: TrainConfig) -> None:
+    if config.discriminator.is_slicing and config.loss.objective not in SLICING:
+        problem = f"needs --loss={' or '.join(SLICING)}, whose logits have a sign of their own; omit it"
+        raise ConfigError("discriminator.san", True, problem)
 
 
 def _check_styles(config: TrainConfig) -> None:
@@ -656,6 +703,12 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "loss.g_batch_scale": 1,
     "loss.gp_weight": None,
     "loss.drift_weight": None,
+    "loss.penalty": "exact",
+    "loss.penalty_share": None,
+    "loss.penalty_sigma": None,
+    "loss.centring": 0.0,
+    "loss.fresh_reals": False,
+    "loss.d_first": False,
     "generator.ffn": False,
     "generator.layernorm": "before",
     "generator.style_attention": True,
@@ -667,9 +720,11 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "augment.cutout_p": 1.0,
     "augment.filter_p": 1.0,
     "augment.hue_p": 1.0,
+    "augment.paired": False,
     "g_optimizer.clip_norm": None,
     "d_optimizer.clip_norm": None,
     "discriminator.cmap_dim": None,
+    "discriminator.san": False,
     "origin": Origin(),
 }
 

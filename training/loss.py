@@ -21,8 +21,10 @@ from torch import Tensor
 from dnnlib.config import ConfigError, check_bounds, setting
 from dnnlib.schedule import Schedule
 from torch_utils.misc import compiled
+from training.augment.pipe import AugmentPipe
 from training.dataset import encode_labels
 from training.networks import execution
+from training.penalties import Estimate, gradient_penalty, groups, squared_differences, squared_gradients
 
 
 @dataclass
@@ -44,10 +46,12 @@ class GAN:
 
     G: Any  # a generator: mapping, synthesis, z_dim, c_dim, num_ws
     D: Any  # a discriminator: D(img, c) -> logits (B, 1)
-    augment: Callable[[Tensor], Tensor]
+    augment: AugmentPipe
     labels: Tensor  # labels of all training images: class indices (items,) or vectors (items, c_dim)
     style_mixing: float
     pl_mean: Tensor  # scalar: running mean of the path length
+    group_size: int = 0  # of D, see DiscriminatorConfig.group_size
+    paired_augment: bool = False  # the same augmentation for the two images of a pair
     # Applied to G.synthesis and D, e.g. torch.compile.
     wrapper: Callable[[Any], Callable[..., Tensor]] = lambda network: network
     scheduled: dict[Schedule, Tensor] = field(default_factory=dict)  # current values, scalars on the device
@@ -104,9 +108,16 @@ class GAN:
         ws, mean_w = self.sample_styles(z, c)
         return self.synthesize(ws, noise_mode="random"), c, mean_w
 
-    def logits(self, img: Tensor, c: Tensor) -> Tensor:
-        """Return D's logits for randomly augmented images."""
-        return self.discriminate(self.augment(img), c)
+    def logits(self, img: Tensor, c: Tensor, values: list[Tensor] | None = None) -> Tensor:
+        """Return D's logits for images with the augmentation parameters `values`; None: random parameters."""
+        return self.discriminate(self.augment(img, values), c)
+
+    def augmentation_of_pairs(self, images: Tensor) -> list[Tensor]:
+        """Return random augmentation parameters for pairs: B images, then the other images of the B pairs."""
+        if self.paired_augment:
+            return [values.repeat(2, *[1] * (values.dim() - 1)) for values in self.augment.draw(images.chunk(2)[0])]
+        with execution.using(minibatches=2):
+            return self.augment.draw(images)
 
     def fake_and_real_logits(self, fake: Tensor, fake_c: Tensor, real: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Return `logits` for equal numbers of generated and real images, which pass through D as one batch."""
@@ -124,9 +135,9 @@ def generator_logistic(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -
 
 def discriminator_logistic(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
     """softplus(D(T(G(z)))) + softplus(-D(T(x)))."""
-    fake_logits, real_logits, mean_w = _fake_and_real_logits(gan, img, c)
+    fake_logits, real_logits, direction, mean_w = _fake_and_real_logits(gan, img, c)
     loss = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
-    return _discriminator_terms(loss, real_logits, real_logits, mean_w)
+    return _discriminator_terms(loss, real_logits, real_logits, mean_w, direction)
 
 
 def generator_linear(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
@@ -143,9 +154,9 @@ def generator_wgan(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> Lo
 
 def discriminator_hinge(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
     """max(0, 1 + D(T(G(z)))) + max(0, 1 - D(T(x))) (Lim & Ye 2017)."""
-    fake_logits, real_logits, mean_w = _fake_and_real_logits(gan, img, c)
+    fake_logits, real_logits, direction, mean_w = _fake_and_real_logits(gan, img, c)
     loss = F.relu(1 + fake_logits).mean() + F.relu(1 - real_logits).mean()
-    return _discriminator_terms(loss, real_logits, real_logits, mean_w)
+    return _discriminator_terms(loss, real_logits, real_logits, mean_w, direction)
 
 
 def discriminator_wgan(gan: GAN, img: Tensor, c: Tensor, gp_weight: float, drift_weight: float) -> LossTerms:
@@ -170,49 +181,63 @@ def discriminator_wgan(gan: GAN, img: Tensor, c: Tensor, gp_weight: float, drift
     return terms
 
 
-def gradient_penalty(gan: GAN, real: Tensor, fake: Tensor, c: Tensor) -> Tensor:
-    """(|grad_u D(u)| - 1)^2 at u = real + t (fake - real), t ~ U(0, 1) per image: (B,)."""
-    t = torch.rand([len(real), 1, 1, 1], dtype=real.dtype, device=real.device)
-    between = real.lerp(fake, t).requires_grad_(True)
-    with execution.using(twice_differentiable=True):
-        (gradient,) = torch.autograd.grad(gan.D(between, c).sum(), between, create_graph=True)
-    return (gradient.flatten(1).norm(dim=1) - 1).square()
-
-
 def generator_relativistic(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
     """softplus(D(T(x)) - D(T(G(z)))) on pairs with the same labels (Jolicoeur-Martineau 2019; Huang et al. 2024)."""
     fake, _, mean_w = gan.generate(len(img), c)
+    values = gan.augment.draw(img) if gan.paired_augment else None
     with torch.no_grad():
-        real_logits = gan.logits(img, c)
-    logits = gan.logits(fake, c)
+        real_logits = gan.logits(img, c, values)
+    logits = gan.logits(fake, c, values)
     return _omit_signs(_generator_terms(F.softplus(real_logits - logits).mean(), logits, mean_w))
 
 
-def discriminator_relativistic(gan: GAN, img: Tensor, c: Tensor, gamma: float | Tensor) -> LossTerms:
-    """softplus(D(T(G(z))) - D(T(x))) + gamma/2 (E[|grad_x D(T(x))|^2] + E[|grad D(T(G(z)))|^2]), on the same pairs.
+def discriminator_relativistic(
+    gan: GAN, img: Tensor, c: Tensor, gamma: float | Tensor, estimate: Estimate | None = None, centring: float = 0.0
+) -> LossTerms:
+    """softplus(f - r) + gamma/2 (R1 + R2) + centring E[(r + f)^2], with f = D(T(G(z))) and r = D(T(x)) of a pair.
 
-    R1 and R2 in every step: Huang et al. 2024, "The GAN is dead; long live the GAN!". As in `r1_penalty`, gradients
-    are with respect to the images before augmentation.
+    R1 and R2 in every step: Huang et al. 2024, "The GAN is dead; long live the GAN!". With an `estimate`, R1 and R2 are
+    estimated by finite differences; they are omitted if gamma is the number 0. The centring term keeps the logits of
+    pairs, whose common shift has no effect on the loss, near zero (Lin et al. 2025, "Adversarial flow models").
     """
     with torch.no_grad():
         fake, _, mean_w = gan.generate(len(img), c)
-    images = torch.cat([fake, img]).requires_grad_(True)
-    with execution.using(twice_differentiable=True, minibatches=2):
-        logits = gan.D(gan.augment(images), c.repeat(2, 1))
-        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    fake_logits, real_logits = logits.chunk(2)
-    fake_penalty, real_penalty = gradient.square().sum(dim=(1, 2, 3)).chunk(2)  # each (B,)
-    loss = F.softplus(fake_logits - real_logits).mean() + gamma / 2 * (real_penalty + fake_penalty).mean()
+        images, labels = torch.cat([fake, img]), c.repeat(2, 1)
+        values = gan.augmentation_of_pairs(images)
+    if not isinstance(gamma, Tensor) and gamma == 0:
+        with execution.using(minibatches=2):
+            (fake_logits, real_logits), penalties = gan.logits(images, labels, values).chunk(2), None
+    else:
+        penalise = squared_gradients if estimate is None else partial(squared_differences, estimate=estimate)
+        (fake_logits, real_logits), penalties = penalise(gan, images, labels, values, minibatches=2)
+
+    loss = F.softplus(fake_logits - real_logits).mean()
+    stats: dict[str, Tensor] = {}
+    if penalties is not None:
+        fake_penalty, real_penalty = penalties
+        loss = loss + gamma / 2 * (real_penalty + fake_penalty).mean()
+        stats |= {"Loss/r1_penalty": real_penalty, "Loss/r2_penalty": fake_penalty}
+    if centring:
+        stats["Loss/centring"] = (real_logits + fake_logits).square()
+        loss = loss + centring * stats["Loss/centring"].mean()
     terms = _discriminator_terms(loss, real_logits, real_logits - fake_logits, mean_w)
-    terms.stats |= {"Loss/r1_penalty": real_penalty, "Loss/r2_penalty": fake_penalty}
-    return terms
+    return replace(terms, stats=terms.stats | stats)
 
 
-def _fake_and_real_logits(gan: GAN, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return D's logits for as many generated as real images, and the mean w."""
+def _fake_and_real_logits(gan: GAN, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return D's logits for as many generated as real images, the loss of a SlicingHead's direction, and the mean w.
+
+    The loss of the direction is E[D(T(G(z)))] - E[D(T(x))], with gradients to the direction only (Takida et al. 2024);
+    it is None if D has no SlicingHead.
+    """
     with torch.no_grad():
         fake, fake_c, mean_w = gan.generate(len(img))
-    return *gan.fake_and_real_logits(fake, fake_c, img, c), mean_w
+    with execution.using(slicing=True):
+        fake_logits, real_logits = gan.fake_and_real_logits(fake, fake_c, img, c)
+    if fake_logits.shape[1] == 1:
+        return fake_logits, real_logits, None, mean_w
+    direction = fake_logits[:, 1].mean() - real_logits[:, 1].mean()
+    return fake_logits[:, :1], real_logits[:, :1], direction, mean_w
 
 
 def _generator_terms(loss: Tensor, logits: Tensor, mean_w: Tensor) -> LossTerms:
@@ -226,24 +251,33 @@ def _omit_signs(terms: LossTerms) -> LossTerms:
     return replace(terms, stats=stats)
 
 
-def _discriminator_terms(loss: Tensor, real_logits: Tensor, margins: Tensor, mean_w: Tensor) -> LossTerms:
+def _discriminator_terms(
+    loss: Tensor, real_logits: Tensor, margins: Tensor, mean_w: Tensor, direction: Tensor | None = None
+) -> LossTerms:
     """Return the terms of a discriminator loss; `margins` are positive where D is correct about a real image.
 
     The margin is the logit of the real image. Where D only compares images, the margin is the logit of the real image
-    minus the logit of a generated image. ADA is controlled by the mean sign of the margins.
+    minus the logit of a generated image. ADA is controlled by the mean sign of the margins. `direction` is minimised
+    too but not reported as part of the loss, because its value is a difference of logits.
     """
     signs = margins.detach().sign()
     stats = {"Loss/D/loss": loss, "Loss/scores/real": real_logits, "Loss/signs/real": signs}
-    return LossTerms(loss, stats, {"w_avg": mean_w, "real_sign": signs.mean()})
+    total = loss if direction is None else loss + direction
+    return LossTerms(total, stats, {"w_avg": mean_w, "real_sign": signs.mean()})
 
 
-def r1_penalty(gan: GAN, img: Tensor, c: Tensor, gamma: float | Tensor) -> LossTerms:
-    """gamma/2 E[|grad_x D(T(x))|^2] on real images x before the augmentation T (Mescheder et al. 2018)."""
-    img = img.detach().requires_grad_(True)
-    with execution.using(twice_differentiable=True):
-        logits = gan.logits(img, c)
-        (gradient,) = torch.autograd.grad(logits.sum(), img, create_graph=True)
-    squared_norm = gradient.square().sum(dim=(1, 2, 3))  # (B,)
+def r1_penalty(gan: GAN, img: Tensor, c: Tensor, gamma: float | Tensor, estimate: Estimate | None = None) -> LossTerms:
+    """gamma/2 E[|grad_x D(T(x))|^2] on real images x before the augmentation T (Mescheder et al. 2018).
+
+    With an `estimate`, the squared norm is estimated by finite differences.
+    """
+    if estimate is None:
+        _, (squared_norm,) = squared_gradients(gan, img, c, gan.augment.draw(img))
+    else:
+        chosen = groups(torch.arange(len(img), device=img.device), gan.group_size)
+        chosen = chosen[: estimate.count(len(chosen))].t().flatten()  # a minibatch of some of the groups
+        img, c, estimate = img[chosen], c[chosen], replace(estimate, share=1.0)
+        _, (squared_norm,) = squared_differences(gan, img, c, gan.augment.draw(img), estimate=estimate)
     loss = (gamma / 2) * squared_norm.mean()
     return LossTerms(loss, {"Loss/r1_penalty": squared_norm, "Loss/D/reg": loss})
 
@@ -285,7 +319,13 @@ def _wgangp_eps(gan: GAN, config: LossConfig) -> Losses:
 
 
 def _relativistic(gan: GAN, config: LossConfig) -> Losses:
-    d_loss = partial(discriminator_relativistic, gan, gamma=gan.weight(_resolved(config, "r1_gamma")))
+    d_loss = partial(
+        discriminator_relativistic,
+        gan,
+        gamma=gan.weight(_resolved(config, "r1_gamma")),
+        estimate=config.estimate,
+        centring=config.centring,
+    )
     return partial(generator_relativistic, gan), d_loss
 
 
@@ -316,6 +356,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "wgangp-eps": Objective(_wgangp_eps, lazy_r1=False, weights={"gp_weight": 10.0, "drift_weight": 1e-3}),
     "relativistic": Objective(_relativistic, lazy_r1=False),
 }
+SLICING = ("logistic", "hinge")  # objectives for which SAN defines the loss of the direction
 LAZY_R1 = tuple(name for name, objective in OBJECTIVES.items() if objective.lazy_r1)
 OFF = "0 turns the regulariser off"
 
@@ -349,6 +390,17 @@ class LossConfig:
         at_least=0,
         note=OFF,
     )
+    penalty: str = setting(
+        "exact",
+        "R1 and R2 from second derivatives, or estimated by finite differences of logits.",
+        choices=("exact", "estimate"),
+    )
+    penalty_share: float | None = setting(
+        None, "Share of the images used by the estimate of R1 and R2; None: 1.", auto=True, above=0, at_most=1
+    )
+    penalty_sigma: float | None = setting(
+        None, "Std of the perturbation in the estimate of R1 and R2; None: 0.01, or 0.05 with bf16.", auto=True, above=0
+    )
     r1_interval: int | None = setting(
         16, "Lazy regularisation: steps between R1 phases; None: no R1 phase.", at_least=1
     )
@@ -358,10 +410,16 @@ class LossConfig:
     )
     pl_decay: float = setting(0.01, "Rate of the moving average of path lengths.", at_least=0, at_most=1)
     style_mixing: float = setting(0.9, "Probability of style mixing.", at_least=0, at_most=1)
+    centring: float = setting(
+        0.0, "Weight of the squared sum of a pair's logits (relativistic).", at_least=0, note="0 turns the term off"
+    )
+    fresh_reals: bool = setting(False, "Compare generated images with real images that D's step did not use.")
+    d_first: bool = setting(False, "Update the discriminator before the generator in every step.")
 
     def __post_init__(self) -> None:
         check_bounds(self)
         self._check_objective()
+        self._check_penalty()
 
     def _check_objective(self) -> None:
         """Raise ConfigError for settings that the objective does not use."""
@@ -378,6 +436,31 @@ class LossConfig:
         if self.objective == "relativistic" and self.g_batch_scale > 1:
             problem = "relativistic compares each generated image with a real image of the batch: leave it at 1"
             raise ConfigError("g_batch_scale", self.g_batch_scale, problem)
+        for name in ("centring", "fresh_reals"):
+            if getattr(self, name) and self.objective != "relativistic":
+                raise ConfigError(name, getattr(self, name), "applies to --loss=relativistic only; omit it")
+
+    def _check_penalty(self) -> None:
+        """Raise ConfigError for settings of the estimate that have no effect."""
+        if self.penalty == "exact":
+            for name in ("penalty_share", "penalty_sigma"):
+                if getattr(self, name) is not None:
+                    problem = "has no effect on the exact penalty: omit it, or give loss.penalty=estimate"
+                    raise ConfigError(name, getattr(self, name), problem)
+        elif self.objective == "wgangp-eps":
+            problem = "wgangp-eps has its own penalty: the estimate needs --loss=logistic, hinge or relativistic"
+            raise ConfigError("penalty", self.penalty, problem)
+        elif self.r1_gamma == 0 or (self.objective in LAZY_R1 and self.r1_interval is None):
+            without_r1 = "r1_gamma=0" if self.r1_gamma == 0 else "r1_interval=none"
+            problem = f"has no effect with loss.{without_r1}, which turns R1 off; omit it"
+            raise ConfigError("penalty", self.penalty, problem)
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """Settings of the estimate of R1 and R2; None with exact penalties."""
+        if self.penalty == "exact":
+            return None
+        return Estimate(share=_resolved(self, "penalty_share"), sigma=_resolved(self, "penalty_sigma"))
 
     def with_objective(self, objective: str) -> Self:
         """Return this configuration with another objective, without the settings that only the old objective uses."""
@@ -386,12 +469,21 @@ class LossConfig:
             values["r1_interval"] = 16 if objective in LAZY_R1 else None
         if "wgangp-eps" in (objective, self.objective):
             values["r1_gamma"] = None
+        if objective == "wgangp-eps":
+            values |= {"penalty": "exact", "penalty_share": None, "penalty_sigma": None}
         if objective == "relativistic":
             values["g_batch_scale"] = 1
+        else:
+            values |= {"centring": 0.0, "fresh_reals": False}
         return self if objective == self.objective else replace(self, **values)
 
-    def fit(self, resolution: int, batch_size: int) -> Self:
-        """Fill in weights that are None; `resolution` is the longer side of the images."""
+    def fit(self, resolution: int, batch_size: int, precision: str = "fp32") -> Self:
+        """Fill in weights that are None; `resolution` is the longer side of the images.
+
+        bfloat16 is too coarse for differences over a perturbation of 0.01; see the bias in docs/objectives.md.
+        """
         gamma = 0.0 if self.objective == "wgangp-eps" else 0.0002 * resolution**2 / batch_size
         weights: dict[str, Any] = {"r1_gamma": gamma, **OBJECTIVES[self.objective].weights}
+        if self.penalty == "estimate":
+            weights |= {"penalty_share": 1.0, "penalty_sigma": 0.05 if precision == "bf16" else 0.01}
         return replace(self, **{name: value for name, value in weights.items() if getattr(self, name) is None})

@@ -121,6 +121,7 @@ class Phase:
     """One optimizer step on the gradient of `weight * loss`, every `interval` training steps.
 
     The weight of a lazy regulariser is the number of main phases of its network per phase of the regulariser.
+    `batch` is the number of the step's batch of real images that the loss uses; batch 1 exists with loss.fresh_reals.
     `means` are the batch means of the current step, `weights` the effective weights of both networks.
     """
 
@@ -129,6 +130,7 @@ class Phase:
     loss: Loss
     interval: int = 1
     weight: int = 1
+    batch: int = 0
     means: BatchMeans = field(default_factory=BatchMeans)
     weights: WeightCache = field(default_factory=WeightCache)
 
@@ -160,15 +162,18 @@ def adam_settings(config: AdamConfig, regularisation_interval: int | None, nimg:
 
 
 def build_phases(gan: GAN, config: LossConfig, g: Updater, d: Updater, *, use_compiled: bool = False) -> list[Phase]:
-    """Return the phases of a step in order; `use_compiled` applies torch.compile to the main phases only."""
+    """Return the phases of a step in order.
+
+    `use_compiled` applies torch.compile to the networks, except for the path length and exact penalties of D.
+    """
     main = gan.compiled() if use_compiled else gan
     g_loss, d_loss = OBJECTIVES[config.objective].losses(main, config)
-    phases = [Phase("G_main", g, g_loss, interval=config.n_critic)]
+    of_g = [Phase("G_main", g, g_loss, interval=config.n_critic, batch=int(config.fresh_reals))]
     if config.pl_weight and config.pl_interval:
         loss = partial(path_length, gan, weight=config.pl_weight, decay=config.pl_decay)
-        phases.append(Phase("G_reg", g, loss, interval=config.n_critic * config.pl_interval, weight=config.pl_interval))
-    phases.append(Phase("D_main", d, d_loss))
+        of_g.append(Phase("G_reg", g, loss, interval=config.n_critic * config.pl_interval, weight=config.pl_interval))
+    of_d = [Phase("D_main", d, d_loss)]
     if config.r1_gamma and config.r1_interval:
-        penalty = partial(r1_penalty, gan, gamma=gan.weight(config.r1_gamma))
-        phases.append(Phase("D_reg", d, penalty, interval=config.r1_interval, weight=config.r1_interval))
-    return phases
+        penalty = partial(r1_penalty, main, gamma=gan.weight(config.r1_gamma), estimate=config.estimate)
+        of_d.append(Phase("D_reg", d, penalty, interval=config.r1_interval, weight=config.r1_interval))
+    return of_d + of_g if config.d_first else of_g + of_d

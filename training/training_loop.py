@@ -136,6 +136,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device) -> None:
         self.config, self.dataset, self.device = config, dataset, device
         self.batch_size, self.batch_gpu = _batch_sizes(config)
+        self.batches_per_step = 2 if config.loss.fresh_reals else 1  # of real images: for D, then for G
         self.total_nimg = round(config.run.total_kimg * 1000)
         self.tick_nimg = max(round(config.run.tick_kimg * 1000), 1)
         self.hooks: Sequence[Hook] = ()
@@ -199,6 +200,8 @@ class Trainer:
             labels=self.dataset.labels.to(self.device),
             style_mixing=config.loss.style_mixing,
             pl_mean=self.pl_mean.value,
+            group_size=config.discriminator.group_size,
+            paired_augment=config.augment.paired,
         )
         self.G.requires_grad_(False)
         self.D.requires_grad_(False)
@@ -222,11 +225,11 @@ class Trainer:
             self._call_hooks(Tick(0, 0, is_first=True, is_last=False, stats={}, values=self._progress()))
         while not (self.is_finished or self.is_stopped):
             with self.stopwatch.section("data"):
-                img, c = next(data)
+                reals = [next(data) for _ in range(self.batches_per_step)]
             for phase in self.phases:
                 if phase.is_due(self.state.step):
                     with self.stopwatch.section(phase.name):
-                        self.run_phase(phase, img, c)
+                        self.run_phase(phase, *reals[phase.batch])
             self.ema.update(self.state.nimg, self.batch_size)
             self.state.nimg += self.batch_size
             self.state.step += 1
@@ -309,7 +312,7 @@ class Trainer:
         run, on_gpu = self.config.run, self.device.type == "cuda"
         share: dict[str, Any] = {
             "seed": self.config.seed,
-            "position": self.state.nimg,
+            "position": self.state.nimg * self.batches_per_step,
             "batch_size": self.batch_size,
             "rank": distributed.rank(),
             "world_size": distributed.world_size(),

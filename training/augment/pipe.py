@@ -6,7 +6,7 @@ limited data") and DiffAugment (diffaugment.py).
 
 from dataclasses import dataclass
 from math import isclose
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ Mode = Literal["noaug", "ada", "fixed", "diffaug"]
 # Fields used by each mode. Flags for other fields are rejected.
 MODE_FIELDS: dict[str, tuple[str, ...]] = {
     "noaug": (),
-    "ada": ("pipe", "target", "ada_kimg", "ada_interval", "max_p"),
-    "fixed": ("pipe", "p"),
-    "diffaug": ("policy", "translation", "cutout_p", "filter_p", "hue_p"),
+    "ada": ("pipe", "target", "ada_kimg", "ada_interval", "max_p", "paired"),
+    "fixed": ("pipe", "p", "paired"),
+    "diffaug": ("policy", "translation", "cutout_p", "filter_p", "hue_p", "paired"),
 }
 
 
@@ -58,6 +58,7 @@ class AugmentConfig:
         1.0, "Probability of DiffAugment's filter, per image and frequency band.", at_least=0, at_most=1
     )
     hue_p: float = setting(1.0, "Probability of DiffAugment's hue, per image.", at_least=0, at_most=1)
+    paired: bool = setting(False, "Augment the two images of a pair of relativistic with the same random draw.")
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -98,10 +99,19 @@ class AugmentPipe(nn.Module):
         self.register_buffer("p", torch.tensor(config.fixed_p(0) or 0.0, dtype=torch.float32), persistent=False)
         self.stages = nn.ModuleList(_build_stages(config, img_shape))
 
-    def forward(self, images: Tensor) -> Tensor:
-        for stage in self.stages:
-            images = stage(images, self.p)
+    def draw(self, images: Tensor) -> list[Tensor]:
+        """Draw the parameters of every transform for images [B, C, H, W]: one tensor [B, ...] per transform."""
+        return [stage.draw(images, self.p) for stage in self._transforms()]
+
+    def forward(self, images: Tensor, values: list[Tensor] | None = None) -> Tensor:
+        """Transform images with the parameters `values`, as from `draw`; None: random parameters."""
+        values = self.draw(images) if values is None else values
+        for stage, parameters in zip(self._transforms(), values, strict=True):
+            images = stage.transform(images, parameters)
         return images
+
+    def _transforms(self) -> list[Transform]:
+        return cast(list[Transform], [*self.stages])
 
 
 def _build_stages(config: AugmentConfig, img_shape: tuple[int, int, int]) -> list[Transform]:

@@ -64,6 +64,11 @@ class DiscriminatorConfig(ABC):
         """Number of images that share minibatch statistics; 0 if the logits of each image are independent."""
         return 0
 
+    @property
+    def has_noise(self) -> bool:
+        """True if the logits depend on noise that is drawn at every call during training."""
+        return False
+
     def fit(self, height: int, width: int) -> Self:
         """Return the configuration for images of this size, with all unresolved fields chosen.
 
@@ -101,9 +106,10 @@ class SlicingHead(nn.Module):
 
         logit = scale <omega, h + b>,   |omega| = 1
 
-    omega is the normalised parameter `direction`, or the normalised label embedding of a conditional model. The loss of
-    D trains omega by a term of its own. While `execution.current.slicing` is set, the result is (B, 2) instead: the
-    logit with gradients to h, b and scale only, and the same value with gradients to omega only.
+    omega is the parameter `direction` (or the label embedding of a conditional model), normalised here at every call
+    and not after every step. The loss of D trains omega by a term of its own. While `execution.current.slicing` is set,
+    the result is (B, 2) instead: the logit with gradients to h, b and scale only, and the same value with gradients to
+    omega only.
     """
 
     def __init__(self, dim: int, *, conditional: bool) -> None:
@@ -114,7 +120,9 @@ class SlicingHead(nn.Module):
 
     def forward(self, h: Tensor, embedding: Tensor | None) -> Tensor:
         """Return logits for features h and label embeddings, both (B, dim); the embedding is None if unconditional."""
-        omega = F.normalize(self.direction if embedding is None else embedding, dim=1)
+        direction = self.direction if embedding is None else embedding
+        assert direction is not None
+        omega = F.normalize(direction, dim=1)
         h = h + self.bias
         if not execution.current.slicing:
             return self.scale * (h * omega).sum(dim=1, keepdim=True)

@@ -93,6 +93,10 @@ class TransGANDiscriminatorConfig(BlockConfig, DiscriminatorConfig):
             return (sum(self.widths),) * len(self.widths)
         return tuple(sum(self.widths[: i + 1]) for i in range(len(self.widths)))
 
+    @property
+    def has_noise(self) -> bool:
+        return self.attention_noise
+
     def fit(self, height: int, width: int) -> Self:
         """Choose unresolved patch size, widths and numbers of blocks as in the published models."""
         side = max(height, width)
