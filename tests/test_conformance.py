@@ -36,6 +36,7 @@ from dnnlib.config import UserError, from_json, to_json
 from exploration.attention_maps import attention_maps, has_attention, record
 from exploration.model import Model
 from torch_utils.checkpoint import digest
+from training.augment.pipe import AugmentConfig, AugmentPipe
 from training.config import PRESETS, TrainConfig
 from training.loss import GAN, path_length
 from training.networks import DISCRIMINATORS, GENERATORS, execution
@@ -333,7 +334,8 @@ def test_path_length_uses_the_gradient_of_each_style(case: Case) -> None:
     if G.num_ws == 1:
         return
     zero, labels = torch.zeros([], dtype=torch.float64), torch.zeros(1, 0)
-    gan: Any = GAN(G=G, D=None, augment=lambda x: x, labels=labels, style_mixing=0.0, pl_mean=zero)
+    pipe = AugmentPipe(AugmentConfig(mode="noaug"), G.img_shape)
+    gan: Any = GAN(G=G, D=None, augment=pipe, labels=labels, style_mixing=0.0, pl_mean=zero)
     gan.sample_latents = lambda count: (torch.randn(count, G.z_dim).double(), torch.zeros(count, 0))
     torch.manual_seed(4)
     with execution.using(shared_styles=True):  # as in training

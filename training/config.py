@@ -19,7 +19,7 @@ from training.augment.stages import PIPES
 from training.data_sources.sizes import Size, Sizes
 from training.dataset import DatasetConfig
 from training.ema import EMAConfig
-from training.loss import LAZY_R1, LossConfig
+from training.loss import LAZY_R1, SLICING, LossConfig
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.networks.attention import BACKENDS
 from training.networks.discriminator import DiscriminatorConfig
@@ -611,6 +611,7 @@ def resolve(config: TrainConfig, env: Environment) -> TrainConfig:
     _check_batches(resolved)
     _check_styles(resolved)
     _check_augmentation(resolved)
+    _check_slicing(resolved)
     _check_holdout(resolved)
     _check_parts(resolved, env)
     return resolved
@@ -716,6 +717,12 @@ def _check_augmentation(config: TrainConfig) -> None:
             raise ConfigError(f"loss.{name}", getattr(config.loss, name), problem)
 
 
+def _check_slicing(config: TrainConfig) -> None:
+    if config.discriminator.is_slicing and config.loss.objective not in SLICING:
+        problem = f"needs --loss={' or '.join(SLICING)}, whose logits have a sign of their own; omit it"
+        raise ConfigError("discriminator.san", True, problem)
+
+
 def _check_styles(config: TrainConfig) -> None:
     for name, remedy in (("pl_weight", "--pl-weight=0"), ("style_mixing", "--mixing=0")):
         value = getattr(config.loss, name)
@@ -814,6 +821,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "d_optimizer.clip_norm": None,
     "discriminator.cmap_dim": None,
     "ema.profiles": (),
+    "discriminator.san": False,
     "origin": Origin(),
 }
 

@@ -137,9 +137,9 @@ def generator_logistic(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -
 
 def discriminator_logistic(gan: GAN, img: Tensor, c: Tensor, lecam_weight: float = 0.0) -> LossTerms:
     """softplus(D(T(G(z)))) + softplus(-D(T(x)))."""
-    fake_logits, real_logits, mean_w = _fake_and_real_logits(gan, img, c)
+    fake_logits, real_logits, direction, mean_w = _fake_and_real_logits(gan, img, c)
     loss = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
-    terms = _discriminator_terms(loss, real_logits, real_logits, mean_w)
+    terms = _discriminator_terms(loss, real_logits, real_logits, mean_w, direction)
     return _add_lecam(terms, gan, fake_logits, real_logits, lecam_weight) if lecam_weight else terms
 
 
@@ -157,9 +157,9 @@ def generator_wgan(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> Lo
 
 def discriminator_hinge(gan: GAN, img: Tensor, c: Tensor, lecam_weight: float = 0.0) -> LossTerms:
     """max(0, 1 + D(T(G(z)))) + max(0, 1 - D(T(x))) (Lim & Ye 2017)."""
-    fake_logits, real_logits, mean_w = _fake_and_real_logits(gan, img, c)
+    fake_logits, real_logits, direction, mean_w = _fake_and_real_logits(gan, img, c)
     loss = F.relu(1 + fake_logits).mean() + F.relu(1 - real_logits).mean()
-    terms = _discriminator_terms(loss, real_logits, real_logits, mean_w)
+    terms = _discriminator_terms(loss, real_logits, real_logits, mean_w, direction)
     return _add_lecam(terms, gan, fake_logits, real_logits, lecam_weight) if lecam_weight else terms
 
 
@@ -228,11 +228,20 @@ def discriminator_relativistic(
     return replace(terms, stats=terms.stats | stats)
 
 
-def _fake_and_real_logits(gan: GAN, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return D's logits for as many generated as real images, and the mean w."""
+def _fake_and_real_logits(gan: GAN, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return D's logits for as many generated as real images, the loss of a SlicingHead's direction, and the mean w.
+
+    The loss of the direction is E[D(T(G(z)))] - E[D(T(x))], with gradients to the direction only (Takida et al. 2024);
+    it is None if D has no SlicingHead.
+    """
     with torch.no_grad():
         fake, fake_c, mean_w = gan.generate(len(img))
-    return *gan.fake_and_real_logits(fake, fake_c, img, c), mean_w
+    with execution.using(slicing=True):
+        fake_logits, real_logits = gan.fake_and_real_logits(fake, fake_c, img, c)
+    if fake_logits.shape[1] == 1:
+        return fake_logits, real_logits, None, mean_w
+    direction = fake_logits[:, 1].mean() - real_logits[:, 1].mean()
+    return fake_logits[:, :1], real_logits[:, :1], direction, mean_w
 
 
 def _generator_terms(loss: Tensor, logits: Tensor, mean_w: Tensor) -> LossTerms:
@@ -246,15 +255,19 @@ def _omit_signs(terms: LossTerms) -> LossTerms:
     return replace(terms, stats=stats)
 
 
-def _discriminator_terms(loss: Tensor, real_logits: Tensor, margins: Tensor, mean_w: Tensor) -> LossTerms:
+def _discriminator_terms(
+    loss: Tensor, real_logits: Tensor, margins: Tensor, mean_w: Tensor, direction: Tensor | None = None
+) -> LossTerms:
     """Return the terms of a discriminator loss; `margins` are positive where D is correct about a real image.
 
     The margin is the logit of the real image. Where D only compares images, the margin is the logit of the real image
-    minus the logit of a generated image. ADA is controlled by the mean sign of the margins.
+    minus the logit of a generated image. ADA is controlled by the mean sign of the margins. `direction` is minimised
+    too but not reported as part of the loss, because its value is a difference of logits.
     """
     signs = margins.detach().sign()
     stats = {"Loss/D/loss": loss, "Loss/scores/real": real_logits, "Loss/signs/real": signs}
-    return LossTerms(loss, stats, {"w_avg": mean_w, "real_sign": signs.mean()})
+    total = loss if direction is None else loss + direction
+    return LossTerms(total, stats, {"w_avg": mean_w, "real_sign": signs.mean()})
 
 
 def _add_lecam(terms: LossTerms, gan: GAN, fake_logits: Tensor, real_logits: Tensor, weight: float) -> LossTerms:
@@ -364,6 +377,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "wgangp-eps": Objective(_wgangp_eps, lazy_r1=False, weights={"gp_weight": 10.0, "drift_weight": 1e-3}),
     "relativistic": Objective(_relativistic, lazy_r1=False),
 }
+SLICING = ("logistic", "hinge")  # objectives for which SAN defines the loss of the direction
 LAZY_R1 = tuple(name for name, objective in OBJECTIVES.items() if objective.lazy_r1)
 OFF = "0 turns the regulariser off"
 

@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnnlib.config import check_bounds, field_names, parse_size, setting
+from training.networks import execution
 from training.networks.layers import ImageShape, check_labels, check_limits
 
 
@@ -50,6 +53,11 @@ class DiscriminatorConfig(ABC):
     def convert_from(cls, other: DiscriminatorConfig) -> Self:
         """Return a configuration of this family with the shared fields of `other` and the AUTO fields unresolved."""
         return cls(**{name: getattr(other, name) for name in field_names(DiscriminatorConfig)}, **cls.AUTO)
+
+    @property
+    def is_slicing(self) -> bool:
+        """Return whether the last layer is a SlicingHead."""
+        return False
 
     @property
     def group_size(self) -> int:
@@ -93,6 +101,44 @@ class Discriminator(nn.Module, ImageShape, ABC):
         """Return the layers in the order in which Freeze-D (Mo et al. 2020) freezes them, without the final layers."""
 
 
+class SlicingHead(nn.Module):
+    """Last layer of a slicing adversarial network: features h (B, dim) -> logits (B, 1) (Takida et al. 2024, "SAN").
+
+        logit = scale <omega, h + b>,   |omega| = 1
+
+    omega is the parameter `direction` (or the label embedding of a conditional model), normalised here at every call
+    and not after every step. The loss of D trains omega by a term of its own. While `execution.current.slicing` is set,
+    the result is (B, 2) instead: the logit with gradients to h, b and scale only, and the same value with gradients to
+    omega only.
+    """
+
+    def __init__(self, dim: int, *, conditional: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.scale = nn.Parameter(torch.ones([]))
+        self.direction = None if conditional else nn.Parameter(torch.randn(1, dim))
+
+    def forward(self, h: Tensor, embedding: Tensor | None) -> Tensor:
+        """Return logits for features h and label embeddings, both (B, dim); the embedding is None if unconditional."""
+        direction = self.direction if embedding is None else embedding
+        assert direction is not None
+        omega = F.normalize(direction, dim=1)
+        h = h + self.bias
+        if not execution.current.slicing:
+            return self.scale * (h * omega).sum(dim=1, keepdim=True)
+        logit = self.scale * (h * omega.detach()).sum(dim=1, keepdim=True)
+        slice_ = self.scale.detach() * (h.detach() * omega).sum(dim=1, keepdim=True)
+        return torch.cat([logit, slice_], dim=1)
+
+
 def project(out: Tensor, embedding: Tensor) -> Tensor:
     """Projection of (B, dim) onto (B, dim), sum_j out_j embedding_j / sqrt(dim), (B, 1) (Miyato & Koyama 2018)."""
     return (out * embedding).sum(dim=1, keepdim=True) / math.sqrt(out.shape[1])
+
+
+def to_logits(out: Tensor, embedding: Tensor | None, head: SlicingHead | None) -> Tensor:
+    """Return logits (B, 1) for the output (B, dim) of D's last layers: sliced, projected on labels, or unchanged."""
+    if head is not None:
+        logits: Tensor = head(out, embedding)
+        return logits
+    return out if embedding is None else project(out, embedding)

@@ -35,7 +35,8 @@ class Execution:
     generated and real images; statistics and random choices that images share stay within a minibatch. `weights`: cache
     of effective weights; None: layers compute them at every call. `attention`: backend of PyTorch's attention, "auto"
     or a key of attention.BACKENDS. `shared_styles`: compute the styles of all layers together if one w is expanded to
-    them, even with gradients; these reach w, but not each style separately.
+    them, even with gradients; these reach w, but not each style separately. `slicing`: a SlicingHead of D returns its
+    logits twice, with gradients for its two losses.
     """
 
     reduced: torch.dtype | None = None
@@ -47,6 +48,7 @@ class Execution:
     weights: WeightCache | None = None
     attention: str = "auto"
     shared_styles: bool = False
+    slicing: bool = False
 
 
 current = Execution()

@@ -20,7 +20,7 @@ from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import downsample2d
 from training.networks import execution
 from training.networks.attention import SelfAttention
-from training.networks.discriminator import Discriminator, DiscriminatorConfig, halved_grids, project
+from training.networks.discriminator import Discriminator, DiscriminatorConfig, SlicingHead, halved_grids, to_logits
 from training.networks.generator import Grid
 from training.networks.layers import Conv2d, resample_filter, to_map, to_tokens
 from training.networks.mapping import LabelMapping
@@ -61,6 +61,9 @@ class StyleformerDiscriminatorConfig(DiscriminatorConfig):
     conv_clamp: float | None = setting(
         256.0, "Clamp activations to +- this value; None: no clamp.", above=0, note="None disables the clamp"
     )
+    san: bool = setting(
+        False, "Slicing adversarial network: a normalised last layer with a loss of its own (logistic, hinge)."
+    )
 
     AUTO: ClassVar[Mapping[str, Any]] = {"patch": 0, "layers": (), "channel_base": 0}
 
@@ -84,6 +87,10 @@ class StyleformerDiscriminatorConfig(DiscriminatorConfig):
         """Number of channels on a grid of this size."""
         channels = channels_on_grid(self, grid)
         return channels - channels % min(self.depth, channels)
+
+    @property
+    def is_slicing(self) -> bool:
+        return self.san
 
     @property
     def group_size(self) -> int:
@@ -199,13 +206,14 @@ class StyleformerDiscriminator(Discriminator):
         self.epilogue = DiscriminatorEpilogue(
             widths[-1],
             self.grids[-1],
-            widths[-1] if config.c_dim else 1,
+            widths[-1] if config.c_dim else None if config.san else 1,
             group_size=config.mbstd_group_size,
             clamp=config.conv_clamp,
         )
         self.mapping = None
         if config.c_dim:
             self.mapping = LabelMapping(c_dim=config.c_dim, out_dim=widths[-1], num_layers=config.mapping_layers)
+        self.head = SlicingHead(widths[-1], conditional=bool(config.c_dim)) if config.san else None
         self.register_buffer("resample_filter", resample_filter(), persistent=False)
 
     def forward(self, img: Tensor, c: Tensor | None) -> Tensor:
@@ -218,10 +226,7 @@ class StyleformerDiscriminator(Discriminator):
             if grid != self.grids[-1]:
                 x = to_tokens(downsample2d(x, self.resample_filter))  # (B, N/4, C_out)
 
-        logits: Tensor = self.epilogue(x)  # (B, 1), or (B, C) if conditional
-        if self.mapping is not None:
-            logits = project(logits, self.mapping(c))
-        return logits
+        return to_logits(self.epilogue(x), None if self.mapping is None else self.mapping(c), self.head)
 
     def layers_from_image(self) -> list[nn.Module]:
         """Return the patch embedding and the blocks, without the epilogue."""

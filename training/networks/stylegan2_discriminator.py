@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dnnlib.config import ConfigError, setting
 from torch_utils.ops.upfirdn2d import downsample2d
 from training.networks import execution
-from training.networks.discriminator import Discriminator, DiscriminatorConfig, halved_grids, project
+from training.networks.discriminator import Discriminator, DiscriminatorConfig, SlicingHead, halved_grids, to_logits
 from training.networks.layers import Conv2d, FullyConnected, MinibatchStd, resample_filter
 from training.networks.mapping import LabelMapping
 from training.networks.stylegan2 import Architecture, channels_on_grid, check_channel_base, default_channel_base
@@ -45,6 +45,9 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
     conv_clamp: float | None = setting(
         256.0, "Clamp activations to +- this value; None: no clamp.", above=0, note="None disables the clamp"
     )
+    san: bool = setting(
+        False, "Slicing adversarial network: a normalised last layer with a loss of its own (logistic, hinge)."
+    )
 
     AUTO: ClassVar[Mapping[str, Any]] = {"channel_base": 0}
 
@@ -63,6 +66,10 @@ class StyleGAN2DiscriminatorConfig(DiscriminatorConfig):
     def num_channels(self, grid: tuple[int, int]) -> int:
         """Number of channels on a grid of this size."""
         return channels_on_grid(self, grid)
+
+    @property
+    def is_slicing(self) -> bool:
+        return self.san
 
     @property
     def group_size(self) -> int:
@@ -118,11 +125,12 @@ class DiscriminatorBlock(nn.Module):
 class DiscriminatorEpilogue(nn.Module):
     """Final layers, from the smallest grid to (B, out_dim): minibatch std, 3x3 convolution, two fully connected layers.
 
-    With `group_size` 0, there is no minibatch std. All layers but the convolution compute in full precision.
+    With `group_size` 0, there is no minibatch std. With `out_dim` None, there is no second fully connected layer, and
+    the result is (B, channels). All layers but the convolution compute in full precision.
     """
 
     def __init__(
-        self, channels: int, grid: tuple[int, int], out_dim: int, *, group_size: int, clamp: float | None
+        self, channels: int, grid: tuple[int, int], out_dim: int | None, *, group_size: int, clamp: float | None
     ) -> None:
         super().__init__()
         C = channels
@@ -131,15 +139,15 @@ class DiscriminatorEpilogue(nn.Module):
         extra = 0 if self.mbstd is None else 1
         self.conv = Conv2d(C + extra, C, 3, activation="lrelu", clamp=clamp)
         self.fc = FullyConnected(C * math.prod(grid), C, activation="lrelu")
-        self.out = FullyConnected(C, out_dim)
+        self.out = None if out_dim is None else FullyConnected(C, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = execution.full_precision(x)
         if self.mbstd is not None:
             x = self.mbstd(x)  # (B, C+1, h, w)
         x = execution.full_precision(self.conv(execution.cast(x, self.grid))).flatten(1)  # (B, C h w)
-        out: Tensor = self.out(self.fc(x))  # (B, out_dim)
-        return out
+        x = self.fc(x)  # (B, C)
+        return x if self.out is None else self.out(x)  # (B, out_dim)
 
 
 class StyleGAN2Discriminator(Discriminator):
@@ -166,16 +174,20 @@ class StyleGAN2Discriminator(Discriminator):
             for grid, (C, C_out) in zip(config.grids, itertools.pairwise(channels), strict=False)
         )
         self.cmap_dim = config.cmap_dim or channels[-1]
+        width, unconditional = channels[-1], None if config.san else 1
         self.epilogue = DiscriminatorEpilogue(
-            channels[-1],
+            width,
             config.grids[-1],
-            self.cmap_dim if config.c_dim else 1,
+            self.cmap_dim if config.c_dim else unconditional,
             group_size=config.mbstd_group_size,
             clamp=config.conv_clamp,
         )
         self.mapping = None
         if config.c_dim:
             self.mapping = LabelMapping(c_dim=config.c_dim, out_dim=self.cmap_dim, num_layers=config.mapping_layers)
+        self.head = None
+        if config.san:
+            self.head = SlicingHead(self.cmap_dim if config.c_dim else width, conditional=bool(config.c_dim))
         self.register_buffer("resample_filter", resample_filter(), persistent=False)
 
     def forward(self, img: Tensor, c: Tensor | None) -> Tensor:
@@ -188,10 +200,7 @@ class StyleGAN2Discriminator(Discriminator):
                 small = execution.cast(img, (img.shape[2], img.shape[3]))
                 x = x.to(small.dtype) + self.fromrgb[level](small)
 
-        logits: Tensor = self.epilogue(x)  # (B, 1), or (B, cmap_dim) if conditional
-        if self.mapping is not None:
-            logits = project(logits, self.mapping(c))
-        return logits
+        return to_logits(self.epilogue(x), None if self.mapping is None else self.mapping(c), self.head)
 
     def layers_from_image(self) -> list[nn.Module]:
         """Return fromRGB (if any), conv0, conv1 and skip of each level, without the epilogue."""
