@@ -232,12 +232,10 @@ LEARNING = {
         *SMALL_STYLEGAN2_D,
     ],
     ("transgan", "stylegan2"): ["--g_dict=128,32", "--num_layers=1,1", *SMALL_STYLEGAN2_D],
-    ("r3gan", "r3gan"): [
-        "--g_dict=64,64,32",
-        "--num_layers=1,1,1",
+    ("stylegan2", "r3gan"): [
+        *SMALL_STYLEGAN2_G,
         "--set=discriminator.widths=64,64,32",
         "--set=discriminator.layers=1,1,1",
-        "--loss=relativistic",
         "--dlr=0.001",
     ],
     ("stylegan2", "styleformer"): [*SMALL_STYLEGAN2_G, *SMALL_STYLEGAN2_D],

@@ -22,6 +22,7 @@ from reference_r3gan import (
     ref_upsample,
 )
 from torch import Tensor
+from training_helpers import distances_to_scenes
 
 from dnnlib.config import ConfigError
 from dnnlib.schedule import value_at
@@ -212,6 +213,14 @@ def test_precision_is_reduced_per_grid() -> None:
     low, full = torch.bfloat16, torch.float32
     assert dtypes == {"G2x4": full, "G4x8": low, "G8x16": low, "D8x16": low, "D4x8": low}
     assert img.dtype == logits.dtype == full
+
+
+@pytest.mark.slow
+def test_both_networks_halve_the_distance_to_real_images(tmp_path: Path) -> None:
+    options = ["--gen=r3gan", "--g_dict=64,64", "--num_layers=1,1", "--z-dim=32", "--disc=r3gan", "--loss=relativistic"]
+    options += ["--set=discriminator.widths=64,64", "--set=discriminator.layers=1,1", "--batch=16", "--glr=0.0005"]
+    untrained, trained = distances_to_scenes(tmp_path, 8, *options, "--dlr=0.001", "--kimg=6", "--tick=6")
+    assert trained <= untrained / 2
 
 
 # Sizes and parameter counts.
