@@ -142,10 +142,13 @@ def test_compiled_penalties_have_the_same_gradients(shapes_zip: Path, objective:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_graphs_compute_the_gradients_and_means_of_each_batch(shapes_zip: Path, objective: str) -> None:
+@pytest.mark.parametrize(
+    ("objective", "penalty"), [*((name, "exact") for name in OBJECTIVES), ("relativistic", "estimate")]
+)
+def test_graphs_compute_the_gradients_and_means_of_each_batch(shapes_zip: Path, objective: str, penalty: str) -> None:
     """Two batches with two seeds: the second replay does not depend on the first batch."""
     settings = {"augment__pipe": "color", "loss__objective": objective, **OBJECTIVE_SETTINGS.get(objective, {})}
+    settings["loss__penalty"] = penalty
     eager, graphs = (build(shapes_zip, "cuda", **settings, run__graphs=on) for on in (False, True))
     data = eager._batches()
     for position in (0, 1000):
