@@ -103,7 +103,7 @@ def run_d_main(mistake: str | None, extra: int = 0) -> dict[str, Any]:
     with fake.fake_tensors():
         trainer = fake.new_trainer(config, env, launches.DEVICE)
 
-        def augment(x: Tensor) -> Tensor:
+        def augment(x: Tensor, values: list[Tensor] | None = None) -> Tensor:
             for _ in range(extra):
                 x = x.cos()
             return MISTAKES[mistake][0](x) if mistake else x
