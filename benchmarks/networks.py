@@ -23,6 +23,8 @@ from dnnlib.allocator import tune_allocator
 from training.networks import execution
 from training.networks.discriminator import Discriminator, DiscriminatorConfig
 from training.networks.generator import Generator, GeneratorConfig
+from training.networks.r3gan import R3GANConfig
+from training.networks.r3gan_discriminator import R3GANDiscriminatorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.styleformer_discriminator import StyleformerDiscriminatorConfig
@@ -43,6 +45,8 @@ CONFIGS: dict[str, GeneratorConfig | DiscriminatorConfig] = {
     "transgan 32 px": TransGANConfig(z_dim=256, w_dim=256),
     "transgan discriminator 32 px": TransGANDiscriminatorConfig(norm="token"),
     "styleformer discriminator 32 px": StyleformerDiscriminatorConfig(),
+    "r3gan 32 px": R3GANConfig(w_dim=64),
+    "r3gan discriminator 32 px": R3GANDiscriminatorConfig(),
     "stylegan2 discriminator 32 px, orig": StyleGAN2DiscriminatorConfig(architecture="orig", mbstd_group_size=32),
 }
 

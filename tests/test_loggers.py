@@ -273,7 +273,7 @@ def documented_keys() -> dict[str, str]:
     section = text[text.index("## stats.jsonl") : text.index("## Several processes")]
     rows = re.findall(r"^\| (`.*?) \| (.*) \|$", section, flags=re.MULTILINE)
     return {
-        re.escape(name).replace("<phase>", "(G_main|G_reg|D_main|D_reg)"): rest
+        re.escape(name).replace("<phase>", "(G_main|G_reg|D_main|D_reg)").replace("<field>", r"[a-z0-9_.]+"): rest
         for names, rest in rows
         for name in re.findall(r"`(.+?)`", names)
     }
@@ -283,7 +283,8 @@ def test_stats_jsonl_keys_equal_the_documented_keys(shapes_zip: Path, tmp_path: 
     """The runs together enable every option that adds a key."""
     variants = (
         ["--pl-weight=2", "--set=loss.pl_interval=1", "--set=loss.r1_interval=1", "--holdout=32"],
-        ["--loss=relativistic"],
+        ["--loss=relativistic", "--set=loss.centring=0.01", "--glr=0.002:0.001@1k"],
+        ["--set=loss.lecam=1", "--set=loss.bcr_real=10", "--set=loss.bcr_fake=10"],
         ["--loss=wgangp-eps", "--gamma=0"],
         ["--glr=1e30", "--set=run.nan=skip"],
     )

@@ -267,6 +267,7 @@ def test_presets_have_the_published_recipe(name: str) -> None:
     assert (config.batch_size, config.run.total_kimg) == (batch, 1000 * total)
     assert (config.loss.objective, config.loss.n_critic, config.loss.r1_interval) == ("relativistic", 1, None)
     assert (config.loss.pl_weight, config.loss.style_mixing, config.ema.rampup) == (0, 0, None)
+    assert (config.loss.d_first, config.loss.fresh_reals, config.loss.penalty) == (True, True, "exact")
     assert config.g_optimizer == config.d_optimizer
     assert (config.g_optimizer.beta1, config.g_optimizer.clip_norm) == (0, None)
     augment = config.augment

@@ -53,9 +53,12 @@ def _add_statistics(payload: dict[str, Any]) -> dict[str, Any]:
     return payload
 
 
-def _add_profiles(payload: dict[str, Any]) -> dict[str, Any]:
-    """Migrate to version 4: a state holds power-function averages; earlier versions tracked none."""
-    payload["parts"]["profiles"] = {"run": "", "averages": {}}
+def _add_averages(payload: dict[str, Any]) -> dict[str, Any]:
+    """Migrate to version 4: a state holds power-function averages and mean logits; earlier versions tracked none."""
+    payload["parts"] |= {
+        "profiles": {"run": "", "averages": {}},
+        "logit_means": {"values": torch.zeros(2), "steps": torch.zeros([], dtype=torch.int64)},
+    }
     return payload
 
 
@@ -65,7 +68,7 @@ class Checkpoint:
     FORMAT = "training-state"
     VERSION = 4
     # version -> function that upgrades a payload to the next version
-    MIGRATIONS: Mapping[int, Migration] = {1: _fuse_optimizers, 2: _add_statistics, 3: _add_profiles}
+    MIGRATIONS: Mapping[int, Migration] = {1: _fuse_optimizers, 2: _add_statistics, 3: _add_averages}
 
     def __init__(self, **parts: Stateful) -> None:
         self.parts = parts

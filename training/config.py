@@ -437,6 +437,8 @@ def _r3gan(
             pl_weight=0,
             pl_interval=None,
             style_mixing=0,
+            fresh_reals=True,
+            d_first=True,
         ),
         g_optimizer=adam,
         d_optimizer=adam,

@@ -189,7 +189,7 @@ class Trainer:
             state=self.state,
             stats=self.stats,
             failures=self.failures,
-            **({"logit_means": self.gan.logit_means} if config.loss.lecam else {}),
+            logit_means=self.gan.logit_means,
         )
 
     def _build_phases(self) -> None:
