@@ -111,6 +111,8 @@ def build_stages(options: Options) -> dict[str, SuiteStage]:
         "stylegan2": step(options, 60, "stylegan2", "bf16,bf16+graphs"),
         "transgan": step(options, 90, "transgan", "bf16,bf16+graphs"),
         "styleformer-c": step(options, 60, "styleformer-c", "bf16,bf16+graphs"),
+        "r3gan": step(options, 90, "r3gan", "bf16,bf16+graphs"),
+        "penalties": SuiteStage(command=benchmark("penalties", options, *PENALTIES[options.quick]), limit=60),
         "networks": SuiteStage(command=benchmark("networks", options, *NETWORKS[options.quick]), limit=90),
         "generation": SuiteStage(command=benchmark("generation", options, *GENERATION[options.quick]), limit=60),
         "attention": SuiteStage(command=benchmark("self_attention", options, *ATTENTION[options.quick]), limit=60),
@@ -141,12 +143,17 @@ OPERATORS = (
     ["--repeats=20", "--dtype=float32,bfloat16", "--impl=cuda,reference,compiled"],
     ["--repeats=1", "--only=RGB pyramid up, 16 px"],
 )
+PENALTIES = (
+    ["--batch=64", "--rounds=20", "--precisions=bf16", "--draws=4", "--sigmas=0.01,0.02"],
+    ["--batch=4", "--rounds=1", "--precisions=none", "--discriminators=styleformer"],
+)
 STEPS = {
     "large": ["--preset=cifar-large", "--batch=64"],
     "readme-32": [*README_MODEL, "--batch=32"],
     "readme-64": [*README_MODEL, "--batch=64"],
     "stylegan2": ["--preset=cifar-stylegan2", "--resolution=32", "--batch=64"],
     "transgan": ["--preset=transgan-cifar", "--batch=64"],
+    "r3gan": ["--preset=r3gan-cifar", "--batch=64"],
     "styleformer-c": ["--preset=styleformer-c256", "--resolution=256", "--batch=16"],
 }
 TINY = ["--preset=tiny", "--batch=4"]

@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dnnlib.cli import NameList, Script, option
 from dnnlib.config import UserError, override
 from torch_utils import custom_ops
-from training.config import PRESETS, Environment, TrainConfig, resolve
+from training.config import PRESETS, Environment, TrainConfig, apply_options, resolve
 from training.training_loop import Trainer
 
 STUB = Path(__file__).with_name("cuda_stub.cpp")
@@ -56,6 +56,17 @@ class Case:
 
 
 PATH_LENGTH = {"precision": "fp32", "loss.pl_weight": 2.0, "loss.style_mixing": 0.9}
+ESTIMATE = apply_options(
+    README_EXAMPLE,
+    {
+        "loss.objective": "relativistic",
+        "loss.penalty": "estimate",
+        "loss.penalty_share": 0.25,
+        "loss.centring": 0.01,
+        "augment.paired": True,
+        "discriminator.mbstd_group_size": 8,
+    },
+)
 CASES = {
     "readme": Case(config=README_EXAMPLE),
     "cifar-large": Case(config=override(PRESETS["cifar-large"], {"batch_size": 64})),
@@ -64,6 +75,8 @@ CASES = {
     "styleformer-c256": Case(config=PRESETS["styleformer-c256"], side=256),
     "church128-l": Case(config=PRESETS["church128-l"], side=128),
     "transgan-cifar": Case(config=PRESETS["transgan-cifar"]),
+    "r3gan-cifar": Case(config=override(PRESETS["r3gan-cifar"], {"batch_size": 64}), classes=10),
+    "estimated-penalties": Case(config=ESTIMATE),
     "fp16-bgcfnc": Case(config=override(README_EXAMPLE, {"precision": "fp16", "augment.pipe": "bgcfnc"})),
     "fp32-path-length-labels": Case(config=override(README_EXAMPLE, PATH_LENGTH), classes=10),
     "reference-operators": Case(config=README_EXAMPLE, impl="reference"),
@@ -117,9 +130,10 @@ def count_launches(case: str) -> list[dict[str, Any]]:
 
 
 def update_averages(trainer: Trainer) -> None:
-    """Update EMA and ADA, as after the phases of a step."""
+    """Update averages, schedules and ADA, as after the phases of a step."""
     trainer.ema.update(trainer.batch_size, trainer.batch_size)
     trainer.profiles.update(trainer.batch_size, trainer.batch_size)
+    trainer.follow_schedules()
     trainer.ada.update(trainer.config.augment.ada_interval, trainer.batch_size)
 
 

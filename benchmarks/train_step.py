@@ -155,7 +155,8 @@ def with_synthetic_images(
         dataset_tool.main(
             ["--source=shapes", f"--dest={config.data.path}", *size, "--workers=1"], standalone_mode=False
         )
-    return config, Environment(img_shape=(3, height, width), c_dim=0, on_gpu=on_gpu)
+    c_dim = ImageDataset(config.data).c_dim
+    return config, Environment(img_shape=(3, height, width), c_dim=c_dim, on_gpu=on_gpu)
 
 
 class CountOperations(TorchDispatchMode):
@@ -263,11 +264,11 @@ def take_steps(trainer: Trainer, data: Iterator[tuple[Tensor, Tensor]], count: i
     lazy = [phase for phase in trainer.phases if phase.interval > 1]
     for i in range(count):
         with clock.section("data"):
-            img, c = next(data)
+            reals = [next(data) for _ in range(trainer.batches_per_step)]
         for phase in trainer.phases:
             if phase.interval == 1:
                 with clock.section(phase.name):
-                    trainer.run_phase(phase, img, c)
+                    trainer.run_phase(phase, *reals[phase.batch])
         with clock.section("ema"):
             trainer.ema.update(trainer.state.nimg, trainer.batch_size)
             trainer.profiles.update(trainer.state.nimg, trainer.batch_size)
@@ -276,7 +277,7 @@ def take_steps(trainer: Trainer, data: Iterator[tuple[Tensor, Tensor]], count: i
         if i == count - 1:
             for phase in lazy * count:
                 with clock.section(phase.name):
-                    trainer.run_phase(phase, img, c)
+                    trainer.run_phase(phase, *reals[phase.batch])
 
 
 if __name__ == "__main__":

@@ -242,13 +242,13 @@ class Trainer:
             self.state.nimg += self.batch_size
             self.state.step += 1
             self.state.elapsed = time.monotonic() - began
-            self._follow_schedules()
+            self.follow_schedules()
             self.ada.update(self.state.step, self.batch_size)
             self._call_hooks(self._finish_tick())
         for hook in reversed(self.hooks):
             hook.on_end(self)
 
-    def _follow_schedules(self) -> None:
+    def follow_schedules(self) -> None:
         """Set all values that have a schedule to their values at the current number of images."""
         nimg = self.state.nimg
         self.g_updater.follow_schedules(nimg)
@@ -451,7 +451,7 @@ class Trainer:
         Hyperparameters in the state (learning rate, betas, eps, a fixed p) are replaced by the configuration's.
         """
         payload = self.checkpoint.load(path)
-        self._follow_schedules()
+        self.follow_schedules()
         return bool(payload.get("data_hash") == self.dataset.content_hash)
 
 
