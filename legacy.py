@@ -20,6 +20,7 @@ from dnnlib.cli import DefaultGroup, FileOrURL, Script, option
 from dnnlib.config import UserError, to_json
 from metrics.registry import results_of, sha256_of_snapshot
 from torch_utils.misc import count_parameters
+from training.augment.pipe import MODE_FIELDS
 from training.config import TrainConfig
 from training.snapshots.exchange import is_folder, read_folder, save_folder, save_snapshot
 from training.snapshots.foreign import is_foreign, read_foreign
@@ -268,8 +269,9 @@ def _lines(description: dict[str, Any]) -> Iterator[str]:
         yield f"{name:14} {network['family']}, {network['parameters']:,} parameters"
     kimg = "not known" if description["kimg"] is None else f"{description['kimg']:g}"
     yield f"trained        kimg {kimg}, preset {config['preset']}, data {config['data']['path'] or 'not known'}"
-    details = "" if augment["mode"] == "noaug" else f" {augment['pipe']}, p {description['ada_p']:.3f}"
-    yield f"augmentation   {augment['mode']}{details}"
+    pipe = f" {augment['pipe']}" if "pipe" in MODE_FIELDS[augment["mode"]] else ""
+    p = "" if augment["mode"] == "noaug" else f", p {description['ada_p']:.3f}"
+    yield f"augmentation   {augment['mode']}{pipe}{p}"
     if origin["source"]:
         yield f"started from   {origin['source']}, kimg {origin['kimg']:g}"
     for name, reason in description["left_out"].items():

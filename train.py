@@ -118,9 +118,10 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
                help="Freeze-D: freeze this many layers of D, starting at the image. [0]"),
     ),
     "Augmentation": (
-        option("--aug", field="augment.mode", metavar="NAME", help="noaug (none), ada, fixed or diffaug. [ada]"),
+        option("--aug", field="augment.mode", metavar="NAME", help="noaug (none), ada, fixed, diffaug or apa. [ada]"),
         option("--p", field="augment.p", metavar="0..1", help="Augmentation probability for --aug=fixed."),
-        option("--target", field="augment.target", metavar="0..1", help="ADA target for mean sign of D(real). [0.6]"),
+        option("--target", field="augment.target", metavar="0..1",
+               help="Target of ada and apa for the mean sign of D(real). [0.6]"),
         option("--augpipe", field="augment.pipe", metavar="NAME",
                help="blit, geom, color, filter, noise, cutout, bg, bgc, bgcf, bgcfn, bgcfnc or bgcc. [bgc]"),
     ),

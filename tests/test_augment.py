@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import cos, pi, sin, sqrt
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,8 +43,8 @@ def build(pipe: str, img_shape: tuple[int, int, int], p: float) -> AugmentPipe:
     return AugmentPipe(AugmentConfig(mode="fixed", pipe=pipe, p=p), img_shape)
 
 
-def ada(**changes: float) -> AdaController:
-    config = AugmentConfig(pipe="color", **changes)  # type: ignore[arg-type]
+def ada(**changes: Any) -> AdaController:
+    config = AugmentConfig(pipe="color", **changes)
     return AdaController(config, AugmentPipe(config, (3, 8, 8)))
 
 
@@ -140,8 +141,9 @@ def test_a_transform_in_a_new_group_changes_no_other_pipe(
     assert len(AffineStage("bgc-negative", (3, 16, 16)).color) == len(COLOR_NAMES) + 1
 
 
-def test_without_augmentation_nothing_is_built_or_refused() -> None:
-    pipe = AugmentPipe(AugmentConfig(mode="noaug", pipe="bgcfnc"), (2, 8, 8))
+@pytest.mark.parametrize("mode", ["noaug", "apa"])
+def test_without_transforms_nothing_is_built_or_refused(mode: Any) -> None:
+    pipe = AugmentPipe(AugmentConfig(mode=mode, pipe="bgcfnc"), (2, 8, 8))
     assert len(pipe.stages) == 0
     images = torch.randn(2, 2, 8, 8)
     assert torch.equal(pipe(images), images)
@@ -640,6 +642,7 @@ def test_the_axes_of_a_shift_share_a_gate() -> None:
         ({"mode": "fixed", "p": float("nan")}, "p"),
         ({"mode": "ada", "p": 0.2}, "p"),
         ({"mode": "noaug", "p": 0.2}, "p"),
+        ({"mode": "apa", "p": 0.2}, "p"),
         ({"target": 1.5}, "target"),
         ({"ada_kimg": 0}, "ada_kimg"),
         ({"ada_interval": 0}, "ada_interval"),
@@ -679,8 +682,9 @@ def test_images_that_a_pipe_cannot_augment_are_refused(
 # ---------------------------------------------------------------------------------------------- controller
 
 
-def test_the_controller_follows_the_formula() -> None:
-    controller = ada(target=0.6, ada_kimg=2, ada_interval=4, max_p=0.3)
+@pytest.mark.parametrize("mode", ["ada", "apa"])
+def test_the_controller_follows_the_formula(mode: str) -> None:
+    controller = ada(mode=mode, target=0.6, ada_kimg=2, ada_interval=4, max_p=0.3)
     signs = [0.9, 0.7, 0.5, 0.6] * 6 + [0.5, 0.6, 0.6, 0.5] * 9 + [1.0] * 4
     p = 0.0
     for step, sign in enumerate(signs, start=1):

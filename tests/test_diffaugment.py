@@ -389,7 +389,7 @@ def test_command_line_options_set_the_policy(shapes_zip: Path, shapes32_zip: Pat
             ["--aug=diffaug", "--set=augment.policy=colour"],
             "--set augment.policy=colour: 'colour' is not one of color, translation",
         ),
-        (["--aug=diff"], "choose one of noaug, ada, fixed, diffaug"),
+        (["--aug=diff"], "choose one of noaug, ada, fixed, diffaug, apa"),
     ],
 )
 def test_options_without_effect_are_refused(shapes_zip: Path, arguments: list[str], message: str) -> None:

@@ -82,7 +82,7 @@ def test_the_bound_of_p_comes_from_the_ada_controller(
     trainer = Trainer(config, ImageDataset(config.data), torch.device("cpu"))
     tick = Tick(1, 0, is_first=False, is_last=False, stats={}, values={"Progress/augment": p})
     HealthCheck().on_tick(trainer, tick)
-    assert ("ADA's p is at its upper bound" in capsys.readouterr().out) == (p == 0.5)
+    assert ("p of ADA or APA is at its upper bound" in capsys.readouterr().out) == (p == 0.5)
 
 
 def test_diversity_is_the_ratio_of_fake_to_real_spread(shapes_zip: Path) -> None:

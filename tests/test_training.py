@@ -195,7 +195,7 @@ def config_to_share(data: Path) -> TrainConfig:
 
 
 def in_two_processes(folder: Path, data: Path) -> None:
-    train_and_save(config_to_share(data), 4, folder / "two.pt")
+    train_and_save(new_trainer(config_to_share(data)), 4, folder / "two.pt")
 
 
 def test_two_processes_compute_the_same_as_one(shapes_zip: Path, together: Path) -> None:

@@ -59,9 +59,8 @@ def saved_state(trainer: Trainer) -> dict[str, Any]:
     return state
 
 
-def train_and_save(config: TrainConfig, steps: int, path: Path) -> None:
+def train_and_save(trainer: Trainer, steps: int, path: Path) -> None:
     """Train, and save the state with statistics of the rank, which each process reports twice."""
-    trainer = new_trainer(config)
     train_steps(trainer, steps)
     statistics = Stats(torch.device("cpu"))
     statistics.add({"rank": torch.full([2], float(distributed.rank()))})

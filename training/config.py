@@ -14,7 +14,7 @@ from torch_utils.kernels import KERNELS
 from torch_utils.misc import OnMeta
 from training import image_size
 from training.augment.diffaugment import DEFAULT_POLICY, PARAMETERS
-from training.augment.pipe import MODE_FIELDS, AugmentConfig, AugmentPipe
+from training.augment.pipe import MODE_FIELDS, WITHOUT_TRANSFORMS, AugmentConfig, AugmentPipe
 from training.augment.stages import PIPES
 from training.data_sources.sizes import Size, Sizes
 from training.dataset import DatasetConfig
@@ -562,7 +562,8 @@ def _pairing_problem(config: TrainConfig) -> str | None:
     """Return the reason why augment.paired has no effect, if any."""
     if config.loss.objective != "relativistic":
         return "only --loss=relativistic compares pairs of images; omit it"
-    return "there is no augmentation with --aug=noaug; omit it" if config.augment.mode == "noaug" else None
+    mode = config.augment.mode
+    return f"--aug={mode} does not transform images; omit it" if mode in WITHOUT_TRANSFORMS else None
 
 
 def _has_styles(generator: GeneratorConfig) -> bool:
@@ -713,10 +714,14 @@ def _check_augmentation(config: TrainConfig) -> None:
     problem = _pairing_problem(config)
     if config.augment.paired and problem:
         raise ConfigError("augment.paired", True, problem)
+    mode = config.augment.mode
     for name in ("bcr_real", "bcr_fake"):
-        if getattr(config.loss, name) and config.augment.mode == "noaug":
-            problem = "compares images with their augmentation, and --aug=noaug has none; omit it"
+        if getattr(config.loss, name) and mode in WITHOUT_TRANSFORMS:
+            problem = f"compares images with their augmentation, and --aug={mode} has none; omit it"
             raise ConfigError(f"loss.{name}", getattr(config.loss, name), problem)
+    if mode == "apa" and config.loss.objective == "wgangp-eps":
+        problem = "only scales the loss of wgangp-eps by 1 - p: give another --loss, or --aug=ada"
+        raise ConfigError("augment.mode", mode, problem)
 
 
 def _check_slicing(config: TrainConfig) -> None:

@@ -81,7 +81,7 @@ CONDITIONS = (
     Condition(
         name="p is at its upper bound",
         holds=lambda x: x["ADA/is_saturated"] == 1,
-        message="ADA's p is at its upper bound; the dataset may be too small for this run",
+        message="p of ADA or APA is at its upper bound; the dataset may be too small for this run",
     ),
 )
 

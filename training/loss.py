@@ -53,6 +53,7 @@ class GAN:
     pl_mean: Tensor  # scalar: running mean of the path length
     group_size: int = 0  # of D, see DiscriminatorConfig.group_size
     paired_augment: bool = False  # the same augmentation for the two images of a pair
+    pseudo_augment: bool = False  # see `reals`
     logit_means: LogitMeans = field(default_factory=LogitMeans)  # for LeCam regularisation
     # Applied to G.synthesis and D, e.g. torch.compile.
     wrapper: Callable[[Any], Callable[..., Tensor]] = lambda network: network
@@ -109,6 +110,20 @@ class GAN:
         c = drawn if c is None else c
         ws, mean_w = self.sample_styles(z, c)
         return self.synthesize(ws, noise_mode="random"), c, mean_w
+
+    def reals(self, img: Tensor, c: Tensor) -> Tensor:
+        """Return the images (B, C, H, W) that D learns to call real: `img`, with labels c (B, c_dim).
+
+        With `pseudo_augment`, each image is replaced with probability augment.p by a generated image with the same
+        label, from its own latent and without gradients to G (APA: Jiang et al. 2021, "Deceive D"). As many images are
+        generated as there are in `img` whatever p, so p stays on the device.
+        """
+        if not self.pseudo_augment:
+            return img
+        with torch.no_grad():
+            fake, _, _ = self.generate(len(img), c)
+        is_replaced = torch.rand([len(img), 1, 1, 1], device=img.device) < self.augment.p
+        return torch.where(is_replaced, fake, img)
 
     def logits(self, img: Tensor, c: Tensor, values: list[Tensor] | None = None) -> Tensor:
         """Return D's logits for images with the augmentation parameters `values`; None: random parameters."""
@@ -206,7 +221,7 @@ def discriminator_relativistic(
     """
     with torch.no_grad():
         fake, _, mean_w = gan.generate(len(img), c)
-        images, labels = torch.cat([fake, img]), c.repeat(2, 1)
+        images, labels = torch.cat([fake, gan.reals(img, c)]), c.repeat(2, 1)
         values = gan.augmentation_of_pairs(images)
     if not isinstance(gamma, Tensor) and gamma == 0:
         with execution.using(minibatches=2):
@@ -236,8 +251,9 @@ def _fake_and_real_logits(gan: GAN, img: Tensor, c: Tensor) -> tuple[Tensor, Ten
     """
     with torch.no_grad():
         fake, fake_c, mean_w = gan.generate(len(img))
+    real = gan.reals(img, c)
     with execution.using(slicing=True):
-        fake_logits, real_logits = gan.fake_and_real_logits(fake, fake_c, img, c)
+        fake_logits, real_logits = gan.fake_and_real_logits(fake, fake_c, real, c)
     if fake_logits.shape[1] == 1:
         return fake_logits, real_logits, None, mean_w
     direction = fake_logits[:, 1].mean() - real_logits[:, 1].mean()
@@ -290,14 +306,17 @@ def add_consistency(loss: Loss, gan: GAN, real_weight: float, fake_weight: float
 def r1_penalty(gan: GAN, img: Tensor, c: Tensor, gamma: float | Tensor, estimate: Estimate | None = None) -> LossTerms:
     """gamma/2 E[|grad_x D(T(x))|^2] on real images x before the augmentation T (Mescheder et al. 2018).
 
-    With an `estimate`, the squared norm is estimated by finite differences.
+    With an `estimate`, the squared norm is estimated by finite differences. With APA, x includes generated images, as
+    in D_main (`GAN.reals`), because R1 makes D flat on the distribution that D learns to call real.
     """
     if estimate is None:
+        img = gan.reals(img, c)
         _, (squared_norm,) = squared_gradients(gan, img, c, gan.augment.draw(img))
     else:
         chosen = groups(torch.arange(len(img), device=img.device), gan.group_size)
         chosen = chosen[: estimate.count(len(chosen))].t().flatten()  # a minibatch of some of the groups
-        img, c, estimate = img[chosen], c[chosen], replace(estimate, share=1.0)
+        c, estimate = c[chosen], replace(estimate, share=1.0)
+        img = gan.reals(img[chosen], c)
         _, (squared_norm,) = squared_differences(gan, img, c, gan.augment.draw(img), estimate=estimate)
     loss = (gamma / 2) * squared_norm.mean()
     return LossTerms(loss, {"Loss/r1_penalty": squared_norm, "Loss/D/reg": loss})

@@ -208,6 +208,7 @@ class Trainer:
             pl_mean=self.pl_mean.value,
             group_size=config.discriminator.group_size,
             paired_augment=config.augment.paired,
+            pseudo_augment=config.augment.mode == "apa",
             logit_means=LogitMeans().to(self.device),
         )
         self.G.requires_grad_(False)

@@ -1,7 +1,8 @@
 """Augmentation pipeline of the discriminator's input, and the controller of the augmentation probability.
 
 Implements adaptive discriminator augmentation (Karras et al. 2020b, "Training generative adversarial networks with
-limited data") and DiffAugment (diffaugment.py).
+limited data") and DiffAugment (diffaugment.py). Adaptive pseudo augmentation (Jiang et al. 2021) transforms no images:
+it uses the controller here, and training.loss.GAN.reals replaces images.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from dnnlib.schedule import Schedule, value_at
 from training.augment.diffaugment import DIFFAUG, PARAMETERS
 from training.augment.stages import PIPES, STAGES, AffineStage, AugmentStage, Transform
 
-Mode = Literal["noaug", "ada", "fixed", "diffaug"]
+Mode = Literal["noaug", "ada", "fixed", "diffaug", "apa"]
 
 # Fields used by each mode. Flags for other fields are rejected.
 MODE_FIELDS: dict[str, tuple[str, ...]] = {
@@ -24,7 +25,10 @@ MODE_FIELDS: dict[str, tuple[str, ...]] = {
     "ada": ("pipe", "color_strength", "target", "ada_kimg", "ada_interval", "max_p", "paired"),
     "fixed": ("pipe", "color_strength", "p", "paired"),
     "diffaug": ("policy", "translation", "cutout_p", "filter_p", "hue_p", "paired"),
+    "apa": ("target", "ada_kimg", "ada_interval", "max_p"),
 }
+ADAPTIVE = ("ada", "apa")  # modes whose p follows AdaController
+WITHOUT_TRANSFORMS = ("noaug", "apa")
 
 
 def parse_mode(text: str) -> str:
@@ -36,7 +40,11 @@ def parse_mode(text: str) -> str:
 class AugmentConfig:
     """Configuration of the augmentation: its mode, its transforms and their probabilities."""
 
-    mode: Mode = setting("ada", "Augmentation: none, adaptive p (ADA), constant p, or DiffAugment.", parse=parse_mode)
+    mode: Mode = setting(
+        "ada",
+        "Augmentation: none, adaptive p (ADA), constant p, DiffAugment, or pseudo augmentation (APA).",
+        parse=parse_mode,
+    )
     pipe: str = setting("bgc", "Groups of transforms for ada and fixed.", choices=tuple(PIPES))
     color_strength: float = setting(
         1.0, "Probability of each colour transform, as a fraction of p.", at_least=0, at_most=1
@@ -44,10 +52,10 @@ class AugmentConfig:
     p: float | Schedule | None = setting(
         None, "Probability of each transform, for fixed; None in other modes.", at_least=0, at_most=1
     )
-    target: float = setting(0.6, "ADA target for the mean sign of D(real).", at_least=0, at_most=1)
-    ada_kimg: float = setting(500, "ADA speed: thousands of images in which p can change by 1.", above=0)
-    ada_interval: int = setting(4, "Number of steps between adjustments of p by ADA.", at_least=1)
-    max_p: float = setting(1.0, "Upper bound of p for ADA.", above=0, at_most=1)
+    target: float = setting(0.6, "Target of ADA and APA for the mean sign of D(real).", at_least=0, at_most=1)
+    ada_kimg: float = setting(500, "Speed of ADA and APA: thousands of images in which p can change by 1.", above=0)
+    ada_interval: int = setting(4, "Number of steps between adjustments of p by ADA and APA.", at_least=1)
+    max_p: float = setting(1.0, "Upper bound of p for ADA and APA.", above=0, at_most=1)
     policy: tuple[str, ...] | None = setting(
         None, "Transforms of DiffAugment, in order; None: translation,cutout,color.", auto=True, choices=tuple(DIFFAUG)
     )
@@ -89,9 +97,9 @@ class AugmentPipe(nn.Module):
     """Augment images [B, C, H, W] of `img_shape` (C, H, W), with values roughly in [-1, 1], preserving their shape.
 
     Each transform is applied to each image with probability `p`, a scalar tensor on the device. In mode 'diffaug' p is
-    1, and some transforms have their own probability. With p = 0 the images are unchanged. In mode 'noaug' there are no
-    transforms. The pipe is twice differentiable with respect to the images. Raises ConfigError if the pipe or policy
-    does not support the image shape.
+    1, and some transforms have their own probability. With p = 0 the images are unchanged. In modes 'noaug' and 'apa'
+    there are no transforms. The pipe is twice differentiable with respect to the images. Raises ConfigError if the pipe
+    or policy does not support the image shape.
     """
 
     p: Tensor
@@ -118,7 +126,7 @@ class AugmentPipe(nn.Module):
 
 
 def _build_stages(config: AugmentConfig, img_shape: tuple[int, int, int]) -> list[Transform]:
-    if config.mode == "noaug":
+    if config.mode in WITHOUT_TRANSFORMS:
         return []
     if config.mode == "diffaug":
         if config.policy is None:
@@ -146,7 +154,8 @@ class AdaController:
         p <- clamp(p + sign(r - target) * batch * interval / (ada_kimg * 1000), 0, max_p)        every `interval` steps
 
     Karras et al. 2020b, section 3. r is the average since the last adjustment. All values stay on the device. In modes
-    other than 'ada' p is constant or follows a schedule.
+    other than 'ada' and 'apa' p is constant or follows a schedule. In mode 'apa' r includes the generated images that
+    replace real images: while D recognises every image, r = 1 - 2 p, or 1 - p on pairs of generated and real images.
     """
 
     def __init__(self, config: AugmentConfig, pipe: AugmentPipe) -> None:
@@ -160,19 +169,19 @@ class AdaController:
 
         `skip`, a boolean scalar on the device, is true if the mean is not finite; such a step is ignored.
         """
-        if self.config.mode == "ada":
+        if self.config.mode in ADAPTIVE:
             self.sign_sum += torch.where(skip, 0, mean_sign.detach())
             self.count += ~skip
 
     def follow_schedule(self, nimg: int) -> None:
-        """Set p to its value after `nimg` images, except in mode 'ada'."""
+        """Set p to its value after `nimg` images, except in modes 'ada' and 'apa'."""
         p = self.config.fixed_p(nimg)
         if p is not None:
             self.pipe.p.fill_(p)
 
     def update(self, step: int, batch_size: int) -> None:
         """Adjust p every `ada_interval` steps. `step` counts completed steps; `batch_size` is the global batch size."""
-        if self.config.mode != "ada" or step % self.config.ada_interval != 0:
+        if self.config.mode not in ADAPTIVE or step % self.config.ada_interval != 0:
             return
         change = batch_size * self.config.ada_interval / (self.config.ada_kimg * 1000)
         direction = (self.sign_sum - self.config.target * self.count).sign()  # 0 when nothing was observed
@@ -181,8 +190,9 @@ class AdaController:
         self.count.zero_()
 
     def is_saturated(self, p: float) -> bool:
-        """Return whether p (read from the device) is at its upper bound, which suggests too little data for ADA."""
-        return self.config.mode == "ada" and (p >= self.config.max_p or isclose(p, self.config.max_p, rel_tol=1e-6))
+        """Return whether p (read from the device) is at its upper bound, which suggests too little data."""
+        is_at_bound = p >= self.config.max_p or isclose(p, self.config.max_p, rel_tol=1e-6)
+        return self.config.mode in ADAPTIVE and is_at_bound
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"p": self.pipe.p, "sign_sum": self.sign_sum, "count": self.count}
