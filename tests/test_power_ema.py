@@ -254,6 +254,9 @@ def test_unusable_files_are_named(run_copy: SmallRun) -> None:
     assert styleformer.load_network(run_copy.path, ema=0.05)  # does not need the file
     older.write_bytes(intact)
     content = post_hoc.read(newest)
+    post_hoc.write(newest, content | {"run": "run 1"})
+    fails(f"network-ema-0.100-000020.pt: belongs to another run than {newest.name}", 0.05)
+    post_hoc.write(newest, content)
     name, x = next(iter(content["parameters"].items()))
     post_hoc.write(newest, content | {"parameters": content["parameters"] | {name: x[:1]}})
     fails(f"{newest}: contains the parameters of another network", 0.05)
