@@ -562,7 +562,7 @@ def _pairing_problem(config: TrainConfig) -> str | None:
     """Return the reason why augment.paired has no effect, if any."""
     if config.loss.objective != "relativistic":
         return "only --loss=relativistic compares pairs of images; omit it"
-    return "there is no augmentation with --aug=noaug; omit it" if config.augment.mode == "noaug" else None
+    return "there is no augmentation with --aug=noaug or --p=0; omit it" if config.augment.is_identity else None
 
 
 def _has_styles(generator: GeneratorConfig) -> bool:
@@ -714,8 +714,8 @@ def _check_augmentation(config: TrainConfig) -> None:
     if config.augment.paired and problem:
         raise ConfigError("augment.paired", True, problem)
     for name in ("bcr_real", "bcr_fake"):
-        if getattr(config.loss, name) and config.augment.mode == "noaug":
-            problem = "compares images with their augmentation, and --aug=noaug has none; omit it"
+        if getattr(config.loss, name) and config.augment.is_identity:
+            problem = "compares images with their augmentation, and --aug=noaug and --p=0 have none; omit it"
             raise ConfigError(f"loss.{name}", getattr(config.loss, name), problem)
 
 

@@ -78,6 +78,11 @@ class AugmentConfig:
         if not policy or len(set(policy)) < len(policy):
             raise ConfigError("policy", policy, f"give one or more of {', '.join(DIFFAUG)}, each at most once")
 
+    @property
+    def is_identity(self) -> bool:
+        """Return whether images are never changed."""
+        return self.mode == "noaug" or (self.mode == "fixed" and self.p == 0)
+
     def fixed_p(self, nimg: int) -> float | None:
         """Return the probability after `nimg` images in modes 'diffaug' and 'fixed'; None in the other modes."""
         if self.mode == "diffaug":
