@@ -71,6 +71,7 @@ def test_every_combination_trains(scenes: Path, match: tuple[str, str, str, str]
     [
         (["--gen=transgan", "--pl-weight=2"], "--pl-weight=2.0: this generator has no styles per layer"),
         (["--gen=transgan", "--mixing=0.9"], "--mixing=0.9: this generator has no styles per layer"),
+        (["--cfg=r3gan-cifar", "--pl-weight=2"], "--pl-weight=2.0: this generator has no styles per layer"),
         (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has its own penalty"),
         (
             ["--loss=wgangp-eps", "--set=loss.r1_interval=16"],

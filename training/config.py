@@ -530,7 +530,8 @@ def apply_options(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig
 
 def _check_intervals(config: TrainConfig, values: Mapping[str, Any]) -> None:
     """Raise ConfigError if a regulariser has a weight but no interval, so its phase would never run."""
-    intervals = {"pl_weight": "pl_interval"} | ({"r1_gamma": "r1_interval"} if config.loss.objective in LAZY_R1 else {})
+    intervals = {"pl_weight": "pl_interval"} if _has_styles(config.generator) else {}
+    intervals |= {"r1_gamma": "r1_interval"} if config.loss.objective in LAZY_R1 else {}
     for weight, interval in intervals.items():
         if values.get(f"loss.{weight}") and getattr(config.loss, interval) is None:
             problem = (
