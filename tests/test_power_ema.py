@@ -298,6 +298,13 @@ def test_lengths_of_a_run_are_skipped_where_impossible(run_copy: SmallRun) -> No
     ]
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(record["kimg"], record["ema"]) for record in records] == [(1, 0.05), (20, 0.05), (20, 0.15)]
+    path = run_copy.folder / post_hoc.file_name(0.05, 1000)
+    content = post_hoc.read(path)
+    bad = {name: x * math.nan for name, x in content["parameters"].items()}
+    post_hoc.write(path, content | {"parameters": bad})
+    result = CliRunner().invoke(calc_metrics.main, [*options, "--ema=0.05"])
+    assert (result.exit_code, f"Warning: {path}: " in result.stderr) == (1, True), result.stderr
+    assert json.loads(result.stdout)["kimg"] == 20
 
 
 def test_images_of_a_length_are_those_of_the_rebuilt_network(small_run: SmallRun, tmp_path: Path) -> None:
