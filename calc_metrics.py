@@ -295,33 +295,37 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
             data = config.data
             context = build_context(job, device, open_reals(job, path, data), G=snapshot.G_ema)
         is_first = snapshot.nimg == 0 and len(paths) > 1  # has no averages
-        plans, problems = plan_lengths(snapshot, () if is_first else job.ema)
-        if problems and len(paths) == 1:
-            raise problems[0]
-        yield from problems
-        for G, plan in rebuild_lengths(snapshot, plans) if job.ema else [(snapshot.G_ema, None)]:
+        networks: list[tuple[Any, Plan | None]] = [(snapshot.G_ema, None)]
+        if job.ema:
+            networks, problems = rebuild_lengths(snapshot, () if is_first else job.ema)
+            if problems and len(paths) == 1:
+                raise problems[0]
+            yield from problems
+        for G, plan in networks:
             context = with_network(context, G)
             for result in compute_all(job.metric_names, context):
                 record = result_to_json(result, context, snapshot=path, kimg=snapshot.kimg, data=config.data.path)
                 yield with_length(record, plan) if plan else record
 
 
-def plan_lengths(snapshot: Snapshot, lengths: Sequence[float]) -> tuple[list[Plan], list[UserError]]:
-    """Return plans of the averages that can be rebuilt, and the errors of the others."""
-    plans, problems = [], []
+def rebuild_lengths(
+    snapshot: Snapshot, lengths: Sequence[float]
+) -> tuple[list[tuple[Any, Plan | None]], list[UserError]]:
+    """Return the rebuilt generators with their plans, which rank 0 prints, and the errors of the other lengths."""
+    plans: list[Plan] = []
+    problems: list[UserError] = []
     for sigma in lengths:
         try:
             plans.append(post_hoc.plan(snapshot, sigma))
         except UserError as error:
             problems.append(error)
-    return plans, problems
-
-
-def rebuild_lengths(snapshot: Snapshot, plans: Sequence[Plan]) -> list[tuple[Any, Plan | None]]:
-    """Return the rebuilt generators with their plans, which rank 0 prints. Raises UserError."""
     for plan in plans if distributed.is_main() else ():
         click.echo(plan, err=True)
-    return [(each.G_ema, plan) for each, plan in zip(post_hoc.rebuild(snapshot, plans), plans, strict=True)]
+    try:
+        networks = [each.G_ema for each in post_hoc.rebuild(snapshot, plans)]
+    except UserError as error:  # a file of another network, or with non-finite values
+        return [], [*problems, error]
+    return list(zip(networks, plans, strict=True)), problems
 
 
 def with_length(record: dict[str, Any], plan: Plan) -> dict[str, Any]:

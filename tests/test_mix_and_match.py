@@ -15,6 +15,7 @@ import dataset_tool
 import train
 from training import loss
 from training.augment.pipe import ADAPTIVE, Mode
+from training.config import PRESETS, apply_options
 from training.networks import DISCRIMINATORS, GENERATORS
 
 A_SETTINGS: dict[str, dict[str, Any]] = {
@@ -68,11 +69,16 @@ def test_every_combination_trains(scenes: Path, match: tuple[str, str, str, str]
     assert float(trainer.augment.p) == {"noaug": 0.0, "fixed": 0.5, "diffaug": 1.0}.get(mode, float(trainer.augment.p))
 
 
+SMALL_R3GAN = ["--cfg=r3gan-cifar", "--g_dict=32,32,32", "--num_layers=1,1,1"]
+SMALL_R3GAN += ["--set=discriminator.widths=32,32,32", "--set=discriminator.layers=1,1,1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--gen=transgan", "--pl-weight=2"], "--pl-weight=2.0: this generator has no styles per layer"),
         (["--gen=transgan", "--mixing=0.9"], "--mixing=0.9: this generator has no styles per layer"),
+        ([*SMALL_R3GAN, "--pl-weight=2"], "--pl-weight=2.0: this generator has no styles per layer"),
         (["--loss=wgangp-eps", "--gamma=1"], "--gamma=1.0: wgangp-eps has its own penalty"),
         (
             ["--loss=wgangp-eps", "--set=loss.r1_interval=16"],
@@ -106,3 +112,10 @@ def test_every_combination_trains(scenes: Path, match: tuple[str, str, str, str]
 def test_contradictory_options_are_refused(scenes: Path, arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(train.main, ["--outdir=x", f"--data={scenes}", "--device=cpu", "-n", *arguments])
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.parametrize("family", ["styleformer", "styleformer-c", "stylegan2"])
+def test_generators_with_styles_keep_the_regularisers(family: str) -> None:
+    """The number of styles is unknown before the image size."""
+    for preset in (PRESETS["stylegan2"], PRESETS["auto"]):
+        assert apply_options(preset, {"generator.family": family}).loss == preset.loss

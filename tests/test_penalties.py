@@ -298,7 +298,7 @@ def test_statistics_of_a_step_with_every_term(shapes_zip: Path) -> None:
         ({"penalty_sigma": 0.01}, "penalty_sigma", "has no effect on the exact penalty"),
         ({"penalty": "estimate", "penalty_share": 0.0}, "penalty_share", "must lie in 0..1, 0 excluded"),
         ({"penalty": "estimate", "penalty_share": 1.5}, "penalty_share", "must lie in 0..1, 0 excluded"),
-        ({"penalty": "estimate", "penalty_sigma": 0.0}, "penalty_sigma", "must be positive"),
+        ({"penalty": "estimate", "penalty_sigma": 1e-9}, "penalty_sigma", "must lie in 1e-05..1; images lie in"),
         ({"penalty": "estimate", "r1_gamma": 0.0}, "penalty", "r1_gamma=0, which turns R1 off"),
         ({"penalty": "estimate", "r1_interval": None}, "penalty", "r1_interval=none, which turns R1 off"),
         ({"penalty": "estimate", "objective": "wgangp-eps", "r1_interval": None}, "penalty", "its own penalty"),

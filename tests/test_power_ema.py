@@ -254,6 +254,9 @@ def test_unusable_files_are_named(run_copy: SmallRun) -> None:
     assert styleformer.load_network(run_copy.path, ema=0.05)  # does not need the file
     older.write_bytes(intact)
     content = post_hoc.read(newest)
+    post_hoc.write(newest, content | {"run": "run 1"})
+    fails(f"network-ema-0.100-000020.pt: belongs to another run than {newest.name}", 0.05)
+    post_hoc.write(newest, content)
     name, x = next(iter(content["parameters"].items()))
     post_hoc.write(newest, content | {"parameters": content["parameters"] | {name: x[:1]}})
     fails(f"{newest}: contains the parameters of another network", 0.05)
@@ -295,6 +298,13 @@ def test_lengths_of_a_run_are_skipped_where_impossible(run_copy: SmallRun) -> No
     ]
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(record["kimg"], record["ema"]) for record in records] == [(1, 0.05), (20, 0.05), (20, 0.15)]
+    path = run_copy.folder / post_hoc.file_name(0.05, 1000)
+    content = post_hoc.read(path)
+    bad = {name: x * math.nan for name, x in content["parameters"].items()}
+    post_hoc.write(path, content | {"parameters": bad})
+    result = CliRunner().invoke(calc_metrics.main, [*options, "--ema=0.05"])
+    assert (result.exit_code, f"Warning: {path}: " in result.stderr) == (1, True), result.stderr
+    assert json.loads(result.stdout)["kimg"] == 20
 
 
 def test_images_of_a_length_are_those_of_the_rebuilt_network(small_run: SmallRun, tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ def test_consistency_compares_images_with_their_augmentation() -> None:
     torch.testing.assert_close(terms.stats["Loss/consistency_fake"], of_fake)
 
 
-def test_consistency_needs_an_augmentation(shapes_zip: Path) -> None:
-    with pytest.raises(ConfigError, match="--aug=noaug has none") as caught:
-        every_phase_config(shapes_zip, loss__bcr_fake=1.0, augment__mode="noaug", augment__pipe="bgc")
+@pytest.mark.parametrize(("mode", "p"), [("noaug", None), ("fixed", 0.0)])
+def test_consistency_needs_an_augmentation(shapes_zip: Path, mode: str, p: float | None) -> None:
+    option = "--aug=noaug" if mode == "noaug" else "--p=0"
+    with pytest.raises(ConfigError, match=f"{option} has none") as caught:
+        every_phase_config(shapes_zip, loss__bcr_fake=1.0, augment__mode=mode, augment__p=p)
     assert caught.value.field == "loss.bcr_fake"

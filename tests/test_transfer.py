@@ -97,6 +97,12 @@ def test_stages_of_a_transgan_are_copied_to_the_same_grid() -> None:
     assert {name.split(".")[2] for name in copied.new if "stages" in name} == {"4x4"}
 
 
+def test_a_snapshot_of_another_kind_of_style_names_its_family() -> None:
+    source, target = pair(G32, R3GANConfig(widths=(16, 16), layers=(1, 1), group_width=8).fit(8, 8))
+    with pytest.raises(UserError, match="its generator is a StyleformerGenerator, so give the --cfg and --gen"):
+        copy_weights(source, target, "G")
+
+
 @pytest.mark.parametrize("c_dim", [0, 3])
 def test_label_embeddings_within_styles_need_equal_conditioning(c_dim: int) -> None:
     open_width = R3GANConfig(widths=(16, 16), layers=(1, 1), group_width=8)

@@ -14,7 +14,7 @@ from torch_utils.kernels import KERNELS
 from torch_utils.misc import OnMeta
 from training import image_size
 from training.augment.diffaugment import DEFAULT_POLICY, PARAMETERS
-from training.augment.pipe import MODE_FIELDS, WITHOUT_TRANSFORMS, AugmentConfig, AugmentPipe
+from training.augment.pipe import MODE_FIELDS, AugmentConfig, AugmentPipe
 from training.augment.stages import PIPES
 from training.data_sources.sizes import Size, Sizes
 from training.dataset import DatasetConfig
@@ -530,7 +530,8 @@ def apply_options(preset: TrainConfig, values: Mapping[str, Any]) -> TrainConfig
 
 def _check_intervals(config: TrainConfig, values: Mapping[str, Any]) -> None:
     """Raise ConfigError if a regulariser has a weight but no interval, so its phase would never run."""
-    intervals = {"pl_weight": "pl_interval"} | ({"r1_gamma": "r1_interval"} if config.loss.objective in LAZY_R1 else {})
+    intervals = {"pl_weight": "pl_interval"} if _has_styles(config.generator) else {}
+    intervals |= {"r1_gamma": "r1_interval"} if config.loss.objective in LAZY_R1 else {}
     for weight, interval in intervals.items():
         if values.get(f"loss.{weight}") and getattr(config.loss, interval) is None:
             problem = (
@@ -562,8 +563,8 @@ def _pairing_problem(config: TrainConfig) -> str | None:
     """Return the reason why augment.paired has no effect, if any."""
     if config.loss.objective != "relativistic":
         return "only --loss=relativistic compares pairs of images; omit it"
-    mode = config.augment.mode
-    return f"--aug={mode} does not transform images; omit it" if mode in WITHOUT_TRANSFORMS else None
+    identity = config.augment.identity
+    return f"{identity} does not transform images; omit it" if identity else None
 
 
 def _has_styles(generator: GeneratorConfig) -> bool:
@@ -716,8 +717,8 @@ def _check_augmentation(config: TrainConfig) -> None:
         raise ConfigError("augment.paired", True, problem)
     mode = config.augment.mode
     for name in ("bcr_real", "bcr_fake"):
-        if getattr(config.loss, name) and mode in WITHOUT_TRANSFORMS:
-            problem = f"compares images with their augmentation, and --aug={mode} has none; omit it"
+        if getattr(config.loss, name) and config.augment.identity:
+            problem = f"compares images with their augmentation, and {config.augment.identity} has none; omit it"
             raise ConfigError(f"loss.{name}", getattr(config.loss, name), problem)
     if mode == "apa" and config.loss.objective == "wgangp-eps":
         problem = "only scales the loss of wgangp-eps by 1 - p: give another --loss, or --aug=ada"

@@ -250,8 +250,8 @@ class ImageDataset:
         labels = labels_of(self._store, content)
         if labels is None:
             raise UserError(
-                f'{self.path} has no labels (dataset.json is missing or has "labels": null): train without labels, '
-                f"or {self._advise_on_labels()}"
+                f'{self.path} has no labels (dataset.json is missing or has "labels": null): train without labels '
+                f"(--cond=false), or {self._advise_on_labels()}"
             )
         if isinstance(labels[0], int):
             self.notes += note_on_gaps(labels, self.class_names)

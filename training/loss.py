@@ -439,7 +439,12 @@ class LossConfig:
         None, "Share of the images used by the estimate of R1 and R2; None: 1.", auto=True, above=0, at_most=1
     )
     penalty_sigma: float | None = setting(
-        None, "Std of the perturbation in the estimate of R1 and R2; None: 0.01, or 0.02 with bf16.", auto=True, above=0
+        None,
+        "Std of the perturbation in the estimate of R1 and R2; None: 0.01, or 0.02 with bf16.",
+        auto=True,
+        at_least=1e-5,
+        at_most=1,
+        note="images lie in [-1, 1], and float32 rounds smaller perturbations away",
     )
     r1_interval: int | None = setting(
         16, "Lazy regularisation: steps between R1 phases; None: no R1 phase.", at_least=1

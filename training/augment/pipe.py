@@ -86,6 +86,13 @@ class AugmentConfig:
         if not policy or len(set(policy)) < len(policy):
             raise ConfigError("policy", policy, f"give one or more of {', '.join(DIFFAUG)}, each at most once")
 
+    @property
+    def identity(self) -> str | None:
+        """Option because of which images are never transformed, for messages; None if there are transforms."""
+        if self.mode in WITHOUT_TRANSFORMS:
+            return f"--aug={self.mode}"
+        return "--p=0" if self.mode == "fixed" and self.p == 0 else None
+
     def fixed_p(self, nimg: int) -> float | None:
         """Return the probability after `nimg` images in modes 'diffaug' and 'fixed'; None in the other modes."""
         if self.mode == "diffaug":

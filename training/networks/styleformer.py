@@ -113,7 +113,8 @@ class StyleformerConfig(StagedConfig):
 
     @property
     def num_ws(self) -> int:
-        """One style per encoder block, plus one for the last ToRGB."""
+        """One style per encoder block, plus one for the last ToRGB. Raises ConfigError if `layers` is ()."""
+        self.require_widths()
         return sum(self.layers) + 1
 
     @property

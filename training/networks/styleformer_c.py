@@ -90,7 +90,8 @@ class StyleformerCConfig(StyleformerConfig):
 
     @property
     def num_ws(self) -> int:
-        """One style per encoder block and per convolution, plus one for the last ToRGB."""
+        """One style per encoder block and convolution, one for the last ToRGB. Raises ConfigError if `layers` is ()."""
+        self.require_widths()
         return self.num_layout_ws + 2 * len(self.conv_grids) + 1
 
     @property

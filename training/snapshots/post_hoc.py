@@ -155,6 +155,7 @@ def plan(snapshot: Snapshot, sigma: float) -> Plan:
     if tracked.is_file():
         file = _read_header(tracked)
         if (file.sigma, file.nimg) == (sigma, snapshot.nimg):
+            _check_run(file, _neighbours(file))
             return Plan(sigma, snapshot.nimg, (file,), (1.0,), 0.0)
     files = _files_of(snapshot)
     x, residuals = solve([file.sigma for file in files], [file.nimg for file in files], [sigma], snapshot.nimg)
@@ -230,12 +231,21 @@ def _files_of(snapshot: Snapshot) -> list[Average]:
             f"--ema: {snapshot.path}: no file network-ema-*.pt of kimg {snapshot.kimg:g} is in its folder, the newest "
             f"before is {files[-1].path.name}: give the snapshot of kimg {files[-1].nimg / 1000:g}"
         )
-    for file in files:
-        if file.run != files[-1].run:
-            raise UserError(
-                f"{file.path}: belongs to another run than {files[-1].path.name}; move it to its run's folder"
-            )
+    _check_run(files[-1], files)
     return files
+
+
+def _neighbours(file: Average) -> list[Average]:
+    """Return the other averages of the same kimg."""
+    kimg = file.nimg // 1000
+    return [_read_header(path) for path, at in list_files(file.path.parent).items() if at == kimg and path != file.path]
+
+
+def _check_run(file: Average, others: Sequence[Average]) -> None:
+    """Raise UserError for the first of `others` that belongs to another run than `file`."""
+    for other in others:
+        if other.run != file.run:
+            raise UserError(f"{other.path}: belongs to another run than {file.path.name}; move it to its run's folder")
 
 
 def _read_header(path: Path) -> Average:

@@ -139,7 +139,9 @@ def _check_styles(source: Any, target: Any, name: str) -> None:
     if source_dim == target_dim:
         return
     remedy = f"give --set generator.w_dim={source_dim}"
-    if isinstance(target.mapping, ConcatenatingMapping) and bool(source.c_dim) != bool(target.c_dim):
+    if type(source.mapping).__name__ != type(target.mapping).__name__:
+        remedy = f"its generator is a {type(source).__name__}, so give the --cfg and --gen of its run"
+    elif isinstance(target.mapping, ConcatenatingMapping) and bool(source.c_dim) != bool(target.c_dim):
         remedy = f"they include the label embedding, so give --cond={'true' if source.c_dim else 'false'}"
     raise UserError(
         f"{name}: the snapshot has styles of {source_dim} numbers, this network has styles of {target_dim}: {remedy}"
