@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError, field_names, parse_size, setting
+from dnnlib.config import ConfigError, field_names, setting
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upsample2d
 from training.networks import execution
@@ -22,6 +22,7 @@ from training.networks.generator import (
     NoiseMode,
     StagedConfig,
     Synthesis,
+    base_grid,
     count_resolutions,
     doubled_grids,
 )
@@ -72,13 +73,7 @@ class R3GANConfig(StagedConfig):
     conv_clamp: float | None = setting(
         None, "Clamp hidden activations to +- this value; None: no clamp.", above=0, note="None disables the clamp"
     )
-    base: Grid = setting(
-        (4, 4),
-        "Base grid (lowest resolution): height and width.",
-        parse=parse_size,
-        at_least=1,
-        note="height and width",
-    )
+    base: Grid = base_grid((4, 4))
     widths: tuple[int, ...] = setting(
         (768, 768, 768, 768),
         "Number of channels per resolution, lowest first; (): chosen from the image size.",
