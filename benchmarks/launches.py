@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dnnlib.cli import NameList, Script, option
 from dnnlib.config import UserError, override
 from torch_utils import custom_ops
-from training.config import PRESETS, Environment, TrainConfig, resolve
+from training.config import PRESETS, Environment, TrainConfig, apply_options, resolve
 from training.training_loop import Trainer
 
 STUB = Path(__file__).with_name("cuda_stub.cpp")
@@ -56,6 +56,10 @@ class Case:
 
 
 PATH_LENGTH = {"precision": "fp32", "loss.pl_weight": 2.0, "loss.style_mixing": 0.9}
+ESTIMATE = {"loss.penalty": "estimate", "loss.penalty_share": 0.5, "discriminator.mbstd_group_size": 4}
+CONSISTENCY = {"loss.bcr_real": 10.0, "loss.bcr_fake": 10.0}
+PAIRS = {"loss.objective": "relativistic", "loss.centring": 0.01, "augment.paired": True, **ESTIMATE, **CONSISTENCY}
+SLICING = {"discriminator.san": True, "loss.lecam": 0.3, **ESTIMATE}
 CASES = {
     "readme": Case(config=README_EXAMPLE),
     "cifar-large": Case(config=override(PRESETS["cifar-large"], {"batch_size": 64})),
@@ -64,6 +68,9 @@ CASES = {
     "styleformer-c256": Case(config=PRESETS["styleformer-c256"], side=256),
     "church128-l": Case(config=PRESETS["church128-l"], side=128),
     "transgan-cifar": Case(config=PRESETS["transgan-cifar"]),
+    "r3gan-cifar": Case(config=PRESETS["r3gan-cifar"], classes=10),
+    "pairs": Case(config=apply_options(README_EXAMPLE, PAIRS)),
+    "slicing": Case(config=apply_options(README_EXAMPLE, SLICING)),
     "fp16-bgcfnc": Case(config=override(README_EXAMPLE, {"precision": "fp16", "augment.pipe": "bgcfnc"})),
     "fp32-path-length-labels": Case(config=override(README_EXAMPLE, PATH_LENGTH), classes=10),
     "reference-operators": Case(config=README_EXAMPLE, impl="reference"),

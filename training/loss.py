@@ -72,7 +72,7 @@ class GAN:
         """
         if not isinstance(value, Schedule):
             return value
-        return self.scheduled.setdefault(value, torch.tensor(value.at(0), device=self.labels.device))
+        return self.scheduled.setdefault(value, torch.full([], value.at(0), device=self.labels.device))
 
     def follow_schedules(self, nimg: int) -> None:
         """Set the weights that have a schedule to their values after `nimg` images, without synchronization."""
