@@ -56,7 +56,7 @@ class GeneratorConfig(ABC):
         """
         shared = {name: getattr(other, name) for name in field_names(GeneratorConfig)}
         allowed = {name: value for name, value in shared.items() if not bounds_of(cls)[name].problem(value)}
-        return cls(**allowed, **cls.AUTO)
+        return cls(**(allowed | dict(cls.AUTO)))
 
     @property
     def folder_words(self) -> tuple[str, ...]:

@@ -10,14 +10,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError, field_names, setting
+from dnnlib.config import ConfigError, setting
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upsample2d
 from training.networks import execution
 from training.networks.convolution import conv2d
 from training.networks.generator import (
     Generator,
-    GeneratorConfig,
     Grid,
     NoiseMode,
     StagedConfig,
@@ -99,12 +98,6 @@ class R3GANConfig(StagedConfig):
         if not self.c_dim and self.w_dim != self.z_dim:
             problem = f"without labels w is the latent, so it must equal z_dim={self.z_dim}; 0 chooses that"
             raise ConfigError("w_dim", self.w_dim, problem)
-
-    @classmethod
-    def convert_from(cls, other: GeneratorConfig) -> Self:
-        """Return an R3GAN configuration with the shared fields of `other`, but without a mapping network."""
-        shared = {name: getattr(other, name) for name in field_names(GeneratorConfig)}
-        return cls(**(shared | {"mapping_layers": 0} | dict(cls.AUTO)))
 
     @property
     def num_ws(self) -> int:
