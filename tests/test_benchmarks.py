@@ -72,8 +72,8 @@ def test_train_step_runs_warmup_and_measured_steps_of_each_phase(monkeypatch: py
         run_phase(self, phase, img, c)
 
     monkeypatch.setattr(train_step.Trainer, "run_phase", spy)
-    (row,) = results(train_step.main, *TINY_STEP, "--batch=8", "--steps=2", "--warmup=1", "--modes=bf16+no-winograd")
-    assert {batch for _, batch, _ in calls} == {8}
+    (row,) = results(train_step.main, *TINY_STEP, "--steps=2", "--warmup=1", "--modes=bf16+no-winograd")
+    assert {batch for _, batch, _ in calls} == {4}
     names = [name for name, *_ in calls]
     assert {name: names.count(name) for name in names} == {"G_main": 3, "D_main": 3, "D_reg": 3}
     assert not any(used for _, _, used in calls)
