@@ -214,7 +214,7 @@ class R3GANSynthesis(Synthesis):
         self.block_resolutions = [max(grid) for grid in config.grids]
         self.basis = nn.Parameter(torch.randn(config.widths[0], *config.base))
         self.scale = Linear(config.w_dim, config.widths[0], bias=False)
-        nn.init.normal_(self.scale.weight, std=1 / math.sqrt(config.w_dim))
+        self.scale.weight = gaussian(config.widths[0], config.w_dim)
         self.stages = nn.ModuleList(R3GANStage(config, index) for index in range(len(config.widths)))
         self.torgb = Pointwise(config.widths[-1], config.img_channels)
 
