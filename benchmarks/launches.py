@@ -56,17 +56,10 @@ class Case:
 
 
 PATH_LENGTH = {"precision": "fp32", "loss.pl_weight": 2.0, "loss.style_mixing": 0.9}
-ESTIMATE = apply_options(
-    README_EXAMPLE,
-    {
-        "loss.objective": "relativistic",
-        "loss.penalty": "estimate",
-        "loss.penalty_share": 0.25,
-        "loss.centring": 0.01,
-        "augment.paired": True,
-        "discriminator.mbstd_group_size": 8,
-    },
-)
+ESTIMATE = {"loss.penalty": "estimate", "loss.penalty_share": 0.5, "discriminator.mbstd_group_size": 4}
+CONSISTENCY = {"loss.bcr_real": 10.0, "loss.bcr_fake": 10.0}
+PAIRS = {"loss.objective": "relativistic", "loss.centring": 0.01, "augment.paired": True, **ESTIMATE, **CONSISTENCY}
+SLICING = {"discriminator.san": True, "loss.lecam": 0.3, **ESTIMATE}
 CASES = {
     "readme": Case(config=README_EXAMPLE),
     "cifar-large": Case(config=override(PRESETS["cifar-large"], {"batch_size": 64})),
@@ -76,7 +69,8 @@ CASES = {
     "church128-l": Case(config=PRESETS["church128-l"], side=128),
     "transgan-cifar": Case(config=PRESETS["transgan-cifar"]),
     "r3gan-cifar": Case(config=override(PRESETS["r3gan-cifar"], {"batch_size": 64}), classes=10),
-    "estimated-penalties": Case(config=ESTIMATE),
+    "pairs": Case(config=apply_options(README_EXAMPLE, PAIRS)),
+    "slicing": Case(config=apply_options(README_EXAMPLE, SLICING)),
     "fp16-bgcfnc": Case(config=override(README_EXAMPLE, {"precision": "fp16", "augment.pipe": "bgcfnc"})),
     "fp32-path-length-labels": Case(config=override(README_EXAMPLE, PATH_LENGTH), classes=10),
     "reference-operators": Case(config=README_EXAMPLE, impl="reference"),

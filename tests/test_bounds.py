@@ -416,7 +416,7 @@ import sys
 from training.config import PRESETS, Environment, resolve
 from training.snapshots.snapshot import outline
 
-for name in ("auto", "stylegan2", "styleformer-c256", "transgan-celebahq256"):
+for name in ("auto", "stylegan2", "styleformer-c256", "transgan-celebahq256", "r3gan-ffhq256"):
     config = resolve(PRESETS[name], Environment(img_shape=(3, 256, 256), c_dim=0))
     outline(config.generator, "G")
     outline(config.discriminator, "D")

@@ -30,7 +30,7 @@ from small_families import (
     small_train_config,
 )
 from torch import Tensor, nn
-from training_helpers import new_trainer, saved_state, train_steps
+from training_helpers import new_trainer, saved_state, train_steps, train_with_a_break
 
 from dnnlib.config import UserError, from_json, to_json
 from exploration.attention_maps import attention_maps, has_attention, record
@@ -497,16 +497,13 @@ def test_a_snapshot_restores_the_same_networks(case: Case, shapes_zip: Path, tmp
 @each_family
 def test_a_resumed_run_continues_bit_for_bit(case: Case, shapes_zip: Path, tmp_path: Path) -> None:
     config = train_config(case, shapes_zip)
-    straight, first, second = (new_trainer(config) for _ in range(3))
+    straight = new_trainer(config)
     network = straight.G if case.part == "G" else straight.D
     before = {name: x.clone() for name, x in network.named_parameters()}
     train_steps(straight, 2)
     assert [name for name, x in network.named_parameters() if torch.equal(x, before[name])] == []
-    train_steps(first, 1)
-    first.save(tmp_path / "training-state-000000.pt")
-    second.resume(tmp_path / "training-state-000000.pt")
-    train_steps(second, 1)
-    assert digest(saved_state(second)) == digest(saved_state(straight))
+    resumed = train_with_a_break(config, 1, 1, tmp_path)
+    assert digest(saved_state(resumed)) == digest(saved_state(straight))
 
 
 @each_family

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from linear_gan import H, LinearD, W, batch, make_gan
 from small_families import small_train_config
 from torch import Tensor, nn
-from training_helpers import every_phase_config, new_trainer, saved_state, train_steps
+from training_helpers import every_phase_config, new_trainer, saved_state, train_steps, train_with_a_break
 
 import train
 from dnnlib.config import ConfigError
@@ -258,7 +258,7 @@ def test_g_uses_the_batch_after_the_batch_of_d(
 ) -> None:
     """D's phases come first; a resumed run continues the stream and equals a straight run to the last bit."""
     config = every_phase_config(shapes_zip, **R3GAN2, run__data_on_gpu=resident)
-    straight, first, second = (new_trainer(config) for _ in range(3))
+    straight = new_trainer(config)
     assert [phase.name for phase in straight.phases] == ["D_main", "G_main", "G_reg"]
     seen: dict[str, list[Tensor]] = {"D_main": [], "G_main": [], "G_reg": []}
     run_phase = straight.run_phase
@@ -274,11 +274,8 @@ def test_g_uses_the_batch_after_the_batch_of_d(
     pairs = zip(seen["D_main"], seen["G_main"], strict=True)
     assert torch.equal(torch.cat([images for pair in pairs for images in pair]), expected)
 
-    train_steps(first, 2)
-    first.save(tmp_path / "training-state-000000.pt")
-    second.resume(tmp_path / "training-state-000000.pt")
-    train_steps(second, 1)
-    assert digest(saved_state(second)) == digest(saved_state(straight))
+    resumed = train_with_a_break(config, 2, 1, tmp_path)
+    assert digest(saved_state(resumed)) == digest(saved_state(straight))
 
 
 def test_statistics_of_a_step_with_every_term(shapes_zip: Path) -> None:

@@ -26,6 +26,7 @@ from training_helpers import distances_to_scenes
 
 from dnnlib.config import ConfigError
 from dnnlib.schedule import value_at
+from torch_utils.misc import OnMeta
 from torch_utils.ops.upfirdn2d import downsample2d, upsample2d
 from training.config import PRESETS, Environment, resolve
 from training.networks import convolution, execution
@@ -240,7 +241,7 @@ def test_networks_have_the_published_parameter_counts(name: str) -> None:
     widths, group_width, side, c_dim, counts = PUBLISHED[name]
     shape = {"widths": widths, "layers": (2,) * len(widths), "group_width": group_width, "c_dim": c_dim}
     configs: Any = (R3GANConfig(**shape), R3GANDiscriminatorConfig(**shape))  # type: ignore[arg-type]
-    with torch.device("meta"):
+    with OnMeta():
         networks = [config.fit(side, side).build() for config in configs]
     assert tuple(sum(p.numel() for p in network.parameters()) for network in networks) == counts
 
@@ -296,7 +297,7 @@ def test_presets_have_the_published_networks(name: str) -> None:
     D: Any = config.discriminator
     assert (G.z_dim, G.w_dim, G.c_dim) == (64, 128 if c_dim else 64, c_dim)
     assert (G.widths, D.widths, G.group_width, D.group_width) == (widths, widths, group_width, group_width)
-    with torch.device("meta"):
+    with OnMeta():
         assert tuple(sum(p.numel() for p in part.build().parameters()) for part in (G, D)) == counts
     assert D.group_size == 0
     assert config.precision == "bf16"

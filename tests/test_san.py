@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import small_config
 from linear_gan import make_gan
 from torch import Tensor
-from training_helpers import new_trainer, saved_state, train_steps
+from training_helpers import new_trainer, saved_state, train_steps, train_with_a_break
 
 from dnnlib.config import ConfigError
 from torch_utils.checkpoint import digest
@@ -125,16 +125,12 @@ def test_discriminators_have_a_slicing_head(family: str, c_dim: int) -> None:
 
 def test_training_with_san_resumes_exactly(shapes_zip: Path, tmp_path: Path) -> None:
     config = small_config(shapes_zip, discriminator__san=True, loss__r1_interval=2)
-    straight, first = new_trainer(config), new_trainer(config)
+    straight = new_trainer(config)
     direction = straight.D.head.direction.clone()
     train_steps(straight, 4)
     assert not torch.equal(direction, straight.D.head.direction)
-    train_steps(first, 2)
-    first.save(tmp_path / "state.pt")
-    second = new_trainer(config)
-    second.resume(tmp_path / "state.pt")
-    train_steps(second, 2)
-    assert digest(saved_state(second)) == digest(saved_state(straight))
+    resumed = train_with_a_break(config, 2, 2, tmp_path)
+    assert digest(saved_state(resumed)) == digest(saved_state(straight))
 
 
 @pytest.mark.parametrize("objective", ["relativistic", "wgangp-eps"])

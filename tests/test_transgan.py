@@ -29,7 +29,7 @@ from reference_transgan import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from training_helpers import new_trainer, saved_state, train_steps
+from training_helpers import new_trainer, saved_state, train_steps, train_with_a_break
 
 import dataset_tool
 import train
@@ -339,13 +339,10 @@ def noisy_config(data: Path) -> TrainConfig:
 def test_resuming_is_exact_with_noise_and_random_augmentation(shapes_zip: Path, tmp_path: Path) -> None:
     config = noisy_config(shapes_zip)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, recompute=True))
-    straight, first, second = (new_trainer(config) for _ in range(3))
+    straight = new_trainer(config)
     train_steps(straight, 4)
-    train_steps(first, 2)
-    first.save(tmp_path / "training-state-000000.pt")
-    second.resume(tmp_path / "training-state-000000.pt")
-    train_steps(second, 2)
-    assert digest(saved_state(second)) == digest(saved_state(straight))
+    resumed = train_with_a_break(config, 2, 2, tmp_path)
+    assert digest(saved_state(resumed)) == digest(saved_state(straight))
 
 
 # Derivatives, precision, memory.

@@ -59,6 +59,16 @@ def saved_state(trainer: Trainer) -> dict[str, Any]:
     return state
 
 
+def train_with_a_break(config: TrainConfig, before: int, after: int, folder: Path) -> Trainer:
+    """Train for `before` steps, save the state, resume it with a new trainer, and train that for `after` steps."""
+    first, second = new_trainer(config), new_trainer(config)
+    train_steps(first, before)
+    first.save(folder / "training-state-000000.pt")
+    second.resume(folder / "training-state-000000.pt")
+    train_steps(second, after)
+    return second
+
+
 def train_and_save(trainer: Trainer, steps: int, path: Path) -> None:
     """Train, and save the state with statistics of the rank, which each process reports twice."""
     train_steps(trainer, steps)

@@ -18,6 +18,12 @@ from training.networks.mapping import MappingNetwork, StyleMapping
 Grid = tuple[int, int]  # (height, width)
 
 
+def base_grid(default: Grid) -> Any:
+    """Return the setting of the lowest resolution of a family."""
+    text, note = "Base grid (lowest resolution): height and width.", "height and width"
+    return setting(default, text, parse=parse_size, at_least=1, note=note)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig(ABC):
     """Configuration shared by all generator families.
@@ -50,7 +56,7 @@ class GeneratorConfig(ABC):
         """
         shared = {name: getattr(other, name) for name in field_names(GeneratorConfig)}
         allowed = {name: value for name, value in shared.items() if not bounds_of(cls)[name].problem(value)}
-        return cls(**allowed, **cls.AUTO)
+        return cls(**(allowed | dict(cls.AUTO)))
 
     @property
     def folder_words(self) -> tuple[str, ...]:
@@ -110,13 +116,7 @@ class DoublingConfig(GeneratorConfig):
     `fit` chooses `resolutions` if it is None.
     """
 
-    base: Grid = setting(
-        (4, 4),
-        "Base grid (lowest resolution): height and width.",
-        parse=parse_size,
-        at_least=1,
-        note="height and width",
-    )
+    base: Grid = base_grid((4, 4))
     resolutions: int | None = setting(
         4, "Number of resolutions, from the base grid up; None: chosen from the image size.", auto=True, at_least=1
     )
@@ -148,13 +148,7 @@ class StagedConfig(GeneratorConfig):
     chooses `widths` and `layers` if they are ().
     """
 
-    base: Grid = setting(
-        (8, 8),
-        "Base grid (lowest resolution): height and width.",
-        parse=parse_size,
-        at_least=1,
-        note="height and width",
-    )
+    base: Grid = base_grid((8, 8))
     widths: tuple[int, ...] = setting(
         (), "Hidden size per resolution, lowest first; (): chosen from the image size.", at_least=1
     )

@@ -10,18 +10,18 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from dnnlib.config import ConfigError, field_names, parse_size, setting
+from dnnlib.config import ConfigError, setting
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upsample2d
 from training.networks import execution
 from training.networks.convolution import conv2d
 from training.networks.generator import (
     Generator,
-    GeneratorConfig,
     Grid,
     NoiseMode,
     StagedConfig,
     Synthesis,
+    base_grid,
     count_resolutions,
     doubled_grids,
 )
@@ -72,13 +72,7 @@ class R3GANConfig(StagedConfig):
     conv_clamp: float | None = setting(
         None, "Clamp hidden activations to +- this value; None: no clamp.", above=0, note="None disables the clamp"
     )
-    base: Grid = setting(
-        (4, 4),
-        "Base grid (lowest resolution): height and width.",
-        parse=parse_size,
-        at_least=1,
-        note="height and width",
-    )
+    base: Grid = base_grid((4, 4))
     widths: tuple[int, ...] = setting(
         (768, 768, 768, 768),
         "Number of channels per resolution, lowest first; (): chosen from the image size.",
@@ -104,12 +98,6 @@ class R3GANConfig(StagedConfig):
         if not self.c_dim and self.w_dim != self.z_dim:
             problem = f"without labels w is the latent, so it must equal z_dim={self.z_dim}; 0 chooses that"
             raise ConfigError("w_dim", self.w_dim, problem)
-
-    @classmethod
-    def convert_from(cls, other: GeneratorConfig) -> Self:
-        """Return an R3GAN configuration with the shared fields of `other`, but without a mapping network."""
-        shared = {name: getattr(other, name) for name in field_names(GeneratorConfig)}
-        return cls(**(shared | {"mapping_layers": 0} | dict(cls.AUTO)))
 
     @property
     def num_ws(self) -> int:
@@ -226,7 +214,7 @@ class R3GANSynthesis(Synthesis):
         self.block_resolutions = [max(grid) for grid in config.grids]
         self.basis = nn.Parameter(torch.randn(config.widths[0], *config.base))
         self.scale = Linear(config.w_dim, config.widths[0], bias=False)
-        nn.init.normal_(self.scale.weight, std=1 / math.sqrt(config.w_dim))
+        self.scale.weight = gaussian(config.widths[0], config.w_dim)
         self.stages = nn.ModuleList(R3GANStage(config, index) for index in range(len(config.widths)))
         self.torgb = Pointwise(config.widths[-1], config.img_channels)
 

@@ -121,7 +121,7 @@ class R3GANDiscriminator(Discriminator):
         )
         self.kernel = gaussian(C, *config.grids[0])  # a depthwise convolution has one input channel per output
         self.head = Linear(C, C if config.c_dim else 1, bias=False)
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(C))
+        self.head.weight = gaussian(C if config.c_dim else 1, C)
         self.embed = None
         if config.c_dim:
             self.embed = nn.Parameter(torch.randn(config.c_dim, C) / math.sqrt(C * config.c_dim))
