@@ -33,6 +33,10 @@ def choose_styles(text: str, num_ws: int, groups: Mapping[str, Sequence[int]]) -
             chosen |= set(groups[part])
         elif match and int(match[1]) <= int(match[2] or match[1]) < num_ws:
             chosen |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+        elif num_ws == 1:
+            raise UserError(
+                f"--styles={text}: this generator has a single style, without layers to mix: give --styles=all"
+            )
         else:
             names = ", ".join(["all", *(f"{name} ({format_ranges(indices)})" for name, indices in groups.items())])
             raise UserError(

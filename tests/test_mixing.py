@@ -62,6 +62,8 @@ def test_styles_are_chosen_by_number_range_and_name() -> None:
     for text in ("6", "2-1", "middle", "", "-1", "1-"):
         with pytest.raises(UserError, match=r"choose from 0-5, all, coarse \(0-1\), fine \(4-5\)"):
             choose_styles(text, 6, groups)
+    with pytest.raises(UserError, match="a single style, without layers to mix"):
+        choose_styles("coarse", 1, {})
 
 
 def test_mix_copies_the_chosen_styles_from_the_columns() -> None:

@@ -157,6 +157,10 @@ def test_the_default_metric_is_reported_with_its_reason(shapes32_zip: Path, monk
     (note,) = worker._notes(config)
     assert note.startswith("No --metrics given; computing ")
     assert worker._notes(override(config, {"run.metrics": ()})) == []
+    estimate = {"run.metrics": (), "loss.penalty": "estimate", "loss.penalty_share": 1.0, "loss.penalty_sigma": 0.02}
+    assert worker._notes(override(config, estimate)) == []
+    (note,) = worker._notes(override(config, estimate | {"precision": "bf16"}))
+    assert note.startswith("loss.penalty=estimate in bf16: rounding makes R1 and R2 several times too large")
     monkeypatch.setattr(worker, "SLOW_DECODER", "Pillow decodes the images")
     assert worker._notes(override(config, {"run.metrics": ()})) == ["Pillow decodes the images"]
 

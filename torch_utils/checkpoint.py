@@ -125,7 +125,7 @@ class Checkpoint:
 REMEDIES = {
     "training-state": "pass it to --resume; the snapshots of the run are network-snapshot-*.pkl in the same folder",
     "network-snapshot": "pass it to --network, or to --resume for transfer learning",
-    "network-ema": "pass a network-snapshot-*.pkl of the same folder to --network, and a length to --ema",
+    "network-ema": "use a network-snapshot-*.pkl of the same folder; --ema of generate.py selects a length",
 }
 # Signature -> description of files that users mistake for files of this project.
 SIGNATURES = {

@@ -177,11 +177,16 @@ def _describe(trainer: Trainer) -> str:
 
 
 def _notes(config: TrainConfig) -> list[str]:
-    """Return notes for the log: a slow image decoder, and deviations from published protocols."""
+    """Return notes for the log: a slow image decoder, and deviations from published protocols and exact penalties."""
     group, batch_gpu = config.discriminator.group_size, config.run.batch_gpu
     notes = [SLOW_DECODER] if SLOW_DECODER else []
     if isinstance(batch_gpu, int) and batch_gpu < group:
         notes.append(f"Minibatch-std: groups of {batch_gpu} instead of {group}, because the micro-batch is smaller")
+    if config.loss.estimate and config.precision != "fp32":
+        notes.append(
+            f"loss.penalty=estimate in {config.precision}: rounding makes R1 and R2 several times too large, so gamma "
+            "is not comparable with exact penalties (docs/objectives.md)"
+        )
     if config.run.metrics is None:
         notes.append(f"No --metrics given; {metrics.registry.default_metrics(read_detectors(config.run.detectors))[1]}")
     return notes
