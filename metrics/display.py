@@ -41,15 +41,18 @@ class ProgressLine:
 
 
 def to_table(records: Sequence[Record]) -> str:
-    """Return a table with one row per value (network, kimg, metric, value), then the protocol of each metric."""
+    """Return a table with one row per value (network, kimg, metric, value), then each protocol with its metrics."""
     rows = [("network", "kimg", "metric", "value")]
     for record in records:
         kimg = "" if record["kimg"] is None else f"{record['kimg']:g}"
         rows += [(record["snapshot"], kimg, name, f"{value:.5g}") for name, value in record["results"].items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
-    seen = {record["metric"]: f"{record['metric']}: {_origin(record)}" for record in records}
-    return "\n".join([*lines, *seen.values()])
+    metrics: dict[str, list[str]] = {}  # by protocol
+    for record in records:
+        names = metrics.setdefault(_origin(record), [])
+        names += [record["metric"]] if record["metric"] not in names else []
+    return "\n".join([*lines, *(f"{', '.join(names)}: {origin}" for origin, names in metrics.items())])
 
 
 def _origin(record: Record) -> str:
