@@ -63,6 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @click.command(cls=Script, help=__doc__)
 @option("--discriminators", type=NameList(), default=",".join(DISCRIMINATORS), show_default=True,
         help="Discriminators to measure.")  # fmt: skip
+@option("--data", type=click.Path(exists=True), help="Images of 32x32 pixels. [synthetic scenes]")
 @option("--batch", type=click.IntRange(min=4), default=8, show_default=True, help="Images per step.")
 @option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
 @option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads.")
@@ -74,6 +75,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @option("--train-steps", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between the biases.")
 def main(
     discriminators: tuple[str, ...],
+    data: str | None,
     batch: int,
     device: str | None,
     threads: int,
@@ -91,6 +93,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         base = override(PRESETS["tiny"], {"generator.widths": (64, 32, 16)})
         base, env = with_synthetic_images(base, 32, Path(folder), on_gpu=where.type == "cuda")
+        base = override(base, {"data.path": data} if data else {})
         for name in discriminators:
             found = {variant: new_trainer(base, env, where, batch, name, variant) for variant in VARIANTS}
             labels = {"discriminator": name, "batch": batch, "parameters": num_parameters(found["exact"])}
