@@ -23,7 +23,16 @@ from training.augment.pipe import AugmentConfig, AugmentPipe
 from training.config import PRESETS, Environment, resolve
 
 Count = Callable[[str], dict[str, dict[str, Any]]]
-SLOW = ("auto-64", "transgan-cifar", "styleformer-c256", "r3gan-cifar", "pairs", "slicing")
+SLOW = [
+    "auto-64",
+    "transgan-cifar",
+    "styleformer-c256",
+    "church128-l",
+    "fp16-bgcfnc",
+    "r3gan-cifar",
+    "pairs",
+    "slicing",
+]
 CASES = [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in launches.CASES]
 
 
