@@ -66,7 +66,7 @@ class DiscriminatorConfig(ABC):
 
     @property
     def has_noise(self) -> bool:
-        """True if the logits depend on noise that is drawn at every call during training."""
+        """Return whether the logits depend on noise that is drawn at every call during training."""
         return False
 
     def fit(self, height: int, width: int) -> Self:

@@ -174,11 +174,10 @@ class StyleGAN2Discriminator(Discriminator):
             for grid, (C, C_out) in zip(config.grids, itertools.pairwise(channels), strict=False)
         )
         self.cmap_dim = config.cmap_dim or channels[-1]
-        width, unconditional = channels[-1], None if config.san else 1
         self.epilogue = DiscriminatorEpilogue(
-            width,
+            channels[-1],
             config.grids[-1],
-            self.cmap_dim if config.c_dim else unconditional,
+            self.cmap_dim if config.c_dim else None if config.san else 1,
             group_size=config.mbstd_group_size,
             clamp=config.conv_clamp,
         )
@@ -187,7 +186,8 @@ class StyleGAN2Discriminator(Discriminator):
             self.mapping = LabelMapping(c_dim=config.c_dim, out_dim=self.cmap_dim, num_layers=config.mapping_layers)
         self.head = None
         if config.san:
-            self.head = SlicingHead(self.cmap_dim if config.c_dim else width, conditional=bool(config.c_dim))
+            dim = self.cmap_dim if config.c_dim else channels[-1]
+            self.head = SlicingHead(dim, conditional=bool(config.c_dim))
         self.register_buffer("resample_filter", resample_filter(), persistent=False)
 
     def forward(self, img: Tensor, c: Tensor | None) -> Tensor:
