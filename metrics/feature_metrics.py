@@ -1,4 +1,4 @@
-"""Table of the metrics on detector features: FID, KID, inception score, precision/recall, density/coverage.
+"""Table of the metrics on detector features: FID, KID, MIND, inception score, precision/recall, density/coverage.
 
 Each metric compares a statistic of the reals with the same statistic of the fakes. To add a metric, write a pure
 function of two results of metrics/feature_stats.py and add a row to METRICS.
@@ -16,15 +16,17 @@ from metrics.feature_stats import Moments, Recipe, Rows, Side, StatRequest, stat
 from metrics.frechet import frechet_numbers, warn_few_images
 from metrics.inception_score import class_sums, score_numbers
 from metrics.kernel import kernel_numbers, subsets
+from metrics.mind import mind_numbers
 from metrics.precision_recall import density_coverage_numbers, precision_recall_numbers
 from metrics.registry import Measurement, register_metric
 from metrics.sampling import MAX_REALS, NUM_IMAGES, MetricContext
 
-Reals = Literal["all", "most", "equal", "none"]
+Reals = Literal["all", "most", "equal", "paired", "none"]
 PROTOCOLS: dict[Reals, str] = {  # number of images
     "all": "50,000 fakes or <N>, all reals",
     "most": "50,000 fakes or <N>, all reals up to 200,000",
     "equal": "50,000 or <N> fakes and as many reals, at most all",
+    "paired": "50,000 or <N> fakes, at most as many as there are reals, and as many reals",
     "none": "50,000 fakes or <N>",
 }
 
@@ -41,7 +43,7 @@ class FeatureMetric:
     pattern, help, paper, clean, library_suffix, higher_is_better    as in MetricSpec
     protocol        processing of the features; the number of images is appended
     role            the detector
-    reals           number of reals, a key of PROTOCOLS; `equal` includes flipped reals under --mirror
+    reals           number of reals, a key of PROTOCOLS; `equal` and `paired` include flipped reals under --mirror
     recipe          Side -> the statistic to compute for that side
     numbers         (statistic of reals, statistic of fakes) -> {name suffix: value}, the main value first;
                     (statistic of fakes) -> the same if `reals` is "none". Collective: equal results on all processes
@@ -65,9 +67,17 @@ class FeatureMetric:
 
     def plan(self, context: MetricContext, count: int | None) -> list[StatRequest]:
         """Return the requested statistics: of the reals, unless `reals` is "none", and of the fakes."""
-        num_fake = count or NUM_IMAGES
-        limits: dict[Reals, int | None] = {"all": None, "most": MAX_REALS, "equal": num_fake, "none": 0}
-        limit, total = limits[self.reals], len(context.reals)
+        num_fake, total = count or NUM_IMAGES, len(context.reals)
+        if self.reals == "paired":
+            num_fake = min(num_fake, total)
+        limits: dict[Reals, int | None] = {
+            "all": None,
+            "most": MAX_REALS,
+            "equal": num_fake,
+            "paired": num_fake,
+            "none": 0,
+        }
+        limit = limits[self.reals]
         sizes = {"num_real": total if limit is None else min(limit, total), "num_fake": num_fake, "seed": context.seed}
         real, fake = (self.recipe(Side(of=of, **sizes)) for of in ("real", "fake"))
         requests = [StatRequest(of="fake", role=self.role, count=num_fake, recipe=fake)]
@@ -105,7 +115,7 @@ def register_feature_metric(metric: FeatureMetric) -> None:
         paper=metric.paper,
         roles=(metric.role,),
         plan=metric.plan,
-        counts_flips=metric.reals == "equal",
+        counts_flips=metric.reals in ("equal", "paired"),
         clean=metric.clean,
         library_suffix=metric.library_suffix,
         higher_is_better=metric.higher_is_better,
@@ -146,6 +156,16 @@ KID = FeatureMetric(
     recipe=subsets,
     numbers=kernel_numbers,
     clean="100 subsets of at most 1,000 (Parmar et al. 2022)",
+)
+MIND = FeatureMetric(
+    pattern="mind<N>",
+    help="sliced Wasserstein distance between features of N fakes and N reals; ranks networks with few images",
+    protocol="1,000 fixed directions",
+    paper="Berthet et al. 2026",
+    role="inception",
+    reals="paired",
+    recipe=always(Rows()),
+    numbers=mind_numbers,
 )
 SCORE = FeatureMetric(
     pattern="is<N>",
@@ -191,6 +211,7 @@ METRICS = (
     DINO,
     KID,
     replace(KID, pattern="kid<N>", reals="equal", help="kernel inception distance between N fakes and N reals"),
+    MIND,
     SCORE,
     PRECISION,
     replace(

@@ -34,16 +34,21 @@ if TYPE_CHECKING:
     from training.hooks import Hook
 
 Moments = tuple[tuple[str, ...], Tensor]  # names of statistics, and their moments (names, 3)
-MAX_SECONDS = 1e10  # upper bound of TrainState.elapsed in a file
+MAX_SECONDS = 1e10  # upper bound of the times of TrainState in a file
 
 
 @dataclass
 class TrainState:
-    """Progress of training: real images seen, steps done, and seconds spent, including time before resuming."""
+    """Progress of training: real images seen, steps done, and seconds spent, including time before resuming.
+
+    `elapsed` includes metrics and snapshots; `steps` and `cpu`, the wall time and this process's CPU time, do not.
+    """
 
     nimg: int = 0
     step: int = 0
     elapsed: float = 0.0
+    steps: float = 0.0
+    cpu: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,8 +58,10 @@ class TrainState:
         if not all(isinstance(x, (int, float)) and 0 <= x < 2**62 for x in counts):
             raise ValueError(f"nimg and step are {counts}"[:200])
         self.nimg, self.step = map(int, counts)
-        elapsed = state.get("elapsed")  # for display only, so an implausible value is not an error
-        self.elapsed = float(min(elapsed, MAX_SECONDS)) if isinstance(elapsed, (int, float)) and elapsed > 0 else 0.0
+        for name in ("elapsed", "steps", "cpu"):  # for display only, so an implausible value is not an error
+            seconds = state.get(name)
+            is_plausible = isinstance(seconds, (int, float)) and seconds > 0
+            setattr(self, name, float(min(seconds, MAX_SECONDS)) if is_plausible else 0.0)
 
 
 class Failures:
@@ -243,6 +250,7 @@ class Trainer:
             self.state.nimg += self.batch_size
             self.state.step += 1
             self.state.elapsed = time.monotonic() - began
+            self._add_step_time()
             self.follow_schedules()
             self.ada.update(self.state.step, self.batch_size)
             self._call_hooks(self._finish_tick())
@@ -352,6 +360,14 @@ class Trainer:
     def _start_tick(self, maintenance: float = 0.0) -> None:
         """Start the measurements of a tick; `maintenance` is the time spent in hooks at the end of the last tick."""
         self.tick_began, self.tick_nimg_began, self.maintenance = time.monotonic(), self.state.nimg, maintenance
+        self.clocks = time.monotonic(), time.process_time()
+
+    def _add_step_time(self) -> None:
+        """Add the time since the last call or the start of the tick to the time of the steps."""
+        wall, cpu = self.clocks
+        self.clocks = time.monotonic(), time.process_time()
+        self.state.steps += self.clocks[0] - wall
+        self.state.cpu += self.clocks[1] - cpu
 
     def current_tick(self) -> Tick | None:
         """Return the tick that ends at this step, without statistics, or None if no tick ends here."""
@@ -392,12 +408,15 @@ class Trainer:
         )
 
     def _progress(self) -> dict[str, float]:
+        self._add_step_time()  # of the last step, for which `Stats.collect` has waited
         values = {
             "Progress/tick": float(self.state.nimg // self.tick_nimg),
             "Progress/kimg": self.state.nimg / 1000,
             "Progress/step": float(self.state.step),
             "Progress/augment": float(self.augment.p),
             "Timing/total_sec": self.state.elapsed,
+            "Timing/steps_sec": self.state.steps,
+            "Timing/steps_cpu_sec": self.state.cpu,
             "Timing/maintenance_sec": self.maintenance,
         }
         peak = peak_memory()
