@@ -13,6 +13,9 @@ from dnnlib.config import UserError
 from dnnlib.util import write_atomically
 from reporting.charts import find_charts
 from reporting.drawing import check_matplotlib, draw
+from reporting.laboratory import LABORATORY_FILE, read_laboratory
+from reporting.laboratory_chart import draw_laboratory
+from reporting.laboratory_page import build_laboratory_page
 from reporting.page import build_page
 from reporting.run_reader import find_runs, read_run
 
@@ -35,7 +38,8 @@ from reporting.run_reader import find_runs, read_run
 def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
     """Report on one run, or compare several: report.html, and a PNG for each group of curves.
 
-    RUN is the folder of a run, finished or not, or a folder of runs. An earlier report is overwritten.
+    RUN is the folder of a run, finished or not, a folder of runs, or a laboratory (benchmarks/learning.py). An earlier
+    report is overwritten.
 
     \b
     python report.py runs/00000-mine-cifar-gpus1-batch32
@@ -43,6 +47,29 @@ def main(paths: tuple[Path, ...], outdir: Path | None, max_images: int) -> None:
     python report.py runs --outdir=out/report
     """
     check_matplotlib()
+    laboratories = [path for path in paths if (path / LABORATORY_FILE).is_file()]
+    if laboratories:
+        report_laboratory(laboratories[0], paths, outdir, max_images)
+    else:
+        report_runs(paths, outdir, max_images)
+
+
+def report_laboratory(path: Path, paths: Sequence[Path], outdir: Path | None, max_images: int) -> None:
+    """Write the report of a laboratory. Raises UserError if further paths are given."""
+    if len(paths) > 1:
+        raise UserError(f"{path}: a laboratory has a report of its own; specify no other folders")
+    laboratory = read_laboratory(path)
+    if not laboratory.trials:
+        raise UserError(f"{path}: there is nothing to show yet: no trial has ended")
+    outdir = outdir or path / "report"
+    charts = {metric: draw_laboratory(laboratory, metric) for metric in laboratory.question.metrics}
+    page = build_laboratory_page(laboratory, charts, path, max_images).encode(errors="backslashreplace")
+    write(outdir, {"report.html": page} | {f"chart-{metric}.png": png for metric, png in charts.items()})
+    click.echo(f"{outdir / 'report.html'}, and {len(charts)} charts as PNG in the same folder")
+
+
+def report_runs(paths: Sequence[Path], outdir: Path | None, max_images: int) -> None:
+    """Write the report of runs."""
     folders = find_runs(paths)
     runs = [read_run(path, name) for path, name in zip(folders, name_runs(folders), strict=True)]
     shown = [run for run in runs if not run.is_empty]

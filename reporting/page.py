@@ -31,20 +31,28 @@ MAX_READINGS = 300  # points per line for the readout at the pointer
 
 def build_page(runs: Sequence[Run], charts: Iterable[RenderedChart], max_images: int) -> str:
     """Return the page, with at most `max_images` grids over all runs, but at least two per run."""
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    per_run = max(max_images // len(runs), 2)
-    grids = [_grids(run, per_run) for run in runs]
-    parts = [f"<h1>{escape(title)}</h1>", _problems(runs), _overview(runs), "<h2>Generated images</h2>", *grids]
-    parts += ["<h2>Curves</h2>", *map(_chart, charts)]
+    images = generated_images(runs, max_images)
+    parts = [problems(runs), _overview(runs), *images, "<h2>Curves</h2>", *map(_chart, charts)]
     parts += ["<h2>Options</h2>", _differing_options(runs), *map(_all_options, runs)]
     parts.append(_environments(runs))
+    return fill_template(runs[0].name if len(runs) == 1 else f"{len(runs)} runs", parts)
+
+
+def fill_template(title: str, parts: Iterable[str]) -> str:
+    """Return a page with a title and the parts of its body; empty parts are skipped."""
     written = f"Written {_date(datetime.now(UTC).timestamp())} by report.py."
-    body = "\n".join(filter(None, [*parts, f'<p class="quiet">{written}</p>']))
+    body = "\n".join(filter(None, [f"<h1>{escape(title)}</h1>", *parts, f'<p class="quiet">{written}</p>']))
     texts = {"$title": escape(title), "$body": body}
     return re.sub(r"\$(title|body)\b", lambda place: texts[place[0]], TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _problems(runs: Sequence[Run]) -> str:
+def generated_images(runs: Sequence[Run], max_images: int) -> list[str]:
+    """Return a heading and the images of each run: at most `max_images` grids in all, but at least two per run."""
+    per_run = max(max_images // max(len(runs), 1), 2)
+    return ["<h2>Generated images</h2>", *(_grids(run, per_run) for run in runs)]
+
+
+def problems(runs: Sequence[Run]) -> str:
     """List the files that could not be read, and the warnings of the runs."""
     items = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     items += [f"{run.name}: {line}" for run in runs for line in run.warnings]
@@ -70,7 +78,7 @@ def _overview(runs: Sequence[Run]) -> str:
                 *(cell for name in metrics for cell in _best_and_last(name, run.metrics.get(name))),
             ]
         )
-    return _table(rows)
+    return table(rows)
 
 
 def _best_and_last(name: str, curve: Curve | None) -> tuple[str, str]:
@@ -95,7 +103,8 @@ def _date(timestamp: float) -> str:
         return "?"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table whose first row is the head."""
     head, *body = ["".join(f"<CELL>{escape(cell)}</CELL>" for cell in row) for row in rows]
     lines = [head.replace("CELL>", "th>"), *(row.replace("CELL>", "td>") for row in body)]
     return '<div class="card wide"><table>\n' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"
@@ -108,11 +117,11 @@ def _grids(run: Run, count: int) -> str:
         uri = _thumbnail_uri(grid.path, run.problems)
         if uri:
             caption = f"kimg {grid.kimg:g}, {grid.path.name}"
-            frames.append(_figure(uri, caption, f"{run.name}: generated at kimg {grid.kimg:g}"))
+            frames.append(figure(uri, caption, f"{run.name}: generated at kimg {grid.kimg:g}"))
     reals = _thumbnail_uri(run.reals, run.problems) if run.reals else None
     parts = [f'<div class="card"><h3>{escape(run.name)}</h3>', '<div class="grids">']
     if reals:
-        parts.append(f"<div>{_figure(reals, 'real images', f'{run.name}: real images')}</div>")
+        parts.append(f"<div>{figure(reals, 'real images', f'{run.name}: real images')}</div>")
     if frames:
         last = len(frames) - 1
         slider = f'<input type="range" min="0" max="{last}" value="{last}" aria-label="kimg" hidden>'
@@ -129,7 +138,7 @@ def _evenly_spaced(items: Sequence[Grid], count: int) -> list[Grid]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _figure(uri: str, caption: str, alt: str) -> str:
+def figure(uri: str, caption: str, alt: str) -> str:
     return f'<figure><img src="{uri}" alt="{escape(alt)}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 
@@ -199,7 +208,7 @@ def _differing_options(runs: Sequence[Run]) -> str:
     for name in sorted(set().union(*flat)):
         if any(options.get(name) != flat[0].get(name) for options in flat):
             rows.append([name, *(json.dumps(options[name]) if name in options else "" for options in flat)])
-    return _table(rows) if len(rows) > 1 else '<p class="card">All runs have the same options.</p>'
+    return table(rows) if len(rows) > 1 else '<p class="card">All runs have the same options.</p>'
 
 
 def _flatten_options(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -222,4 +231,4 @@ def _environments(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(name for _, start in starts for name in start))[:MAX_COLUMNS]
     rows = [["run", *names]]
     rows += [[run, *(_text_or_unknown(start.get(name, "")) for name in names)] for run, start in starts]
-    return "<h2>Environment</h2>\n" + _table(rows) if len(rows) > 1 else ""
+    return "<h2>Environment</h2>\n" + table(rows) if len(rows) > 1 else ""

@@ -95,7 +95,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             problem = "not a folder" if path.exists() else "no such folder"
             raise UserError(f"{path}: {problem}; specify the folder of a run, or a folder of runs")
-        inside = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir()))
+        inside = [path] if is_run(path) else sorted(filter(is_run, path.iterdir()))
         if not inside:
             raise UserError(f"{path}: neither a run ({OPTIONS_FILE} or stats.jsonl) nor a folder of runs")
         for run in inside:
@@ -103,7 +103,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     return (path / OPTIONS_FILE).is_file() or (path / "stats.jsonl").is_file()
 
 

@@ -1,0 +1,228 @@
+"""Laboratory: repeated runs of several training configurations, and their comparison at equal kimg and equal minutes.
+
+`laboratory.json` contains a question and the results of its trials. A trial is a run of one arm with one seed.
+benchmarks/learning.py trains the runs and writes the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dnnlib.config import UserError
+from dnnlib.util import read_json, write_atomically
+from reporting.charts import higher_is_better
+from reporting.intervals import CONFIDENCE, Interval, welch_interval
+
+LABORATORY_FILE = "laboratory.json"
+SCREENING_CONFIDENCE = 0.8  # an arm whose interval excludes equality at this confidence is promising
+Stage = Literal["screen", "confirm"]
+Axis = Literal["kimg", "minutes"]
+STAGES: tuple[Stage, ...] = ("screen", "confirm")
+SEEDS: dict[Stage, str] = {"screen": "first seeds", "confirm": "fresh seeds"}
+AXES: tuple[Axis, ...] = ("kimg", "minutes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A training configuration: options of train.py, and the name of the arm that it is compared with, its reference.
+
+    The baseline has no reference.
+    """
+
+    options: str
+    against: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Arms of equal length, evaluated at the same ages `evaluate` in kimg; the first arm is the baseline.
+
+    The seeds of the two stages are disjoint: an arm that is promising with the first is judged by the others.
+    """
+
+    question: str
+    evaluate: tuple[int, ...]
+    base: str
+    arms: dict[str, Arm]
+    metrics: tuple[str, ...]
+    seeds: dict[Stage, tuple[int, ...]]
+
+    @property
+    def baseline(self) -> str:
+        """Name of the first arm."""
+        return next(iter(self.arms))
+
+    def references(self, arm: str) -> list[str]:
+        """Return the arms that an arm is compared with: its reference and the baseline."""
+        own = self.arms[arm].against
+        return [] if own is None else list(dict.fromkeys([own, self.baseline]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """Values of a metric of one run in ascending order of age. `minutes` excludes evaluation and saving."""
+
+    kimg: tuple[float, ...]
+    minutes: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def at(self, axis: Axis, position: float) -> float:
+        """Return the value at a position on an axis, interpolated linearly."""
+        return float(np.interp(position, getattr(self, axis), self.values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Results of one run, by metric, and the device that it was trained on."""
+
+    arm: str
+    seed: int
+    device: str
+    metrics: dict[str, Values]
+
+    def answers(self, question: Question) -> bool:
+        """Return whether the run was evaluated with all metrics at all ages of a question."""
+        known = [self.metrics[name].kimg if name in self.metrics else () for name in question.metrics]
+        return all(any(age <= x < age + 1 for x in kimg) for kimg in known for age in question.evaluate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """An arm and its reference at equal kimg or minutes: values by seed, and the interval of the difference of means.
+
+    `verdict` is `better` or `worse` if the 95 % interval excludes 0, else `no difference shown`. In the screening stage
+    it is `promising` or `not promising`, and `incomplete` in both stages if a run of either arm is missing.
+    """
+
+    stage: Stage
+    arm: str
+    against: str
+    metric: str
+    axis: Axis
+    at: float
+    values: dict[int, float]
+    reference: dict[int, float]
+    interval: Interval
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Laboratory:
+    """A question and the trials made so far."""
+
+    question: Question
+    trials: tuple[Trial, ...] = ()
+
+    def values(self, arm: str, metric: str, stage: Stage) -> dict[int, Values]:
+        """Return the values of an arm by seed."""
+        found = {trial.seed: trial.metrics[metric] for trial in self._trials_of(arm, stage) if metric in trial.metrics}
+        return {seed: found[seed] for seed in self.question.seeds[stage] if seed in found}
+
+    def _trials_of(self, arm: str, stage: Stage) -> list[Trial]:
+        seeds = self.question.seeds[stage]
+        return [trial for trial in self.trials if trial.arm == arm and trial.seed in seeds]
+
+    def compare(self, stage: Stage, arm: str, against: str, metric: str, axis: Axis) -> Comparison | None:
+        """Compare two arms at the last position on an axis that all their runs have reached.
+
+        None if either arm has fewer than two runs, if a run has no value at or before this position, and along minutes
+        if the runs were made on different devices.
+        """
+        ours, theirs = self.values(arm, metric, stage), self.values(against, metric, stage)
+        devices = {trial.device for name in (arm, against) for trial in self._trials_of(name, stage)}
+        if axis == "minutes" and len(devices) > 1:
+            return None
+        positions = [getattr(values, axis) for values in [*ours.values(), *theirs.values()]]
+        if min(len(ours), len(theirs)) < 2:
+            return None
+        at = min(own[-1] for own in positions)
+        if at < max(own[0] for own in positions):
+            return None
+        values = {seed: own.at(axis, at) for seed, own in ours.items()}
+        reference = {seed: own.at(axis, at) for seed, own in theirs.items()}
+        is_complete = all(len(own) == len(self.question.seeds[stage]) for own in (ours, theirs))
+        return Comparison(
+            stage=stage,
+            arm=arm,
+            against=against,
+            metric=metric,
+            axis=axis,
+            at=at,
+            values=values,
+            reference=reference,
+            interval=welch_interval([*values.values()], [*reference.values()]),
+            verdict=_judge(stage, metric, values, reference) if is_complete else "incomplete",
+        )
+
+    def comparisons(self, metric: str, stages: Sequence[Stage] = STAGES) -> Iterator[Comparison]:
+        """Yield all comparisons of a metric: of each arm with its reference and with the baseline, along both axes."""
+        for stage in stages:
+            for arm in self.question.arms:
+                for against in self.question.references(arm):
+                    for axis in AXES:
+                        if comparison := self.compare(stage, arm, against, metric, axis):
+                            yield comparison
+
+    def promising(self) -> list[str]:
+        """Return the arms that the first seeds suggest to be better than their reference, by the first metric."""
+        main = self.question.metrics[0]
+        found = [item for item in self.comparisons(main, ["screen"]) if item.verdict == "promising"]
+        return list(dict.fromkeys(item.arm for item in found if item.against == self.question.arms[item.arm].against))
+
+    def with_trial(self, trial: Trial) -> Laboratory:
+        """Return a laboratory with a trial added, or replaced if it has one of this arm and seed."""
+        others = [own for own in self.trials if (own.arm, own.seed) != (trial.arm, trial.seed)]
+        order = {name: i for i, name in enumerate(self.question.arms)}
+        trials = sorted([*others, trial], key=lambda own: (order.get(own.arm, len(order)), own.arm, own.seed))
+        return replace(self, trials=tuple(trials))
+
+    def write(self, folder: Path) -> None:
+        """Write the laboratory to a folder."""
+        write_atomically(folder / LABORATORY_FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+
+def _judge(stage: Stage, metric: str, values: dict[int, float], reference: dict[int, float]) -> str:
+    """Return the verdict of a complete comparison."""
+    confidence = SCREENING_CONFIDENCE if stage == "screen" else CONFIDENCE
+    interval = welch_interval([*values.values()], [*reference.values()], confidence)
+    is_better = interval.excludes_zero and (interval.estimate > 0) == bool(higher_is_better(metric))
+    if stage == "screen":
+        return "promising" if is_better else "not promising"
+    return "better" if is_better else "worse" if interval.excludes_zero else "no difference shown"
+
+
+def read_laboratory(folder: Path) -> Laboratory:
+    """Read the laboratory in a folder. Raises UserError, with the path, for a missing or corrupt file."""
+    path = folder / LABORATORY_FILE
+    try:
+        content = read_json(path)
+        return Laboratory(
+            question=_to_question(content["question"]), trials=tuple(_to_trial(item) for item in content["trials"])
+        )
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; benchmarks/learning.py writes it") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a laboratory ({error})") from None
+
+
+def _to_question(content: dict[str, Any]) -> Question:
+    arms = {name: Arm(**arm) for name, arm in content["arms"].items()}
+    seeds: dict[Stage, tuple[int, ...]] = {stage: tuple(content["seeds"][stage]) for stage in STAGES}
+    lists = {name: tuple(content[name]) for name in ("evaluate", "metrics")}
+    return Question(**{**content, **lists, "arms": arms, "seeds": seeds})
+
+
+def _to_trial(content: dict[str, Any]) -> Trial:
+    metrics = {
+        name: Values(**{axis: tuple(map(float, numbers)) for axis, numbers in values.items()})
+        for name, values in content["metrics"].items()
+    }
+    return Trial(arm=content["arm"], seed=int(content["seed"]), device=content["device"], metrics=metrics)

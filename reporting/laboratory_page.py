@@ -1,0 +1,34 @@
+"""HTML page of a laboratory: charts, tables of all comparisons, and images of one run of each arm."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+from reporting.laboratory import Laboratory
+from reporting.laboratory_table import arms_table, result_tables
+from reporting.page import figure, fill_template, generated_images, problems, table
+from reporting.run_reader import Run, is_run, read_run
+
+
+def build_laboratory_page(laboratory: Laboratory, charts: Mapping[str, bytes], folder: Path, max_images: int) -> str:
+    """Return the page, with a PNG for each metric, and the images of the runs in the folder of the laboratory."""
+    parts = [
+        figure(f"data:image/png;base64,{base64.b64encode(png).decode()}", "", f"Comparison of the arms by {metric}")
+        for metric, png in charts.items()
+    ]
+    for title, rows in result_tables(laboratory):
+        parts += [f"<h2>{escape(title)}</h2>", table(rows)]
+    runs = list(filter(None, (first_run(folder, arm) for arm in laboratory.question.arms)))
+    images = generated_images(runs, max_images) if runs else []
+    parts += ["<h2>Arms</h2>", table(arms_table(laboratory)), *images]
+    return fill_template(laboratory.question.question, [problems(runs), *parts])
+
+
+def first_run(folder: Path, arm: str) -> Run | None:
+    """Return the run of an arm with the lowest seed, or None if there is none in the folder of the laboratory."""
+    runs = filter(is_run, (folder / arm).glob("seed*/*"))
+    first = min(runs, key=lambda path: int(path.parent.name.removeprefix("seed")), default=None)
+    return read_run(first, f"{arm}, {first.parent.name}") if first else None
