@@ -192,6 +192,7 @@ def run_trials(
     """
     done = {(trial.arm, trial.seed) for trial in laboratory.trials if trial.answers(workshop.question)}
     missing = [cell for cell in cells if cell not in done]
+    check_arms(workshop, [*dict.fromkeys(arm for arm, _ in missing)], jobs)
     failures = []
     workshop.outdir.mkdir(parents=True, exist_ok=True)
     laboratory.write(workshop.outdir)
@@ -220,17 +221,40 @@ def describe(trial: Trial) -> str:
     return f"{trial.arm}, seed {trial.seed}: {values}  at {own.kimg[-1]:g} kimg, {own.minutes[-1]:.1f} min"
 
 
+def check_arms(workshop: Workshop, arms: Sequence[str], jobs: int) -> None:
+    """Resolve the options of arms in dry runs, several side by side. Raises UserError if one is invalid."""
+    checks = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for arm in arms:
+            options = [*train_options(workshop, arm, 0), "--dry-run"]
+            checks.append(pool.submit(run_script, workshop, f"arm {arm}", workshop.outdir / arm, "train.py", options))
+    for check in checks:
+        check.result()
+
+
+def train_options(workshop: Workshop, arm: str, seed: int) -> list[str]:
+    """Return the arguments of train.py for a trial."""
+    question = workshop.question
+    return [
+        *shlex.split(f"{question.base} {question.arms[arm].options}"),
+        f"--outdir={workshop.folder(arm, seed)}",
+        "--resume=latest",
+        f"--data={workshop.data}",
+        f"--seed={seed}",
+        f"--desc={arm}",
+        f"--kimg={question.evaluate[-1]}",
+        f"--tick={math.gcd(*question.evaluate)}",
+        "--snap=1",
+        "--metrics=none",
+        "--log=none",
+    ]
+
+
 def make_trial(workshop: Workshop, arm: str, seed: int) -> Trial:
     """Train and evaluate a run, or continue with it. Raises UserError if a command fails."""
     question, folder = workshop.question, workshop.folder(arm, seed)
     label = f"{arm}, seed {seed}"
-    interval = math.gcd(*question.evaluate)
-    options = shlex.split(f"{question.base} {question.arms[arm].options}")
-    run_script(workshop, label, folder, "train.py", [
-        *options, f"--outdir={folder}", "--resume=latest", f"--data={workshop.data}", f"--seed={seed}",
-        f"--desc={arm}", f"--kimg={question.evaluate[-1]}", f"--tick={interval}", "--snap=1", "--metrics=none",
-        "--log=none",
-    ])  # fmt: skip
+    run_script(workshop, label, folder, "train.py", train_options(workshop, arm, seed))
     run = max(path for path in folder.iterdir() if path.is_dir())
     snapshots = {int(path.stem.rpartition("-")[2]): path for path in run.glob("network-snapshot-*.pkl")}
     for age in question.evaluate:

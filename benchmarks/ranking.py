@@ -37,7 +37,7 @@ def main(run: Path, metrics: tuple[str, ...]) -> None:
     if len(shared) < 3:
         counts = " and ".join(f"{len(own)} values of {name}" for own, name in zip(values, metrics, strict=True))
         raise UserError(f"{run}: has {counts}, {len(shared)} of them of the same networks; a ranking needs at least 3")
-    tau = kendall_interval(*([own[key] for key in shared] for own in values))
+    tau = kendall_interval([values[0][key] for key in shared], [values[1][key] for key in shared])
     result = {
         "metrics": metrics,
         "networks": len(shared),

@@ -55,9 +55,10 @@ def _draw_intervals(
     """Draw the interval of each difference: a row for each pair of arms, a line for each stage and axis."""
     from matplotlib.lines import Line2D
 
-    offsets = {key: 0.3 - 0.2 * i for i, key in enumerate((stage, axis) for stage in STAGES for axis in AXES)}
+    lines = sorted({(STAGES.index(item.stage), AXES.index(item.axis)) for item in comparisons})
+    offsets = {key: 0.2 * ((len(lines) - 1) / 2 - i) for i, key in enumerate(lines)}
     for item in comparisons:
-        y = -pairs.index((item.arm, item.against)) + offsets[item.stage, item.axis]
+        y = -pairs.index((item.arm, item.against)) + offsets[STAGES.index(item.stage), AXES.index(item.axis)]
         colour, interval = STAGE_COLOURS[item.stage], item.interval
         axes.plot([interval.low, interval.high], [y, y], color=colour, linewidth=1.6)
         face = colour if item.axis == "kimg" else "white"
@@ -65,7 +66,9 @@ def _draw_intervals(
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks([-i for i in range(len(pairs))], [_escape(f"{arm} minus {against}") for arm, against in pairs])
     axes.set_ylim(0.6 - max(len(pairs), 1), 0.6)
-    limit = 2.2 * max([abs(item.interval.estimate) for item in comparisons], default=1.0)  # cuts the widest intervals
+    ends = [abs(end) for item in comparisons for end in (item.interval.low, item.interval.high)]
+    largest = max([abs(item.interval.estimate) for item in comparisons], default=1.0)
+    limit = max(1.1 * float(np.quantile(ends or [1.0], 0.8)), 1.2 * largest)  # cuts the widest intervals
     axes.set_xlim(-limit, limit)
     direction = "higher is better" if higher_is_better(metric) else "lower is better"
     axes.set_xlabel(_escape(f"difference of mean {metric} with Welch's 95 % interval ({direction})"))
