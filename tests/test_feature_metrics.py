@@ -611,6 +611,7 @@ def test_the_dinov2_distance_uses_unbiased_covariances(tmp_path: Path) -> None:
     config = transformers.Dinov2Config(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=56
     )
+    torch.manual_seed(6)  # for most weights both distances differ by more than 1e-3, but not for all
     transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
     context = build(read_detectors((str(tmp_path / "dino"),)))
     measured = results(context, "fd10_dinov2")["fd10_dinov2"]
