@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import PATIENCE, SMALL
+from training_helpers import without_times
 
 from torch_utils.checkpoint import Checkpoint, digest
 from training.snapshots.snapshot import load_network
@@ -64,8 +65,7 @@ def start_training(outdir: Path, data: Path, *options: str, output: Path | None 
 def run_result(outdir: Path) -> dict[str, Any]:
     """Return digests of everything a run wrote, except timestamps."""
     run_dir = max(outdir.iterdir())
-    parts = Checkpoint.read(max(run_dir.glob("training-state-*.pt")))["parts"]
-    parts["state"].pop("elapsed")
+    parts = without_times(Checkpoint.read(max(run_dir.glob("training-state-*.pt")))["parts"])
     snapshot = load_network(max(run_dir.glob("network-snapshot-*.pkl")))
     lines = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     return {

@@ -433,7 +433,7 @@ def test_two_processes_equal_one_for_every_metric(calc: CalcMetrics, snapshot: P
 
     With odd numbers of images and batches of 13, shards and batches differ from those of a single process.
     """
-    names = "--metrics=swd41,fid31_full,kid31,is31,pr313_full,dc20,fid1_full"
+    names = "--metrics=swd41,fid31_full,kid31,mind31,is31,pr313_full,dc20,fid1_full"
     alone = lines(calc(names, bound(detector_program), "--no-cache"))
     command = [sys.executable, "calc_metrics.py", f"--network={snapshot}", "--device=cpu", names]
     together = subprocess.run(

@@ -1,4 +1,4 @@
-"""FID, KID, IS, precision/recall, density/coverage: closed forms, torch-fidelity, sharing, caching, independence."""
+"""FID, KID, MIND, IS, precision/recall, density/coverage: closed forms, other libraries, caching, independence."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.optimize
 import torch
 from metric_helpers import ArrayImages, SmallDetector, Stripes, natural_images, script_program
 from torch import Tensor
@@ -24,9 +25,10 @@ from metrics.feature_stats import ClassSums, Moments, Result, Rows, StatRequest,
 from metrics.frechet import distance_of, frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance, squared_mmd
+from metrics.mind import mind_numbers, random_directions, sliced_distance
 from metrics.precision_recall import density_coverage, precision_recall
 from metrics.registry import compute_all, find
-from metrics.sampling import MetricContext, choose_fakes
+from metrics.sampling import MetricContext, choose_fakes, choose_reals, shard
 from training.dataset import DatasetConfig, ImageDataset
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
@@ -127,6 +129,82 @@ def test_kid_equals_its_definition() -> None:
     within = [kernel(s[i], s[j]) for s in (x, y) for i, j in pairs if i != j]
     between = [kernel(x[i], y[j]) for i, j in pairs]
     assert float(squared_mmd(x, y)) == pytest.approx(sum(within) / 72 - 2 * sum(between) / 81, rel=1e-12)
+
+
+def numpy_mind(x: Tensor, y: Tensor, directions: np.ndarray) -> float:
+    """Compute 3 F mean_u mean_j (sort(x u)_j - sort(y u)_j)^2 for directions u (M, F), one at a time, in NumPy."""
+    real, fake = x.double().numpy(), y.double().numpy()
+    gaps = [((np.sort(real @ u) - np.sort(fake @ u)) ** 2).mean() for u in directions]
+    return float(3 * real.shape[1] * np.mean(gaps))
+
+
+def unit_vectors(count: int, dimensions: int) -> np.ndarray:
+    vectors = np.random.RandomState(5).standard_normal((count, dimensions))
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def mind(x: Tensor, y: Tensor) -> float:
+    """Return MIND of these features, with the directions of the metric."""
+    [(suffix, value)] = mind_numbers({"rows": x}, {"rows": y}).items()
+    assert suffix == ""
+    return value
+
+
+@pytest.mark.parametrize("count", [60, 250])  # numbers of directions below and above that of a chunk
+def test_mind_equals_its_definition(count: int) -> None:
+    real, fake, directions = features(90, 7, 1), features(90, 7, 2, shift=0.3), unit_vectors(count, 7)
+    expected = numpy_mind(real, fake, directions)
+    assert sliced_distance(real, fake, torch.from_numpy(directions.T)) == pytest.approx(expected, rel=1e-12)
+    assert sliced_distance(fake, real, torch.from_numpy(directions.T)) == pytest.approx(expected, rel=1e-12)
+    assert expected > 0.1
+
+
+def test_mind_has_1000_fixed_directions_of_length_1() -> None:
+    directions = random_directions(3)
+    assert (directions.shape, directions.dtype) == ((3, 1000), torch.float64)
+    assert directions[:, 0].tolist() == pytest.approx([-0.6629641936926857, 0.49318160763626967, 0.5632498377902223])
+    assert directions[:, 999].tolist() == pytest.approx([0.08785556481049411, 0.7943669422447586, 0.6010512131262538])
+    torch.testing.assert_close(directions.square().sum(dim=0), torch.ones(1000, dtype=torch.float64))
+    torch.testing.assert_close(directions.mean(dim=1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=0.07)
+    real, fake = features(50, 3, 1), features(50, 3, 2)
+    assert mind(real, fake) == pytest.approx(numpy_mind(real, fake, directions.T.numpy()), rel=1e-12)
+
+
+def test_mind_of_equal_sets_in_another_order_is_zero() -> None:
+    rows = features(80, 6, 1)
+    assert mind(rows, rows.flip(0)) == pytest.approx(0, abs=1e-24)
+
+
+def test_mind_of_a_shift_by_v_is_3_v_v() -> None:
+    """A shift by v has 3 F mean_u (u v)^2, with the mean 3 |v|^2 over directions."""
+    rows, v, directions = features(80, 6, 1).double(), torch.linspace(-1, 2, 6).double(), unit_vectors(40, 6)
+    expected = 3 * 6 * np.mean((directions @ v.numpy()) ** 2)
+    assert sliced_distance(rows, rows + v, torch.from_numpy(directions.T)) == pytest.approx(expected, rel=1e-12)
+    assert mind(rows, rows + v) == pytest.approx(3 * float(v.square().sum()), rel=0.1)
+
+
+def test_mind_of_numbers_is_3_times_the_transport_cost() -> None:
+    real, fake = features(40, 1, 1), 3 * features(40, 1, 2) - 1
+    costs = (real - fake.T).square().double().numpy()
+    pairs = scipy.optimize.linear_sum_assignment(costs)
+    assert mind(real, fake) == pytest.approx(3 * costs[pairs].mean(), rel=1e-6)
+
+
+def test_mind_of_gaussians_has_its_closed_form() -> None:
+    """N(0, s^2 I) and N(0, I) have 3 F (s - 1)^2."""
+    x, y = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 2000, 8)))
+    assert mind(x, 3 * y) == pytest.approx(3 * 8 * 2**2, rel=0.05)
+
+
+def test_mind_is_divided_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes sum shares, each over a third of the directions."""
+    real, fake = features(30, 5, 1), features(30, 5, 2)
+    whole, shares = mind(real, fake), []
+    for rank in range(3):
+        monkeypatch.setattr("metrics.mind.own_shard", lambda count, rank=rank: shard(count, rank, 3))
+        shares.append(mind(real, fake))
+    assert sum(shares) == pytest.approx(whole, rel=1e-12)
+    assert max(shares) < 0.5 * whole
 
 
 def test_subset_rows_hold_the_indexed_features() -> None:
@@ -252,7 +330,7 @@ def detector_setup(detector_program: Path) -> DetectorSetup:
     return bound_to(detector_program)
 
 
-NAMES = "fid60_full,fid40,kid50_full,is60,pr603_full,dc30"
+NAMES = "fid60_full,fid40,kid50_full,mind40,is60,pr603_full,dc30"
 
 
 def build(detector_setup: DetectorSetup, **changes: Any) -> MetricContext:
@@ -271,13 +349,13 @@ def test_metrics_share_passes_over_fakes_and_reals(detector_setup: DetectorSetup
     assert isinstance(G, Stripes)
     assert isinstance(images, CountedImages)
     assert sum(map(len, G.latents)) == 60
-    assert images.read == 90 + 40 + 30  # all reals for the _full metrics, subsets of 40 and of 30
+    assert images.read == 90 + 40 + 30  # all reals for the _full metrics, subsets of 40 (for two metrics) and 30
 
 
 def test_values_do_not_depend_on_batches_and_other_metrics(detector_setup: DetectorSetup) -> None:
     whole = results(build(detector_setup))
     assert results(build(detector_setup, batch_size=7, detector_batch=16)) == pytest.approx(whole, rel=1e-4)
-    assert len(whole) == 1 + 1 + 2 + 2 + 2 + 2
+    assert len(whole) == 1 + 1 + 2 + 1 + 2 + 2 + 2
     for name in NAMES.split(","):
         alone = results(build(detector_setup), name)
         assert alone == pytest.approx({key: whole[key] for key in alone}, rel=1e-9)
@@ -341,6 +419,31 @@ def test_values_equal_the_metric_on_the_counted_reals(detector_setup: DetectorSe
     assert results(build(detector_setup, images=images, mirrored=mirrored(images)), NAMES + f",{name}").items() >= (
         result.results.items()
     )
+
+
+@pytest.mark.parametrize(("name", "flips", "count"), [("mind60", 0, 60), ("mind200", 0, 90), ("mind", 1, 180)])
+def test_mind_compares_at_most_as_many_fakes_as_reals(
+    detector_setup: DetectorSetup, name: str, flips: int, count: int
+) -> None:
+    """With 90 images, or 180 with their flips; the directions do not depend on the seed."""
+    images = CountedImages(natural_images(90))
+    context = build(detector_setup, images=images, mirrored=mirrored(images) if flips else None, seed=3)
+    result = metrics.compute(name, context)
+    assert (result.num_real, result.num_fake, result.mirror) == (count, count, bool(flips))
+    own = replace(context, counts_flips=True)
+    reals = own.reals.images(choose_reals(own, count))
+    [(_, fakes)] = metrics.sampling.fake_batches(build(detector_setup, batch_size=count, seed=3), count)
+    real, fake = (SmallDetector()(part)[0] for part in (reals, fakes))
+    expected = numpy_mind(real, fake, random_directions(6).T.numpy())
+    assert result.results == {name: pytest.approx(expected, rel=1e-4)}
+    G = context.network
+    assert isinstance(G, Stripes)
+    assert sum(map(len, G.latents)) == count
+
+
+def test_mind_of_images_that_are_the_reals_is_zero(detector_setup: DetectorSetup) -> None:
+    context = build(detector_setup, G=None, fakes=ArrayImages(natural_images(90)))
+    assert results(context, "mind5k") == {"mind5k": pytest.approx(0, abs=1e-9)}
 
 
 def test_labels_of_fakes_do_not_depend_on_flips() -> None:
@@ -554,6 +657,8 @@ PLANS: dict[str, tuple[list[int | None], list[Any]]] = {
     "fd_dinov2": ([None, 50_000], [Moments()] * 2),
     "kid_full": ([None, 50_000], SUBSETS),
     "kid": ([50_000, 50_000], SUBSETS),
+    "mind": ([50_000, 50_000], [Rows()] * 2),
+    "mind20": ([20, 20], [Rows()] * 2),
     "is": ([50_000], [ClassSums(10)]),
     "pr3_full": ([200_000, 50_000], [Rows(half=True)] * 2),
     "pr3": ([50_000, 50_000], [Rows(half=True)] * 2),
@@ -611,6 +716,7 @@ def test_the_dinov2_distance_uses_unbiased_covariances(tmp_path: Path) -> None:
     config = transformers.Dinov2Config(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=56
     )
+    torch.manual_seed(6)  # for most weights both distances differ by more than 1e-3, but not for all
     transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
     context = build(read_detectors((str(tmp_path / "dino"),)))
     measured = results(context, "fd10_dinov2")["fd10_dinov2"]

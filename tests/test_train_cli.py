@@ -19,6 +19,7 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import SMALL, launch_as, make_shapes, small_config
 from PIL import Image
+from training_helpers import without_times
 
 import dataset_tool
 import metrics.registry
@@ -54,9 +55,7 @@ def run_dirs(outdir: Path) -> list[Path]:
 
 
 def last_state(run_dir: Path) -> dict[str, Any]:
-    state = Checkpoint.read(max(run_dir.glob("training-state-*.pt")))
-    state["parts"]["state"].pop("elapsed")
-    return state["parts"]
+    return without_times(Checkpoint.read(max(run_dir.glob("training-state-*.pt")))["parts"])
 
 
 @pytest.mark.parametrize(("local_rank", "waits"), [("0", []), ("1", [HEAD_START])])

@@ -21,7 +21,7 @@ from torch_utils import graphs
 from torch_utils.checkpoint import Checkpoint, digest, write_file
 from torch_utils.graphs import CaptureError, no_synchronisation
 from torch_utils.stats import Stat
-from training import hooks, restore
+from training import hooks, restore, training_loop
 from training.config import PRESETS, Environment, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.loss import LossTerms
@@ -281,12 +281,94 @@ def test_resuming_removes_only_partial_files_of_the_run(shapes_zip: Path, tmp_pa
     assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(kept)
 
 
-@pytest.mark.parametrize("elapsed", [-5.0, float("nan"), float("inf"), 10**400, "long", None, [1]])
-def test_a_state_with_an_invalid_elapsed_time_is_accepted(elapsed: object) -> None:
+@pytest.mark.parametrize("name", ["elapsed", "steps", "cpu"])
+@pytest.mark.parametrize("seconds", [-5.0, float("nan"), float("inf"), 10**400, "long", None, [1]])
+def test_a_state_with_an_invalid_time_is_accepted(name: str, seconds: object) -> None:
     state = TrainState()
-    state.load_state_dict({"nimg": 16, "step": 1, "elapsed": elapsed})
-    assert 0 <= state.elapsed < float("inf")
+    state.load_state_dict({"nimg": 16, "step": 1, "elapsed": 7.0, "steps": 6.0, "cpu": 5.0, name: seconds})
+    assert 0 <= getattr(state, name) < float("inf")
+    others = {"elapsed": 7.0, "steps": 6.0, "cpu": 5.0}
+    del others[name]
+    assert {other: getattr(state, other) for other in others} == others
     assert (state.nimg, state.step) == (16, 1)
+
+
+class Clocks:
+    """Replacement of the module `time` whose clocks stand still except in `spend`."""
+
+    def __init__(self, wall: float, cpu: float) -> None:
+        self.wall, self.cpu = wall, cpu
+
+    def monotonic(self) -> float:
+        return self.wall
+
+    def process_time(self) -> float:
+        return self.cpu
+
+    def spend(self, wall: float, cpu: float) -> None:
+        self.wall, self.cpu = self.wall + wall, self.cpu + cpu
+
+
+def timed_trainer(data: Path, clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> tuple[Trainer, list[list[float]]]:
+    """Return a trainer with ticks of two steps, and a list to which every tick adds its times.
+
+    A step takes 2 seconds (7 of the CPU), the statistics of a tick 1, its hooks 100 (1000 of the CPU). The times are
+    those of the steps, of the CPU in the steps, and in total.
+    """
+    trainer = new_trainer(small_config(data, run__tick_kimg=0.032))
+    trainer.phases = trainer.phases[:1]
+    ticks: list[list[float]] = []
+
+    def add_tick(trainer: Trainer, tick: Tick) -> None:
+        ticks.append([tick.values[f"Timing/{name}_sec"] for name in ("steps", "steps_cpu", "total")])
+        clocks.spend(wall=100, cpu=1000)
+
+    def collect() -> dict[str, Stat]:
+        clocks.spend(wall=1, cpu=0)
+        return {}
+
+    trainer.hooks = [OnTick(add_tick)]
+    monkeypatch.setattr(training_loop, "time", clocks)
+    monkeypatch.setattr(trainer, "run_phase", lambda *_: clocks.spend(wall=2, cpu=7))
+    monkeypatch.setattr(trainer.stats, "collect", collect)
+    return trainer, ticks
+
+
+def test_the_time_of_the_steps_leaves_out_the_hooks(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, ticks = timed_trainer(shapes_zip, Clocks(wall=5000, cpu=30), monkeypatch)
+    train_steps(trainer, 6)
+    # Collecting the statistics waits for the last step, so it counts.
+    assert [steps for steps, _, _ in ticks] == [0, 2 * 2 + 1, 4 * 2 + 2, 6 * 2 + 3]
+    assert [cpu for _, cpu, _ in ticks] == [0, 2 * 7, 4 * 7, 6 * 7]
+    assert [total for _, _, total in ticks] == [0, 100 + 2 * 2, 200 + 4 * 2 + 1, 300 + 6 * 2 + 2]
+
+
+def test_the_time_of_the_steps_continues_when_resuming(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = timed_trainer(shapes_zip, Clocks(wall=5000, cpu=30), monkeypatch)
+    train_steps(first, 2)
+    first.save(tmp_path / "training-state-000000.pt")
+    second, ticks = timed_trainer(shapes_zip, Clocks(wall=70, cpu=3), monkeypatch)  # clocks of another process
+    second.resume(tmp_path / "training-state-000000.pt")
+    train_steps(second, 2)
+    assert [tick[:2] for tick in ticks] == [[4 * 2 + 2, 4 * 7]]
+
+
+def test_a_state_without_the_time_of_the_steps_starts_at_0(shapes_zip: Path, tmp_path: Path) -> None:
+    """States of earlier releases hold the total time only."""
+    config = small_config(shapes_zip)
+    trainer = new_trainer(config)
+    trainer.state.elapsed = 9.0
+    trainer.save(tmp_path / "new.pt")
+    payload = Checkpoint.read(tmp_path / "new.pt")
+    for name in ("steps", "cpu"):
+        del payload["parts"]["state"][name]
+    Checkpoint.write(tmp_path / "old.pt", payload)
+    again = new_trainer(config)
+    again.state.steps, again.state.cpu = 3.0, 2.0
+    again.resume(tmp_path / "old.pt")
+    assert again.state == TrainState(elapsed=9.0)
 
 
 def test_times_do_not_depend_on_the_system_clock(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:

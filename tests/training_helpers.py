@@ -53,10 +53,14 @@ def train_steps(trainer: Trainer, steps: int) -> None:
 
 
 def saved_state(trainer: Trainer) -> dict[str, Any]:
-    """Return the contents of a training state except the elapsed time."""
-    state = {name: part.state_dict() for name, part in trainer.checkpoint.parts.items()}
-    state["state"] = {key: value for key, value in state["state"].items() if key != "elapsed"}
-    return state
+    """Return the contents of a training state except the times."""
+    return without_times({name: part.state_dict() for name, part in trainer.checkpoint.parts.items()})
+
+
+def without_times(parts: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts of a training state without the times, which differ between equal runs."""
+    times = ("elapsed", "steps", "cpu")
+    return parts | {"state": {key: value for key, value in parts["state"].items() if key not in times}}
 
 
 def train_with_a_break(config: TrainConfig, before: int, after: int, folder: Path) -> Trainer:

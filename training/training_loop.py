@@ -60,8 +60,9 @@ class TrainState:
         self.nimg, self.step = map(int, counts)
         for name in ("elapsed", "steps", "cpu"):  # for display only, so an implausible value is not an error
             seconds = state.get(name)
-            is_plausible = isinstance(seconds, (int, float)) and seconds > 0
-            setattr(self, name, float(min(seconds, MAX_SECONDS)) if is_plausible else 0.0)
+            if not isinstance(seconds, (int, float)) or not seconds > 0:  # nan is not > 0
+                seconds = 0
+            setattr(self, name, float(min(seconds, MAX_SECONDS)))
 
 
 class Failures:
