@@ -60,8 +60,8 @@ class TrainState:
         self.nimg, self.step = map(int, counts)
         for name in ("elapsed", "steps", "cpu"):  # for display only, so an implausible value is not an error
             seconds = state.get(name)
-            is_plausible = isinstance(seconds, (int, float)) and seconds > 0
-            setattr(self, name, float(min(seconds, MAX_SECONDS)) if is_plausible else 0.0)
+            plausible = seconds if isinstance(seconds, (int, float)) and seconds > 0 else 0.0
+            setattr(self, name, float(min(plausible, MAX_SECONDS)))
 
 
 class Failures:
