@@ -98,7 +98,7 @@ def draw_png(chart: Chart) -> bytes:
     rows = -(-len(chart.legend()) // columns)
     figure = Figure(figsize=(11, 3.6 + 0.2 * rows), layout="constrained")
     title = chart.title + (f" ({chart.note})" if chart.note else "")
-    figure.suptitle(_escape(title), x=0.01, ha="left", fontsize=12)
+    figure.suptitle(escape_text(title), x=0.01, ha="left", fontsize=12)
     for axes, axis in zip(figure.subplots(1, len(x_axes), squeeze=False)[0], x_axes, strict=True):
         _plot(axes, chart, axis)
     _add_legend(figure, chart, columns)
@@ -122,7 +122,7 @@ def _plot(axes: Axes, chart: Chart, axis: Axis) -> None:
             axes.plot(*best, marker="*", markersize=11, color=line.colour, linestyle="")
     if chart.is_log:
         _use_decades(axes)
-    axes.set(xlabel=axis.label, ylabel=_escape(chart.unit))
+    axes.set(xlabel=axis.label, ylabel=escape_text(chart.unit))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -155,7 +155,7 @@ def _add_legend(figure: Figure, chart: Chart, columns: int) -> None:
 
     entries = chart.legend()
     handles = [Line2D([], [], color=entry.colour or "black", linestyle=_style(entry.dashes)) for entry in entries]
-    labels = [_escape(entry.label) for entry in entries]
+    labels = [escape_text(entry.label) for entry in entries]
     figure.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize=8, frameon=False, handlelength=4)
 
 
@@ -164,7 +164,7 @@ def _style(dashes: tuple[int, ...]) -> Any:
     return (0, dashes) if dashes else "-"
 
 
-def _escape(text: str) -> str:
+def escape_text(text: str) -> str:
     """Escape text for matplotlib: dollar signs, which would start a formula, and undecodable bytes of file names."""
     return text.replace("$", r"\$").encode(errors="backslashreplace").decode()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,11 +39,15 @@ def welch_interval(x: Sequence[float], y: Sequence[float], confidence: float = C
 
     if min(len(x), len(y)) < 2:
         raise UserError(f"an interval needs at least 2 values on each side, got {len(x)} and {len(y)}: add seeds")
-    difference = float(np.mean(x) - np.mean(y))
-    if np.ptp(x) == np.ptp(y) == 0:
+    own, other = (np.asarray(values) - values[0] for values in (x, y))  # exactly 0 for a constant sample
+    difference = float(x[0] - y[0] + own.mean() - other.mean())
+    a, b = (float(values.var(ddof=1)) / len(values) for values in (own, other))
+    if a + b == 0:
         return Interval(estimate=difference, low=difference, high=difference)
-    interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval(confidence)
-    return Interval(estimate=difference, low=float(interval.low), high=float(interval.high))
+    share = a / (a + b)
+    freedom = 1 / (share**2 / (len(x) - 1) + (1 - share) ** 2 / (len(y) - 1))
+    reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(a + b)
+    return Interval(estimate=difference, low=difference - reach, high=difference + reach)
 
 
 def kendall_interval(x: Sequence[float], y: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
@@ -59,7 +64,7 @@ def kendall_interval(x: Sequence[float], y: Sequence[float], confidence: float =
     n = len(x)
     if n < 3 or n != len(y):
         raise UserError(f"Kendall's tau needs at least 3 pairs of values, got {n} and {len(y)} values")
-    signs = np.sign(np.subtract.outer(x, x) * np.subtract.outer(y, y))
+    signs = np.sign(np.subtract.outer(x, x)) * np.sign(np.subtract.outer(y, y))
     counts = signs.sum(axis=1)
     tau = counts.sum() / (n * (n - 1))
     spread = 2 * (n - 2) / (n * (n - 1) ** 2) * ((counts - counts.mean()) ** 2).sum()

@@ -7,6 +7,7 @@ benchmarks/learning.py trains the runs and writes the file.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from dnnlib.config import UserError
 from dnnlib.util import read_json, write_atomically
 from reporting.charts import higher_is_better
 from reporting.intervals import CONFIDENCE, Interval, welch_interval
+from reporting.run_reader import MAX_AGE, MAX_VALUE, is_number
 
 LABORATORY_FILE = "laboratory.json"
 SCREENING_CONFIDENCE = 0.8  # an arm whose interval excludes equality at this confidence is promising
@@ -26,6 +28,8 @@ Axis = Literal["kimg", "minutes"]
 STAGES: tuple[Stage, ...] = ("screen", "confirm")
 SEEDS: dict[Stage, str] = {"screen": "first seeds", "confirm": "fresh seeds"}
 AXES: tuple[Axis, ...] = ("kimg", "minutes")
+MAX_ARMS = 100  # a chart of more arms would be too large for matplotlib
+NAME = re.compile(r"\w[\w.-]*")  # names of arms and metrics, which are also names of files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,7 @@ class Question:
     """Arms of equal length, evaluated at the same ages `evaluate` in kimg; the first arm is the baseline.
 
     The seeds of the two stages are disjoint: an arm that is promising with the first is judged by the others.
+    Raises ValueError for fields that are not as described.
     """
 
     question: str
@@ -52,6 +57,29 @@ class Question:
     arms: dict[str, Arm]
     metrics: tuple[str, ...]
     seeds: dict[Stage, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        ages, seeds = self.evaluate, [seed for stage in STAGES for seed in self.seeds[stage]]
+        if not ages or not all(type(age) is int and age > 0 for age in ages) or list(ages) != sorted(set(ages)):
+            raise ValueError(
+                f"evaluate = {str([*ages])[:100]}: list whole numbers of kimg in ascending order, e.g. [5, 10]"
+            )
+        if not 2 <= len(self.arms) <= MAX_ARMS:
+            raise ValueError(f"a question has 2 to {MAX_ARMS} arms, got {len(self.arms)}")
+        texts = [self.question, self.base, *self.metrics, *(arm.options for arm in self.arms.values())]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("question, base, metrics and options are texts")
+        for kind, names in (("arm", self.arms), ("metric", self.metrics)):
+            for name in names:
+                if not NAME.fullmatch(name):
+                    raise ValueError(f"{kind} {name!r}: use letters, digits and - _ . in the name")
+        above: list[str] = []
+        for name, arm in self.arms.items():
+            if arm.against not in above and (above or arm.against is not None):
+                raise ValueError(f"arm {name}: {arm.against!r} is not an arm above it")
+            above.append(name)
+        if not self.metrics or not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
+            raise ValueError("a question has metrics, and different whole numbers as seeds")
 
     @property
     def baseline(self) -> str:
@@ -66,11 +94,24 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Values:
-    """Values of a metric of one run in ascending order of age. `minutes` excludes evaluation and saving."""
+    """Values of a metric of one run in ascending order of age. `minutes` excludes evaluation and saving.
+
+    Raises ValueError for no values, different numbers of them, descending ages, and numbers that are not finite.
+    """
 
     kimg: tuple[float, ...]
     minutes: tuple[float, ...]
     values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.values) == len(self.kimg) == len(self.minutes):
+            counts = f"{len(self.kimg)} kimg, {len(self.minutes)} minutes and {len(self.values)} values"
+            raise ValueError(f"an evaluated run has as many ages as values, got {counts}")
+        ages = [*self.kimg, *self.minutes]
+        if not all(is_number(x, MAX_AGE) for x in ages) or not all(is_number(x, MAX_VALUE) for x in self.values):
+            raise ValueError("an age or a value is not a finite number")
+        if any(list(own) != sorted(own) for own in (self.kimg, self.minutes)):
+            raise ValueError("kimg or minutes are not in ascending order")
 
     def at(self, axis: Axis, position: float) -> float:
         """Return the value at a position on an axis, interpolated linearly."""
@@ -97,7 +138,8 @@ class Comparison:
     """An arm and its reference at equal kimg or minutes: values by seed, and the interval of the difference of means.
 
     `verdict` is `better` or `worse` if the 95 % interval excludes 0, else `no difference shown`. In the screening stage
-    it is `promising` or `not promising`, and `incomplete` in both stages if a run of either arm is missing.
+    it is `promising` or `not promising`, and `incomplete` in both stages if a run of either arm is missing or has not
+    reached the last age.
     """
 
     stage: Stage
@@ -138,7 +180,8 @@ class Laboratory:
         devices = {trial.device for name in (arm, against) for trial in self._trials_of(name, stage)}
         if axis == "minutes" and len(devices) > 1:
             return None
-        positions = [getattr(values, axis) for values in [*ours.values(), *theirs.values()]]
+        runs = [*ours.values(), *theirs.values()]
+        positions = [getattr(run, axis) for run in runs]
         if min(len(ours), len(theirs)) < 2:
             return None
         at = min(own[-1] for own in positions)
@@ -146,7 +189,8 @@ class Laboratory:
             return None
         values = {seed: own.at(axis, at) for seed, own in ours.items()}
         reference = {seed: own.at(axis, at) for seed, own in theirs.items()}
-        is_complete = all(len(own) == len(self.question.seeds[stage]) for own in (ours, theirs))
+        has_all = all(len(own) == len(self.question.seeds[stage]) for own in (ours, theirs))
+        is_complete = has_all and all(run.kimg[-1] >= self.question.evaluate[-1] for run in runs)
         return Comparison(
             stage=stage,
             arm=arm,
@@ -209,20 +253,33 @@ def read_laboratory(folder: Path) -> Laboratory:
         raise UserError(f"{path}: no such file; benchmarks/learning.py writes it") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except KeyError as error:
+        raise UserError(f"{path}: not a laboratory ({error.args[0]} is missing)") from None
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a laboratory ({error})") from None
 
 
 def _to_question(content: dict[str, Any]) -> Question:
+    if set(content["seeds"]) != set(STAGES):
+        raise ValueError(f"the seeds are not those of the stages {' and '.join(STAGES)}")
     arms = {name: Arm(**arm) for name, arm in content["arms"].items()}
-    seeds: dict[Stage, tuple[int, ...]] = {stage: tuple(content["seeds"][stage]) for stage in STAGES}
-    lists = {name: tuple(content[name]) for name in ("evaluate", "metrics")}
+    seeds: dict[Stage, tuple[int, ...]] = {stage: _to_tuple(content["seeds"][stage]) for stage in STAGES}
+    lists = {name: _to_tuple(content[name]) for name in ("evaluate", "metrics")}
     return Question(**{**content, **lists, "arms": arms, "seeds": seeds})
 
 
 def _to_trial(content: dict[str, Any]) -> Trial:
     metrics = {
-        name: Values(**{axis: tuple(map(float, numbers)) for axis, numbers in values.items()})
+        name: Values(**{axis: _to_tuple(numbers) for axis, numbers in values.items()})
         for name, values in content["metrics"].items()
     }
-    return Trial(arm=content["arm"], seed=int(content["seed"]), device=content["device"], metrics=metrics)
+    trial = Trial(**{**content, "metrics": metrics})
+    if type(trial.seed) is not int or not all(isinstance(text, str) for text in (trial.arm, trial.device)):
+        raise ValueError("a trial has an arm, a whole number as seed, and a device")
+    return trial
+
+
+def _to_tuple(value: object) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"a {type(value).__name__} is in the place of a list")
+    return tuple(value)

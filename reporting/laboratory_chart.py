@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reporting.charts import COLOURS, higher_is_better
+from reporting.drawing import escape_text
 from reporting.laboratory import AXES, SEEDS, STAGES, Axis, Comparison, Laboratory, Stage, Values
 
 if TYPE_CHECKING:
@@ -32,14 +33,14 @@ def draw_laboratory(laboratory: Laboratory, metric: str) -> bytes:
     rows = -(-len(arms) // ARMS_PER_ROW)
     heights = [1.3 + ROW * len(pairs), 2.6 * rows]
     figure = Figure(figsize=(12.5, sum(heights) + 0.5), layout="constrained")
-    figure.suptitle(_escape(laboratory.question.question), x=0.01, ha="left", fontsize=14)
+    figure.suptitle(escape_text(laboratory.question.question), x=0.01, ha="left", fontsize=14)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_intervals(upper.subplots(), comparisons, pairs, metric)
     panels = lower.subplots(rows, 2 * ARMS_PER_ROW, sharey=True, squeeze=False).flatten()
     for arm, pair in zip(arms, panels.reshape(-1, 2), strict=False):
         for axes, axis in zip(pair, AXES, strict=True):
             _draw_curves(axes, laboratory, arm, metric, axis)
-        pair[0].set_title(_escape(f"{arm} and {laboratory.question.arms[arm].against}"), fontsize=10, loc="left")
+        pair[0].set_title(escape_text(f"{arm} and {laboratory.question.arms[arm].against}"), fontsize=10, loc="left")
     for axes in panels[2 * len(arms) :]:
         axes.set_visible(False)
     for axes in panels[:: 2 * ARMS_PER_ROW]:
@@ -64,14 +65,14 @@ def _draw_intervals(
         face = colour if item.axis == "kimg" else "white"
         axes.plot(interval.estimate, y, marker="o", markersize=5, color=colour, markerfacecolor=face)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks([-i for i in range(len(pairs))], [_escape(f"{arm} minus {against}") for arm, against in pairs])
+    axes.set_yticks([-i for i in range(len(pairs))], [escape_text(f"{arm} minus {against}") for arm, against in pairs])
     axes.set_ylim(0.6 - max(len(pairs), 1), 0.6)
     ends = [abs(end) for item in comparisons for end in (item.interval.low, item.interval.high)]
     largest = max([abs(item.interval.estimate) for item in comparisons], default=1.0)
-    limit = max(1.1 * float(np.quantile(ends or [1.0], 0.8)), 1.2 * largest)  # cuts the widest intervals
+    limit = max(1.1 * float(np.quantile(ends or [1.0], 0.8)), 1.2 * largest) or 1.0  # cuts the widest intervals
     axes.set_xlim(-limit, limit)
     direction = "higher is better" if higher_is_better(metric) else "lower is better"
-    axes.set_xlabel(_escape(f"difference of mean {metric} with Welch's 95 % interval ({direction})"))
+    axes.set_xlabel(escape_text(f"difference of mean {metric} with Welch's 95 % interval ({direction})"))
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right", "left"]].set_visible(False)
     handles = [
@@ -105,8 +106,3 @@ def _mean_curve(runs: Mapping[int, Values], axis: Axis) -> tuple[np.ndarray, np.
     values = np.array([run.values[:count] for run in runs.values()])
     positions = np.array([getattr(run, axis)[:count] for run in runs.values()])
     return positions.mean(axis=0), values.mean(axis=0), values.std(axis=0, ddof=1)
-
-
-def _escape(text: str) -> str:
-    """Escape dollar signs, which would start a formula in matplotlib."""
-    return text.replace("$", r"\$")

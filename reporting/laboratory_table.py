@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Iterator, Sequence
 
-from reporting.laboratory import SEEDS, STAGES, Comparison, Laboratory, Stage
+from reporting.laboratory import AXES, SEEDS, STAGES, Comparison, Laboratory, Stage
 
 Table = list[list[str]]  # rows of cells; the first row is the head
 HEAD = ["arm", "values by seed", "mean ± deviation", "minutes", "against", "at equal kimg", "at equal minutes"]
@@ -32,25 +33,34 @@ def result_tables(laboratory: Laboratory) -> Iterator[tuple[str, Table]]:
 def _results(laboratory: Laboratory, metric: str, stage: Stage) -> Iterator[list[str]]:
     """Yield a row for each arm that has runs, and one more for each further reference."""
     found = {(item.arm, item.against, item.axis): item for item in laboratory.comparisons(metric, [stage])}
+    digits = _decimals(laboratory, metric)
     for arm in laboratory.question.arms:
         runs = laboratory.values(arm, metric, stage)
         if not runs:
             continue
         last = [run.values[-1] for run in runs.values()]
-        spread = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
+        spread = f" ± {statistics.stdev(last):.{digits}f}" if len(last) > 1 else ""
         minutes = statistics.fmean(run.minutes[-1] for run in runs.values())
-        cells = [arm, ", ".join(f"{x:.2f}" for x in last), f"{statistics.fmean(last):.2f}{spread}", f"{minutes:.1f}"]
+        values = ", ".join(f"{x:.{digits}f}" for x in last)
+        cells = [arm, values, f"{statistics.fmean(last):.{digits}f}{spread}", f"{minutes:.1f}"]
         for against in laboratory.question.references(arm) or [""]:
-            yield [*cells, against, *(_describe(found.get((arm, against, axis))) for axis in ("kimg", "minutes"))]
+            yield [*cells, against, *(_describe(found.get((arm, against, axis)), digits) for axis in AXES)]
             cells = ["", "", "", ""]
 
 
-def _describe(item: Comparison | None) -> str:
+def _decimals(laboratory: Laboratory, metric: str) -> int:
+    """Return the decimals of a metric: four significant digits of its largest last value, but at least two decimals."""
+    last = [abs(trial.metrics[metric].values[-1]) for trial in laboratory.trials if metric in trial.metrics]
+    largest = max(last, default=0.0)
+    return min(max(2, 3 - math.floor(math.log10(largest))), 12) if largest else 2
+
+
+def _describe(item: Comparison | None, digits: int) -> str:
     """Return the difference of means, its interval and the verdict."""
     if item is None:
         return ""
-    low, estimate, high = item.interval.low, item.interval.estimate, item.interval.high
-    return f"{estimate:+.2f} [{low:+.2f}, {high:+.2f}] {item.verdict}"
+    low, estimate, high = (f"{x:+.{digits}f}" for x in (item.interval.low, item.interval.estimate, item.interval.high))
+    return f"{estimate} [{low}, {high}] {item.verdict}"
 
 
 def to_markdown(laboratory: Laboratory) -> str:
@@ -64,5 +74,10 @@ def to_markdown(laboratory: Laboratory) -> str:
 
 def _to_markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    text = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
     return re.sub(r"\] (better|worse|promising)", r"] **\1**", text)
+
+
+def _escape(cell: str) -> str:
+    """Escape what would end a cell or a row."""
+    return cell.replace("|", r"\|").replace("\n", " ")

@@ -1,0 +1,597 @@
+"""Laboratories of drawn and chosen numbers: false winners, verdicts, equal minutes, files, tables, charts and pages."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from laboratory_helpers import FD, drawn_trial, make_question, make_trial, with_last_values
+from PIL import Image
+
+import report
+from dnnlib.config import UserError
+from reporting.laboratory import Comparison, Laboratory, Question, Stage, Trial, read_laboratory
+from reporting.laboratory_chart import draw_laboratory
+from reporting.laboratory_table import result_tables, to_markdown
+
+TWELVE = [f"arm{i}" for i in range(12)]
+
+# Statistics of the procedure.
+
+
+def draw_trials(rng: np.random.RandomState, question: Question, stage: Stage, arms: Sequence[str]) -> list[Trial]:
+    """Draw a trial of each arm and seed of a stage; the arm `helpful` is better by 12."""
+    means = {arm: 88 if arm == "helpful" else 100 for arm in arms}
+    return [drawn_trial(rng, arm, seed, mean) for arm, mean in means.items() for seed in question.seeds[stage]]
+
+
+def confirm(rng: np.random.RandomState, screened: Laboratory, promising: Sequence[str]) -> set[str]:
+    """Return the promising arms that fresh seeds find better, at equal kimg or at equal minutes."""
+    question = screened.question
+    fresh = draw_trials(rng, question, "confirm", [question.baseline, *promising])
+    found = replace(screened, trials=(*screened.trials, *fresh)).comparisons(FD, ["confirm"])
+    return {item.arm for item in found if item.verdict == "better"}
+
+
+def below_two_errors(laboratory: Laboratory) -> set[str]:
+    """Return the arms whose mean of the first seeds is two standard errors of the difference below the baseline's."""
+    question = laboratory.question
+    last = {arm: [run.values[-1] for run in laboratory.values(arm, FD, "screen").values()] for arm in question.arms}
+    mean = {arm: np.mean(values) for arm, values in last.items()}
+    variance = {arm: np.var(values, ddof=1) / len(values) for arm, values in last.items()}
+    base = question.baseline
+    return {arm for arm in TWELVE if mean[arm] - mean[base] < -2 * math.sqrt(float(variance[arm] + variance[base]))}
+
+
+def test_equal_arms_are_rarely_confirmed() -> None:
+    """With twelve arms like the baseline, the naive rule finds winners in a third of laboratories, fresh seeds in 4 %.
+
+    An equal arm has a difference of two standard errors in 6 % of the cases. It is promising in 10 %, and then better
+    in 2.5 %, which is 3 % for twelve arms along one axis.
+    """
+    rng, question = np.random.RandomState(0), make_question(["baseline", *TWELVE])
+    naive, promising, better = [], [], []
+    for _ in range(100):
+        screened = Laboratory(question=question, trials=(*draw_trials(rng, question, "screen", [*question.arms]),))
+        naive.append(below_two_errors(screened))
+        promising.append(screened.promising())
+        better.append(confirm(rng, screened, promising[-1]))
+    assert sum(map(bool, naive)) >= 20
+    assert sum(map(len, naive)) >= 40
+    assert sum(map(len, promising)) >= 60  # the fresh seeds reject them
+    assert sum(map(bool, better)) <= 5
+
+
+def test_a_large_improvement_is_confirmed() -> None:
+    rng, question = np.random.RandomState(1), make_question(["baseline", *TWELVE[1:], "helpful"])
+    found = 0
+    for _ in range(25):
+        screened = Laboratory(question=question, trials=(*draw_trials(rng, question, "screen", [*question.arms]),))
+        found += "helpful" in confirm(rng, screened, screened.promising())
+    assert found >= 24
+
+
+# Verdicts.
+
+
+def compare(laboratory: Laboratory, stage: Stage = "confirm", metric: str = FD) -> Comparison:
+    """Compare the arm `other` with the baseline at equal kimg."""
+    found = laboratory.compare(stage, "other", "baseline", metric, "kimg")
+    assert found is not None
+    return found
+
+
+LOW, HIGH = (10.0, 11.0, 12.0, 11.0, 11.0), (20.0, 21.0, 22.0, 21.0, 21.0)
+WIDE = (11.0, 13.0, 9.0, 10.0, 14.0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "stage", "other", "baseline", "verdict"),
+    [
+        (FD, "confirm", LOW, HIGH, "better"),
+        (FD, "confirm", HIGH, LOW, "worse"),
+        (FD, "confirm", WIDE, LOW, "no difference shown"),
+        (FD, "confirm", LOW, LOW, "no difference shown"),
+        (FD, "screen", LOW, HIGH, "promising"),
+        (FD, "screen", HIGH, LOW, "not promising"),
+        (FD, "screen", LOW, LOW, "not promising"),
+        ("is50k", "confirm", LOW, HIGH, "worse"),
+        ("is50k", "confirm", HIGH, LOW, "better"),
+        ("is50k", "screen", HIGH, LOW, "promising"),
+        ("is50k", "screen", LOW, HIGH, "not promising"),
+        (FD, "confirm", LOW[:4], HIGH, "incomplete"),
+        (FD, "confirm", LOW, HIGH[:4], "incomplete"),
+        (FD, "screen", LOW[:2], HIGH, "incomplete"),
+        (FD, "screen", LOW, HIGH[:2], "incomplete"),
+    ],
+)
+def test_verdicts(metric: str, stage: Stage, other: Sequence[float], baseline: Sequence[float], verdict: str) -> None:
+    question = make_question(metrics=(metric,))
+    laboratory = with_last_values(question, stage, {"baseline": baseline, "other": other})
+    assert compare(laboratory, stage, metric).verdict == verdict
+
+
+def test_promising_needs_less_confidence_than_better() -> None:
+    """The interval of the difference is -3 +- 1.533 * 1.633 at 80 %, and -3 +- 2.776 * 1.633 at 95 %."""
+    first, second = (8.0, 10.0, 12.0), (11.0, 13.0, 15.0)
+    question = make_question(confirm=3)
+    verdicts = {
+        stage: compare(with_last_values(question, stage, {"other": first, "baseline": second}), stage)
+        for stage in question.seeds
+    }
+    assert verdicts["screen"].verdict == "promising"
+    assert verdicts["confirm"].verdict == "no difference shown"
+    assert verdicts["screen"].interval == verdicts["confirm"].interval
+    assert verdicts["screen"].interval.low == pytest.approx(-3 - 2.776445 * math.sqrt(8 / 3))
+
+
+def test_a_run_behind_the_last_age_makes_a_comparison_incomplete() -> None:
+    question = make_question(confirm=3)
+    laboratory = with_last_values(question, "confirm", {"other": LOW[:3], "baseline": HIGH[:3]})
+    short = make_trial("other", 101, (31.0,), kimg=(5.0,), minutes=(1.0,))
+    found = compare(laboratory.with_trial(short))
+    assert (found.at, found.verdict) == (5, "incomplete")
+    assert found.values == {100: 30, 101: 31, 102: 32}
+    assert found.reference == {100: 40, 101: 41, 102: 42}
+    assert found.interval.estimate == pytest.approx(-10)
+
+
+def test_stages_do_not_share_seeds() -> None:
+    """Trials of the first seeds say nothing in the confirming stage."""
+    laboratory = with_last_values(make_question(), "screen", {"other": LOW[:3], "baseline": HIGH[:3]})
+    assert laboratory.values("other", FD, "confirm") == {}
+    assert laboratory.compare("confirm", "other", "baseline", FD, "kimg") is None
+    assert {item.stage for item in laboratory.comparisons(FD)} == {"screen"}
+
+
+# Equal kimg and equal minutes.
+
+
+def slow_laboratory(first: float = 20.0, device: str = "cpu") -> Laboratory:
+    """Return a laboratory whose arm `other` takes about twice as long; its values are 90 and 50 plus the seed."""
+    trials = []
+    for seed in range(3):
+        fast = make_trial("baseline", seed, (100.0 + seed, 80.0 + seed), minutes=(12.0, 24.0))
+        slow = make_trial("other", seed, (90.0 + seed, 50.0 + seed), minutes=(first, 40.0), device=device)
+        trials += [fast, slow]
+    return Laboratory(question=make_question(), trials=tuple(trials))
+
+
+def test_arms_are_compared_at_equal_minutes() -> None:
+    """A run that takes 40 minutes is interpolated at 24, a fifth of the way from 20 to 40 minutes: 90 - 40 / 5 = 82."""
+    laboratory = slow_laboratory()
+    at_kimg = laboratory.compare("screen", "other", "baseline", FD, "kimg")
+    at_minutes = laboratory.compare("screen", "other", "baseline", FD, "minutes")
+    assert at_kimg is not None
+    assert at_minutes is not None
+    assert (at_kimg.at, at_minutes.at) == (10, 24)
+    assert at_kimg.values == {0: 50, 1: 51, 2: 52}
+    assert list(at_minutes.values.values()) == pytest.approx([82, 83, 84])
+    assert at_minutes.reference == {0: 80, 1: 81, 2: 82}
+    assert (at_kimg.interval.estimate, at_minutes.interval.estimate) == pytest.approx((-30, 2))
+    assert (at_kimg.verdict, at_minutes.verdict) == ("promising", "not promising")
+
+
+def test_minutes_before_the_first_evaluation_are_not_compared() -> None:
+    laboratory = slow_laboratory(first=24.5)
+    assert laboratory.compare("screen", "other", "baseline", FD, "minutes") is None
+    assert laboratory.compare("screen", "other", "baseline", FD, "kimg") is not None
+    assert slow_laboratory(first=24.0).compare("screen", "other", "baseline", FD, "minutes") is not None
+
+
+def test_minutes_on_different_devices_are_not_compared() -> None:
+    laboratory = slow_laboratory(device="NVIDIA H100")
+    assert laboratory.compare("screen", "other", "baseline", FD, "minutes") is None
+    assert laboratory.compare("screen", "other", "baseline", FD, "kimg") is not None
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(1, 3), (3, 1), (0, 3), (3, 0)])
+def test_a_comparison_needs_two_runs_of_each_arm(ours: int, theirs: int) -> None:
+    last = {"other": LOW[:ours], "baseline": HIGH[:theirs]}
+    laboratory = with_last_values(make_question(), "screen", last)
+    assert laboratory.compare("screen", "other", "baseline", FD, "kimg") is None
+    assert list(laboratory.comparisons(FD)) == []
+
+
+# References.
+
+FAMILY = ("baseline", "parent", "child")
+
+
+def family(baseline: float, parent: float, child: float, metrics: tuple[str, ...] = (FD,)) -> Laboratory:
+    """Return a laboratory whose arm `child` extends `parent`, with means of three seeds."""
+    question = make_question(FAMILY, parents={"child": "parent"}, metrics=metrics)
+    means = dict(zip(FAMILY, (baseline, parent, child), strict=True))
+    return with_last_values(question, "screen", {arm: (mean - 1, mean, mean + 1) for arm, mean in means.items()})
+
+
+def test_an_arm_is_compared_with_its_parent_and_the_baseline() -> None:
+    laboratory = family(100, 90, 80)
+    question = laboratory.question
+    assert [question.references(arm) for arm in FAMILY] == [[], ["baseline"], ["parent", "baseline"]]
+    found = {(item.arm, item.against, item.axis): item.interval.estimate for item in laboratory.comparisons(FD)}
+    assert found == {
+        ("parent", "baseline", "kimg"): pytest.approx(-10),
+        ("parent", "baseline", "minutes"): pytest.approx(-10),
+        ("child", "parent", "kimg"): pytest.approx(-10),
+        ("child", "parent", "minutes"): pytest.approx(-10),
+        ("child", "baseline", "kimg"): pytest.approx(-20),
+        ("child", "baseline", "minutes"): pytest.approx(-20),
+    }
+
+
+@pytest.mark.parametrize(
+    ("means", "promising"),
+    [
+        ((100, 90, 80), ["parent", "child"]),
+        ((100, 90, 90), ["parent"]),  # better than the baseline only
+        ((100, 120, 110), ["child"]),  # better than its parent only
+        ((100, 110, 120), []),
+    ],
+)
+def test_an_arm_is_promising_against_its_own_reference(means: tuple[float, float, float], promising: list[str]) -> None:
+    assert family(*means).promising() == promising
+
+
+def test_an_arm_is_promising_by_the_first_metric_alone() -> None:
+    question = make_question(["baseline", "first", "second"], metrics=(FD, "swd500"))
+    means = {"baseline": (100, 100), "first": (90, 100), "second": (100, 90)}
+    trials = [
+        make_trial(arm, seed, {FD: (0, fd + seed), "swd500": (0, swd + seed)})
+        for arm, (fd, swd) in means.items()
+        for seed in range(3)
+    ]
+    laboratory = Laboratory(question=question, trials=tuple(trials))
+    assert laboratory.promising() == ["first"]
+    assert {item.arm for item in laboratory.comparisons("swd500") if item.verdict == "promising"} == {"second"}
+
+
+# Trials.
+
+
+def test_a_trial_answers_a_question_with_all_metrics_and_ages() -> None:
+    question = make_question(metrics=(FD, "swd500"), evaluate=(5, 10))
+    trial = make_trial("other", 0, {FD: (9, 8), "swd500": (7, 6)}, kimg=(5.016, 10.0))
+    assert trial.answers(question)
+    assert trial.answers(make_question(evaluate=(10,)))
+    assert not trial.answers(make_question(evaluate=(5, 10, 20)))
+    assert not trial.answers(make_question(evaluate=(4,)))
+    assert not trial.answers(make_question(metrics=(FD, "kid50k_full")))
+    assert not make_trial("other", 0, (9, 8), kimg=(4.9, 10.0)).answers(make_question())
+
+
+def test_a_trial_replaces_an_earlier_one_of_its_arm_and_seed() -> None:
+    laboratory = Laboratory(question=make_question(FAMILY, parents={"child": "parent"}))
+    cells = [("removed", 0), ("child", 1), ("baseline", 1), ("baseline", 0), ("parent", 100)]
+    for arm, seed in cells:
+        laboratory = laboratory.with_trial(make_trial(arm, seed, (2.0, 1.0)))
+    newer = make_trial("baseline", 1, (4.0, 3.0))
+    replaced = laboratory.with_trial(newer)
+    order = [("baseline", 0), ("baseline", 1), ("parent", 100), ("child", 1), ("removed", 0)]
+    assert [(trial.arm, trial.seed) for trial in laboratory.trials] == order
+    assert [(trial.arm, trial.seed) for trial in replaced.trials] == order
+    assert [trial for trial in replaced.trials if trial not in laboratory.trials] == [newer]
+
+
+# The file.
+
+
+def small_laboratory() -> Laboratory:
+    """Return a laboratory with a helpful arm, and an arm without trials."""
+    question = make_question(["baseline", "other", "untried"], confirm=2)
+    trials = [
+        make_trial(arm, seed, (mean + 20 + seed, mean + seed), minutes=(minutes / 2, minutes))
+        for arm, mean, minutes in (("baseline", 100, 2.0), ("other", 90, 4.0))
+        for seed in range(3)
+    ]
+    return Laboratory(question=question, trials=tuple(trials))
+
+
+def test_a_laboratory_is_read_as_it_was_written(tmp_path: Path) -> None:
+    for laboratory in (small_laboratory(), family(3, 2, 1, metrics=(FD, "is50k")), slow_laboratory(device="H100")):
+        laboratory.write(tmp_path)
+        assert read_laboratory(tmp_path) == laboratory
+
+
+Change = Callable[[dict[str, Any]], object]
+CHANGES: dict[str, Change] = {
+    "question missing": lambda content: content.pop("question"),
+    "trials missing": lambda content: content.pop("trials"),
+    "trials null": lambda content: content.update(trials=None),
+    "trials a table": lambda content: content.update(trials={"a": 1}),
+    "trial a number": lambda content: content["trials"].append(3),
+    "question a list": lambda content: content.update(question=[]),
+    "question a number": lambda content: content["question"].update(question=3),
+    "unknown field": lambda content: content["question"].update(colour="red"),
+    "base missing": lambda content: content["question"].pop("base"),
+    "base a number": lambda content: content["question"].update(base=5),
+    "evaluate missing": lambda content: content["question"].pop("evaluate"),
+    "evaluate empty": lambda content: content["question"].update(evaluate=[]),
+    "evaluate a number": lambda content: content["question"].update(evaluate=5),
+    "evaluate fractional": lambda content: content["question"].update(evaluate=[2.5]),
+    "evaluate unsorted": lambda content: content["question"].update(evaluate=[10, 5]),
+    "evaluate mixed": lambda content: content["question"].update(evaluate=[5, "10"]),
+    "metrics empty": lambda content: content["question"].update(metrics=[]),
+    "metrics text": lambda content: content["question"].update(metrics="swd5k"),
+    "metrics numbers": lambda content: content["question"].update(metrics=[5]),
+    "metric a path": lambda content: content["question"].update(metrics=["../swd5k"]),
+    "arms empty": lambda content: content["question"].update(arms={}),
+    "arms a list": lambda content: content["question"].update(arms=["baseline", "other"]),
+    "one arm": lambda content: [content["question"]["arms"].pop(name) for name in ("other", "untried")],
+    "many arms": lambda content: content["question"]["arms"].update(
+        {f"arm{i}": {"options": "", "against": "baseline"} for i in range(100)}
+    ),
+    "arm a text": lambda content: content["question"]["arms"].update(other="--lr=1"),
+    "arm a path": lambda content: content["question"]["arms"].update({"../x": {"options": "", "against": "other"}}),
+    "arm without options": lambda content: content["question"]["arms"]["other"].pop("options"),
+    "options a number": lambda content: content["question"]["arms"]["other"].update(options=5),
+    "unknown reference": lambda content: content["question"]["arms"]["other"].update(against="nobody"),
+    "reference a list": lambda content: content["question"]["arms"]["other"].update(against=[1]),
+    "no reference": lambda content: content["question"]["arms"]["other"].update(against=None),
+    "own reference": lambda content: content["question"]["arms"]["other"].update(against="other"),
+    "baseline with reference": lambda content: content["question"]["arms"]["baseline"].update(against="other"),
+    "unknown stage": lambda content: content["question"]["seeds"].update(third=[7]),
+    "stage missing": lambda content: content["question"]["seeds"].pop("screen"),
+    "seeds a list": lambda content: content["question"].update(seeds=[1, 2]),
+    "seeds a number": lambda content: content["question"]["seeds"].update(screen=3),
+    "seeds fractional": lambda content: content["question"]["seeds"].update(screen=[0.5]),
+    "seeds of both stages": lambda content: content["question"]["seeds"].update(confirm=[2, 3]),
+    "arm of trial a number": lambda content: content["trials"][0].update(arm=1),
+    "seed missing": lambda content: content["trials"][0].pop("seed"),
+    "seed a text": lambda content: content["trials"][0].update(seed="0"),
+    "seed fractional": lambda content: content["trials"][0].update(seed=0.5),
+    "device null": lambda content: content["trials"][0].update(device=None),
+    "metrics of trial a list": lambda content: content["trials"][0].update(metrics=[FD]),
+    "values a list": lambda content: content["trials"][0]["metrics"].update({FD: [1, 2]}),
+    "kimg missing": lambda content: content["trials"][0]["metrics"][FD].pop("kimg"),
+    "kimg a text": lambda content: content["trials"][0]["metrics"][FD].update(kimg="12"),
+    "kimg too short": lambda content: content["trials"][0]["metrics"][FD]["kimg"].pop(),
+    "kimg descending": lambda content: content["trials"][0]["metrics"][FD].update(kimg=[10, 5]),
+    "minutes too long": lambda content: content["trials"][0]["metrics"][FD]["minutes"].append(9.0),
+    "minutes descending": lambda content: content["trials"][0]["metrics"][FD].update(minutes=[2, 1]),
+    "minutes huge": lambda content: content["trials"][0]["metrics"][FD].update(minutes=[1, 1e300]),
+    "values empty": lambda content: content["trials"][0]["metrics"][FD].update(kimg=[], minutes=[], values=[]),
+    "value a text": lambda content: content["trials"][0]["metrics"][FD].update(values=[1, "2"]),
+    "value null": lambda content: content["trials"][0]["metrics"][FD].update(values=[1, None]),
+    "value true": lambda content: content["trials"][0]["metrics"][FD].update(values=[1, True]),
+    "value nan": lambda content: content["trials"][0]["metrics"][FD].update(values=[1, math.nan]),
+    "value infinite": lambda content: content["trials"][0]["metrics"][FD].update(values=[1, math.inf]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_corrupt_laboratories_are_refused(tmp_path: Path, change: Change) -> None:
+    small_laboratory().write(tmp_path)
+    path = tmp_path / "laboratory.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        read_laboratory(tmp_path)
+    assert str(caught.value).startswith(f"{path}: not a laboratory (")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[1, 2]", "null", "3", '"text"', "{}", '{"question": ', "[" * 10000, "\x00", "1" * 5000]
+)
+def test_files_that_are_no_laboratory_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "laboratory.json").write_text(text)
+    with pytest.raises(UserError, match=r"laboratory\.json: not a laboratory \(") as caught:
+        read_laboratory(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path))
+
+
+def test_unreadable_laboratories_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"laboratory\.json: no such file; benchmarks/learning\.py writes it"):
+        read_laboratory(tmp_path)
+    (tmp_path / "laboratory.json").mkdir()
+    with pytest.raises(UserError, match=r"laboratory\.json: cannot be read \("):
+        read_laboratory(tmp_path)
+
+
+# Tables.
+
+GOLDEN = """\
+| arm | options of train.py |
+| --- | --- |
+| all | `--cfg=tiny` |
+| baseline |  |
+| other | `--other` |
+| untried | `--untried` |
+
+**fid10k_full at 10 kimg, first seeds 0, 1, 2**
+
+| arm | values by seed | mean ± deviation | minutes | against | at equal kimg | at equal minutes |
+| --- | --- | --- | --- | --- | --- | --- |
+| baseline | 100.00, 101.00, 102.00 | 101.00 ± 1.00 | 2.0 |  |  |  |
+| other | 90.00, 91.00, 92.00 | 91.00 ± 1.00 | 4.0 | baseline | -10.00 [-12.27, -7.73] **promising** \
+| +10.00 [+7.73, +12.27] not promising |
+"""
+
+
+def test_the_table_has_every_arm_and_comparison() -> None:
+    """The intervals are +- 2.776 sqrt(2 / 3) = 2.27; at 2 minutes, the slow arm is at 5 kimg with 20 more."""
+    assert to_markdown(small_laboratory()) == GOLDEN
+
+
+def test_tables_list_each_reference_of_an_arm() -> None:
+    ((_, rows),) = result_tables(family(100, 90, 80))
+    assert [(row[0], row[4]) for row in rows[1:]] == [
+        ("baseline", ""),
+        ("parent", "baseline"),
+        ("child", "parent"),
+        ("", "baseline"),
+    ]
+
+
+def test_verdicts_of_the_confirming_stage_are_bold() -> None:
+    question = make_question(["baseline", "good", "bad", "same"], confirm=3)
+    last = {"baseline": (50.0, 51.0, 52.0), "good": LOW[:3], "bad": (90.0, 91.0, 92.0), "same": (51.0, 50.0, 52.0)}
+    text = to_markdown(with_last_values(question, "confirm", last))
+    assert "**fid10k_full at 10 kimg, fresh seeds 100, 101, 102**" in text
+    assert [word for word in ("**better**", "**worse**", "no difference shown") if text.count(word) == 2] == [
+        "**better**",
+        "**worse**",
+        "no difference shown",
+    ]
+
+
+def test_a_single_run_has_no_deviation() -> None:
+    laboratory = with_last_values(make_question(), "screen", {"baseline": (17.0,)})
+    ((_, rows),) = result_tables(laboratory)
+    assert rows[1:] == [["baseline", "17.00", "17.00", "2.0", "", "", ""]]
+
+
+def test_small_values_are_shown_with_more_decimals() -> None:
+    question = make_question(metrics=("kid10k_full",), screen=2)
+    last = {"baseline": (0.0123, 0.0125), "other": (0.0101, 0.0103)}
+    ((_, rows),) = result_tables(with_last_values(question, "screen", last))
+    assert rows[2][1:3] == ["0.01010, 0.01030", "0.01020 ± 0.00014"]
+    assert rows[2][5].startswith("-0.00220 [")
+
+
+def test_bars_and_line_breaks_stay_within_a_cell() -> None:
+    question = make_question()
+    other = replace(question.arms["other"], options="--set=a|b\n--glr=1")
+    laboratory = Laboratory(question=replace(question, arms=question.arms | {"other": other}))
+    assert "| other | `--set=a\\|b --glr=1` |\n" in to_markdown(laboratory)
+
+
+# Charts and pages.
+
+
+def one_evaluation() -> Laboratory:
+    """Return a laboratory of runs with one value each."""
+    trials = [make_trial(arm, seed, (9.0 + seed,), kimg=(5.0,), minutes=(1.0,)) for arm in FAMILY for seed in range(3)]
+    question = make_question(FAMILY, parents={"child": "parent"}, evaluate=(5,))
+    return Laboratory(question=question, trials=tuple(trials))
+
+
+def constant() -> Laboratory:
+    return with_last_values(make_question(), "screen", {"baseline": (5.0, 5.0, 5.0), "other": (5.0, 5.0, 5.0)})
+
+
+def huge() -> Laboratory:
+    return with_last_values(make_question(), "screen", {"baseline": (1e99, 3e99, 2e99), "other": (-1e99, 0, 1.0)})
+
+
+def unusual() -> Laboratory:
+    laboratory = small_laboratory()
+    text = "Is $x_1 > $y^2 | <b>better</b>? \ud800"
+    return replace(laboratory, question=replace(laboratory.question, question=text))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        one_evaluation,
+        constant,
+        huge,
+        unusual,
+        lambda: Laboratory(question=make_question()),  # no trials
+        lambda: with_last_values(make_question(), "screen", {"other": (1.0,)}),  # no comparisons
+        lambda: with_last_values(make_question(["baseline", *TWELVE[:4]]), "screen", {"arm3": (1.0, 2.0)}),
+    ],
+)
+def test_charts_are_png_files(make: Callable[[], Laboratory]) -> None:
+    with Image.open(io.BytesIO(draw_laboratory(make(), FD))) as image:
+        image.load()
+        assert image.format == "PNG"
+        assert image.size[0] == 1375  # 12.5 inches
+        assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+def run_report(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(report.main, [str(argument) for argument in arguments])
+
+
+def assert_refused(result: Result, message: str) -> None:
+    """Assert that a command failed with one line of error."""
+    assert result.exit_code == 2, result.output
+    assert result.stderr == f"Error: {message}\n"
+
+
+@pytest.fixture
+def _without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip chart rendering in tests of other parts."""
+    monkeypatch.setattr(report, "draw_laboratory", lambda laboratory, metric: metric.encode())
+
+
+def test_a_report_of_a_laboratory_has_charts_tables_and_images(tmp_path: Path) -> None:
+    small_laboratory().write(tmp_path)
+    names = ("seed10/00000-other", "seed9/00000-other", "seed9/00001-other", "seed9-old/00000-other")
+    for kimg, name in enumerate(names):
+        run = tmp_path / "other" / name
+        run.mkdir(parents=True)
+        (run / "training_options.json").write_text("{}")
+        (run / "stats.jsonl").write_text('{"Progress/kimg": 5}\nnonsense\n')
+        Image.new("RGB", (32, 32), "red").save(run / f"fakes{kimg:06d}.png")
+    result = run_report(tmp_path)
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "report" / "report.html").read_text()
+    chart = (tmp_path / "report" / f"chart-{FD}.png").read_bytes()
+    with Image.open(io.BytesIO(chart)) as image:
+        assert image.format == "PNG"
+    assert base64.b64encode(chart).decode() in page
+    assert "<h1>Does it help?</h1>" in page
+    for row in next(iter(result_tables(small_laboratory())))[1][1:]:
+        assert "".join(f"<td>{cell}</td>" for cell in row) in page
+    assert "<tr><td>other</td><td>--other</td></tr>" in page
+    assert page.count("<figure>") == 2  # the chart, and the images of the newest run with the lowest seed
+    assert 'alt="other, seed9: generated at kimg 2"' in page
+    assert "<li>other, seed9: stats.jsonl: skipped 1 corrupt lines of 2</li>" in page
+
+
+@pytest.mark.usefixtures("_without_charts")
+def test_unusual_texts_are_escaped_in_a_report(tmp_path: Path) -> None:
+    laboratory = unusual()
+    arms = laboratory.question.arms
+    other = replace(arms["other"], options="--desc='<i>&$body|'")
+    question = replace(laboratory.question, arms=arms | {"other": other}, metrics=(FD, "is50k"))
+    replace(laboratory, question=question).write(tmp_path)
+    result = run_report(tmp_path, f"--outdir={tmp_path / 'out'}")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<title>Is $x_1 &gt; $y^2 | &lt;b&gt;better&lt;/b&gt;? \\ud800</title>" in page
+    assert "<td>--desc=&#x27;&lt;i&gt;&amp;$body|&#x27;</td>" in page
+    assert "<b>" not in page
+    assert "<i>" not in page
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.html",
+        f"chart-{FD}.png",
+        "chart-is50k.png",
+    }
+
+
+@pytest.mark.usefixtures("_without_charts")
+def test_a_laboratory_is_reported_alone(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        small_laboratory().write(folder)
+    message = "a laboratory has a report of its own; specify no other folders"
+    assert_refused(run_report(first, second), f"{first}: {message}")
+    assert_refused(run_report(tmp_path / "no", second), f"{second}: {message}")
+    assert not (first / "report").exists()
+
+
+@pytest.mark.usefixtures("_without_charts")
+def test_a_laboratory_that_cannot_be_shown_is_refused(tmp_path: Path) -> None:
+    Laboratory(question=make_question()).write(tmp_path)
+    assert_refused(run_report(tmp_path), f"{tmp_path}: there is nothing to show yet: no trial has ended")
+    (tmp_path / "laboratory.json").write_text("[]")
+    assert run_report(tmp_path).stderr.startswith(f"Error: {tmp_path / 'laboratory.json'}: not a laboratory (")
+    small_laboratory().write(tmp_path)
+    (tmp_path / "file").touch()
+    result = run_report(tmp_path, f"--outdir={tmp_path / 'file'}")
+    assert_refused(result, f"--outdir={tmp_path / 'file'}: cannot be written (File exists)")
