@@ -7,9 +7,10 @@ benchmarks/learning.py trains the runs and writes the file.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +83,15 @@ class Question:
             raise ValueError("a question has metrics, and different whole numbers as seeds")
 
     @property
+    def step(self) -> int:
+        """Interval of snapshots in kimg: the greatest common divisor of the ages."""
+        return math.gcd(*self.evaluate)
+
+    def options(self, arm: str) -> str:
+        """Return all options of an arm."""
+        return " ".join(filter(None, [self.base, self.arms[arm].options]))
+
+    @property
     def baseline(self) -> str:
         """Name of the first arm."""
         return next(iter(self.arms))
@@ -94,14 +104,16 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Values:
-    """Values of a metric of one run in ascending order of age. `minutes` excludes evaluation and saving.
+    """Values of a metric of one run in ascending order of age. `minutes` is the time of the training steps alone.
 
-    Raises ValueError for no values, different numbers of them, descending ages, and numbers that are not finite.
+    `conditions` are the COMPARABLE fields of the metric's records. Raises ValueError for no values, different numbers
+    of them, ages that do not ascend from above 0, and numbers that are not finite.
     """
 
     kimg: tuple[float, ...]
     minutes: tuple[float, ...]
     values: tuple[float, ...]
+    conditions: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.values) == len(self.kimg) == len(self.minutes):
@@ -110,36 +122,51 @@ class Values:
         ages = [*self.kimg, *self.minutes]
         if not all(is_number(x, MAX_AGE) for x in ages) or not all(is_number(x, MAX_VALUE) for x in self.values):
             raise ValueError("an age or a value is not a finite number")
-        if any(list(own) != sorted(own) for own in (self.kimg, self.minutes)):
-            raise ValueError("kimg or minutes are not in ascending order")
+        if any(list(own) != sorted(own) or own[0] <= 0 for own in (self.kimg, self.minutes)):
+            raise ValueError("kimg or minutes do not ascend from above 0")
+
+    def before(self, kimg: float) -> Values | None:
+        """Return the values before an age; None if there are none."""
+        count = sum(age < kimg for age in self.kimg)
+        if not count:
+            return None
+        return replace(self, kimg=self.kimg[:count], minutes=self.minutes[:count], values=self.values[:count])
 
     def at(self, axis: Axis, position: float) -> float:
-        """Return the value at a position on an axis, interpolated linearly."""
-        return float(np.interp(position, getattr(self, axis), self.values))
+        """Return the value at a position on an axis, between two evaluations interpolated as a power law.
+
+        A straight line would overestimate a learning curve, which is convex. Values that are not positive are
+        interpolated linearly in the logarithm of the position.
+        """
+        x, values = np.log(getattr(self, axis)), np.array(self.values)
+        if values.min() > 0:
+            return float(np.exp(np.interp(np.log(position), x, np.log(values))))
+        return float(np.interp(np.log(position), x, values))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Results of one run, by metric, and the device that it was trained on."""
+    """Results of one run, by metric; its options, and the device and number of threads that trained it."""
 
     arm: str
     seed: int
+    options: str
     device: str
     metrics: dict[str, Values]
 
     def answers(self, question: Question) -> bool:
         """Return whether the run was evaluated with all metrics at all ages of a question."""
         known = [self.metrics[name].kimg if name in self.metrics else () for name in question.metrics]
-        return all(any(age <= x < age + 1 for x in kimg) for kimg in known for age in question.evaluate)
+        return all(any(age <= x < age + question.step for x in kimg) for kimg in known for age in question.evaluate)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """An arm and its reference at equal kimg or minutes: values by seed, and the interval of the difference of means.
 
-    `verdict` is `better` or `worse` if the 95 % interval excludes 0, else `no difference shown`. In the screening stage
-    it is `promising` or `not promising`, and `incomplete` in both stages if a run of either arm is missing or has not
-    reached the last age.
+    `interval` has a confidence of 95 %. `verdict` is `better` or `worse` if it excludes 0, else `no difference shown`.
+    In the screening stage it is `promising` or `not promising`, and `incomplete` in both stages if a run of either arm
+    is missing or has not reached the last age.
     """
 
     stage: Stage
@@ -162,9 +189,11 @@ class Laboratory:
     trials: tuple[Trial, ...] = ()
 
     def values(self, arm: str, metric: str, stage: Stage) -> dict[int, Values]:
-        """Return the values of an arm by seed."""
-        found = {trial.seed: trial.metrics[metric] for trial in self._trials_of(arm, stage) if metric in trial.metrics}
-        return {seed: found[seed] for seed in self.question.seeds[stage] if seed in found}
+        """Return the values of an arm by seed, up to the last age of the question."""
+        limit = self.question.evaluate[-1] + self.question.step
+        known = [trial for trial in self._trials_of(arm, stage) if metric in trial.metrics]
+        found = {trial.seed: trial.metrics[metric].before(limit) for trial in known}
+        return {seed: own for seed in self.question.seeds[stage] if (own := found.get(seed))}
 
     def _trials_of(self, arm: str, stage: Stage) -> list[Trial]:
         seeds = self.question.seeds[stage]
@@ -214,17 +243,45 @@ class Laboratory:
                             yield comparison
 
     def promising(self) -> list[str]:
-        """Return the arms that the first seeds suggest to be better than their reference, by the first metric."""
-        main = self.question.metrics[0]
+        """Return the arms that the first seeds suggest to be better than their reference.
+
+        One comparison decides, by the first metric at equal kimg, so that few arms look promising by chance.
+        """
+        main, arms = self.question.metrics[0], self.question.arms
         found = [item for item in self.comparisons(main, ["screen"]) if item.verdict == "promising"]
-        return list(dict.fromkeys(item.arm for item in found if item.against == self.question.arms[item.arm].against))
+        return [item.arm for item in found if item.axis == "kimg" and item.against == arms[item.arm].against]
 
     def with_trial(self, trial: Trial) -> Laboratory:
-        """Return a laboratory with a trial added, or replaced if it has one of this arm and seed."""
-        others = [own for own in self.trials if (own.arm, own.seed) != (trial.arm, trial.seed)]
+        """Return a laboratory with a trial added.
+
+        It replaces an earlier trial of this arm and seed, whose other metrics are kept.
+        """
+        others = []
+        for own in self.trials:
+            if (own.arm, own.seed) == (trial.arm, trial.seed):
+                trial = replace(trial, metrics={**own.metrics, **trial.metrics})
+            else:
+                others.append(own)
         order = {name: i for i, name in enumerate(self.question.arms)}
         trials = sorted([*others, trial], key=lambda own: (order.get(own.arm, len(order)), own.arm, own.seed))
         return replace(self, trials=tuple(trials))
+
+    def check_conditions(self) -> None:
+        """Raise UserError if the values of a metric are not comparable, e.g. because their datasets differ."""
+        for metric in self.question.metrics:
+            known = [trial for trial in self.trials if metric in trial.metrics and trial.arm in self.question.arms]
+            for trial in known[1:]:
+                first, own = (
+                    {"device": "cpu" if item.device.startswith("cpu") else "gpu", **item.metrics[metric].conditions}
+                    for item in (known[0], trial)
+                )
+                for key in first:
+                    if own.get(key) != first[key]:
+                        raise UserError(
+                            f"{metric}: {key} is {own.get(key)} for {trial.arm}, seed {trial.seed}, and {first[key]} "
+                            f"for {known[0].arm}, seed {known[0].seed}: values are not comparable; use one dataset, "
+                            "detector and device in a laboratory"
+                        )
 
     def write(self, folder: Path) -> None:
         """Write the laboratory to a folder."""
@@ -270,12 +327,13 @@ def _to_question(content: dict[str, Any]) -> Question:
 
 def _to_trial(content: dict[str, Any]) -> Trial:
     metrics = {
-        name: Values(**{axis: _to_tuple(numbers) for axis, numbers in values.items()})
+        name: Values(**{**values, **{axis: _to_tuple(values[axis]) for axis in ("kimg", "minutes", "values")}})
         for name, values in content["metrics"].items()
     }
     trial = Trial(**{**content, "metrics": metrics})
-    if type(trial.seed) is not int or not all(isinstance(text, str) for text in (trial.arm, trial.device)):
-        raise ValueError("a trial has an arm, a whole number as seed, and a device")
+    texts = (trial.arm, trial.options, trial.device)
+    if type(trial.seed) is not int or not all(isinstance(text, str) for text in texts):
+        raise ValueError("a trial has an arm, a whole number as seed, options, and a device")
     return trial
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ARM, REFERENCE = COLOURS[0], COLOURS[-1]
 STAGE_COLOURS: dict[Stage, str] = {"screen": COLOURS[4], "confirm": COLOURS[0]}
-ROW = 0.42  # height of a row of intervals, in inches
+ROW = 0.44  # height of a row of intervals, in inches
 ARMS_PER_ROW = 3  # of the curves; each arm has a panel for each axis
 
 
@@ -30,21 +30,21 @@ def draw_laboratory(laboratory: Laboratory, metric: str) -> bytes:
     arms = [name for name in laboratory.question.arms if laboratory.question.arms[name].against]
     comparisons = list(laboratory.comparisons(metric))
     pairs = list(dict.fromkeys((item.arm, item.against) for item in comparisons))
-    rows = -(-len(arms) // ARMS_PER_ROW)
+    columns = min(len(arms), ARMS_PER_ROW)
+    rows = -(-len(arms) // columns)
     heights = [1.3 + ROW * len(pairs), 2.6 * rows]
     figure = Figure(figsize=(12.5, sum(heights) + 0.5), layout="constrained")
     figure.suptitle(escape_text(laboratory.question.question), x=0.01, ha="left", fontsize=14)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_intervals(upper.subplots(), comparisons, pairs, metric)
-    panels = lower.subplots(rows, 2 * ARMS_PER_ROW, sharey=True, squeeze=False).flatten()
-    for arm, pair in zip(arms, panels.reshape(-1, 2), strict=False):
-        for axes, axis in zip(pair, AXES, strict=True):
-            _draw_curves(axes, laboratory, arm, metric, axis)
-        pair[0].set_title(escape_text(f"{arm} and {laboratory.question.arms[arm].against}"), fontsize=10, loc="left")
-    for axes in panels[2 * len(arms) :]:
-        axes.set_visible(False)
-    for axes in panels[:: 2 * ARMS_PER_ROW]:
+    panels = lower.subplots(rows, 2 * columns, sharey=True, squeeze=False)
+    panels[0, 0].set_ylim(*_limits(laboratory, metric))
+    for axes in panels[:, 0]:
         axes.set_ylabel(metric)
+    for arm, pair in zip(arms, panels.reshape(-1, 2), strict=False):
+        _draw_curves(pair, laboratory, arm, metric)
+    for axes in panels.flatten()[2 * len(arms) :]:
+        axes.set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -54,55 +54,107 @@ def _draw_intervals(
     axes: Axes, comparisons: Sequence[Comparison], pairs: Sequence[tuple[str, str]], metric: str
 ) -> None:
     """Draw the interval of each difference: a row for each pair of arms, a line for each stage and axis."""
-    from matplotlib.lines import Line2D
-
-    lines = sorted({(STAGES.index(item.stage), AXES.index(item.axis)) for item in comparisons})
-    offsets = {key: 0.2 * ((len(lines) - 1) / 2 - i) for i, key in enumerate(lines)}
-    for item in comparisons:
-        y = -pairs.index((item.arm, item.against)) + offsets[STAGES.index(item.stage), AXES.index(item.axis)]
-        colour, interval = STAGE_COLOURS[item.stage], item.interval
-        axes.plot([interval.low, interval.high], [y, y], color=colour, linewidth=1.6)
-        face = colour if item.axis == "kimg" else "white"
-        axes.plot(interval.estimate, y, marker="o", markersize=5, color=colour, markerfacecolor=face)
+    limit = _reach(comparisons)
+    for row, pair in enumerate(pairs):
+        own = [item for item in comparisons if (item.arm, item.against) == pair]
+        for i, item in enumerate(own):
+            _draw_interval(axes, item, 0.2 * ((len(own) - 1) / 2 - i) - row, limit)
+        verdict = [item.verdict for item in own if item.axis == "kimg"][-1:]
+        axes.text(1.04 * limit, -row, *verdict or [""], va="center", fontsize=9)
+    axes.text(1.04 * limit, 0.75, "at equal kimg:", va="center", fontsize=9)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks([-i for i in range(len(pairs))], [escape_text(f"{arm} minus {against}") for arm, against in pairs])
-    axes.set_ylim(0.6 - max(len(pairs), 1), 0.6)
-    ends = [abs(end) for item in comparisons for end in (item.interval.low, item.interval.high)]
-    largest = max([abs(item.interval.estimate) for item in comparisons], default=1.0)
-    limit = max(1.1 * float(np.quantile(ends or [1.0], 0.8)), 1.2 * largest) or 1.0  # cuts the widest intervals
-    axes.set_xlim(-limit, limit)
+    labels = [escape_text(f"{arm} minus {against}") for arm, against in pairs]
+    axes.set(xlim=(-limit, limit), ylim=(0.6 - max(len(pairs), 1), 0.6))
+    axes.set_yticks([-i for i in range(len(pairs))], labels)
     direction = "higher is better" if higher_is_better(metric) else "lower is better"
     axes.set_xlabel(escape_text(f"difference of mean {metric} with Welch's 95 % interval ({direction})"))
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right", "left"]].set_visible(False)
+    _add_key(axes, comparisons)
+
+
+def _draw_interval(axes: Axes, item: Comparison, y: float, limit: float) -> None:
+    """Draw an interval; an arrow marks an end beyond the axis."""
+    colour, low, high = STAGE_COLOURS[item.stage], item.interval.low, item.interval.high
+    axes.plot([low, high], [y, y], color=colour, linewidth=1.6)
+    face = colour if item.axis == "kimg" else "white"
+    axes.plot(item.interval.estimate, y, marker="o", markersize=5, color=colour, markerfacecolor=face)
+    for is_beyond, end, marker in ((low < -limit, -limit, "<"), (high > limit, limit, ">")):
+        if is_beyond:
+            axes.plot(end, y, marker=marker, color=colour, markersize=6, clip_on=False)
+
+
+def _add_key(axes: Axes, comparisons: Sequence[Comparison]) -> None:
+    """Explain colours and markers above the intervals."""
+    from matplotlib.lines import Line2D
+
+    shown = {(item.stage, item.axis) for item in comparisons}
     handles = [
-        Line2D([], [], color=STAGE_COLOURS[stage], marker="o", markerfacecolor=face, label=f"{label}, equal {axis}")
-        for stage, label in SEEDS.items()
-        if any(item.stage == stage for item in comparisons)
-        for axis, face in (("kimg", None), ("minutes", "white"))
+        Line2D(
+            [],
+            [],
+            color=STAGE_COLOURS[stage],
+            marker="o",
+            markerfacecolor=STAGE_COLOURS[stage] if axis == "kimg" else "white",
+            label=f"{SEEDS[stage]}, equal {axis}",
+        )
+        for stage in STAGES
+        for axis in AXES
+        if (stage, axis) in shown
     ]
-    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9)
+    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
 
 
-def _draw_curves(axes: Axes, laboratory: Laboratory, arm: str, metric: str, axis: Axis) -> None:
-    """Draw every run of an arm and of its reference as a thin line, and their means with one standard deviation."""
+def _reach(comparisons: Sequence[Comparison]) -> float:
+    """Return the end of the axis of differences: all estimates fit, and the widest intervals are cut."""
+    ends = [abs(end) for item in comparisons for end in (item.interval.low, item.interval.high)]
+    largest = max([abs(item.interval.estimate) for item in comparisons], default=1.0)
+    return max(1.1 * float(np.quantile(ends or [1.0], 0.8)), 1.2 * largest) or 1.0
+
+
+def _limits(laboratory: Laboratory, metric: str) -> tuple[float, float]:
+    """Return the limits of the value axis, beyond which a run that diverged may leave it."""
+    runs = [
+        run
+        for stage in STAGES
+        for arm in laboratory.question.arms
+        for run in laboratory.values(arm, metric, stage).values()
+    ]
+    values = np.array([value for run in runs for value in run.values] or [0.0, 1.0])
+    low, high = np.quantile(values, [0.02, 0.98])
+    margin = 0.15 * (high - low) or 0.1 * abs(high) or 1.0
+    return max(low - margin, values.min() - margin / 3), min(high + margin, values.max() + margin / 3)
+
+
+def _draw_curves(pair: Sequence[Axes], laboratory: Laboratory, arm: str, metric: str) -> None:
+    """Draw every run of an arm and of its reference as a thin line, and their means with one standard deviation.
+
+    The mean is that of the fresh seeds, if there are any: an arm is chosen by its first seeds, which flatter it.
+    """
     against = laboratory.question.arms[arm].against or arm
-    for name, colour in ((against, REFERENCE), (arm, ARM)):
-        runs = {seed: run for stage in STAGES for seed, run in laboratory.values(name, metric, stage).items()}
-        for run in runs.values():
-            axes.plot(getattr(run, axis), run.values, color=colour, linewidth=0.6, alpha=0.5)
-        if len(runs) > 1:
-            x, mean, deviation = _mean_curve(runs, axis)
-            axes.plot(x, mean, color=colour, linewidth=2, marker=".", label=name)
-            axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
-    axes.set_xlabel(axis)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    stages = [stage for stage in STAGES if len(laboratory.values(arm, metric, stage)) > 1]
+    for axes, axis in zip(pair, AXES, strict=True):
+        for name, colour in ((against, REFERENCE), (arm, ARM)):
+            for stage in STAGES:
+                for run in laboratory.values(name, metric, stage).values():
+                    axes.plot(getattr(run, axis), run.values, color=colour, linewidth=0.6, alpha=0.5)
+            runs = laboratory.values(name, metric, stages[-1]) if stages else {}
+            if len(runs) > 1:
+                x, mean, deviation = _mean_curve(laboratory.question.evaluate, runs, axis)
+                axes.plot(x, mean, color=colour, linewidth=2, marker=".")
+                axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+        axes.set_xlabel(axis)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    pair[0].set_title(escape_text(arm), fontsize=10, loc="left", color=ARM, fontweight="bold")
+    pair[1].set_title(escape_text(against), fontsize=10, loc="left", color=REFERENCE, fontweight="bold")
 
 
-def _mean_curve(runs: Mapping[int, Values], axis: Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return positions, mean and standard deviation over runs at the evaluations that all runs have."""
-    count = min(len(run.values) for run in runs.values())
-    values = np.array([run.values[:count] for run in runs.values()])
-    positions = np.array([getattr(run, axis)[:count] for run in runs.values()])
+def _mean_curve(
+    ages: Sequence[int], runs: Mapping[int, Values], axis: Axis
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return positions, mean and standard deviation over runs at the ages that all runs have reached."""
+    reached = [age for age in ages if all(run.kimg[0] <= age + 1 and run.kimg[-1] >= age for run in runs.values())]
+    values = np.array([[run.at("kimg", age) for age in reached] for run in runs.values()])
+    positions = np.array([np.interp(reached, run.kimg, getattr(run, axis)) for run in runs.values()])
     return positions.mean(axis=0), values.mean(axis=0), values.std(axis=0, ddof=1)

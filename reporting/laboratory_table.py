@@ -7,9 +7,10 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 
-from reporting.laboratory import AXES, SEEDS, STAGES, Comparison, Laboratory, Stage
+from reporting.laboratory import AXES, SCREENING_CONFIDENCE, SEEDS, STAGES, Comparison, Laboratory, Stage
 
 Table = list[list[str]]  # rows of cells; the first row is the head
+NOTES: dict[Stage, str] = {"screen": f"; promising: the {SCREENING_CONFIDENCE:.0%} interval excludes 0", "confirm": ""}
 HEAD = ["arm", "values by seed", "mean ± deviation", "minutes", "against", "at equal kimg", "at equal minutes"]
 
 
@@ -27,7 +28,10 @@ def result_tables(laboratory: Laboratory) -> Iterator[tuple[str, Table]]:
             rows = list(_results(laboratory, metric, stage))
             if rows:
                 seeds = ", ".join(map(str, laboratory.question.seeds[stage]))
-                yield f"{metric} at {laboratory.question.evaluate[-1]} kimg, {SEEDS[stage]} {seeds}", [HEAD, *rows]
+                yield (
+                    f"{metric} at {laboratory.question.evaluate[-1]} kimg, {SEEDS[stage]} {seeds}{NOTES[stage]}",
+                    [HEAD, *rows],
+                )
 
 
 def _results(laboratory: Laboratory, metric: str, stage: Stage) -> Iterator[list[str]]:
@@ -41,10 +45,15 @@ def _results(laboratory: Laboratory, metric: str, stage: Stage) -> Iterator[list
         last = [run.values[-1] for run in runs.values()]
         spread = f" ± {statistics.stdev(last):.{digits}f}" if len(last) > 1 else ""
         minutes = statistics.fmean(run.minutes[-1] for run in runs.values())
-        values = ", ".join(f"{x:.{digits}f}" for x in last)
+        values = ", ".join(
+            f"{x:.{digits}f}"
+            + (f" (at {run.kimg[-1]:g} kimg)" if run.kimg[-1] < laboratory.question.evaluate[-1] else "")
+            for x, run in zip(last, runs.values(), strict=True)
+        )
         cells = [arm, values, f"{statistics.fmean(last):.{digits}f}{spread}", f"{minutes:.1f}"]
         for against in laboratory.question.references(arm) or [""]:
-            yield [*cells, against, *(_describe(found.get((arm, against, axis)), digits) for axis in AXES)]
+            compared = [_describe(found.get((arm, against, axis)), digits) if against else "" for axis in AXES]
+            yield [*cells, against, *compared]
             cells = ["", "", "", ""]
 
 
@@ -58,9 +67,10 @@ def _decimals(laboratory: Laboratory, metric: str) -> int:
 def _describe(item: Comparison | None, digits: int) -> str:
     """Return the difference of means, its interval and the verdict."""
     if item is None:
-        return ""
+        return "no comparison"
     low, estimate, high = (f"{x:+.{digits}f}" for x in (item.interval.low, item.interval.estimate, item.interval.high))
-    return f"{estimate} [{low}, {high}] {item.verdict}"
+    place = f" at {item.at:.3g} minutes" if item.axis == "minutes" else ""
+    return f"{estimate} [{low}, {high}]{place} {item.verdict}"
 
 
 def to_markdown(laboratory: Laboratory) -> str:
@@ -75,7 +85,7 @@ def to_markdown(laboratory: Laboratory) -> str:
 def _to_markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     text = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
-    return re.sub(r"\] (better|worse|promising)", r"] **\1**", text)
+    return re.sub(r"(\]| minutes) (better|worse|promising)", r"\1 **\2**", text)
 
 
 def _escape(cell: str) -> str:
