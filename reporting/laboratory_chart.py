@@ -59,8 +59,8 @@ def _draw_intervals(
         own = [item for item in comparisons if (item.arm, item.against) == pair]
         for i, item in enumerate(own):
             _draw_interval(axes, item, 0.2 * ((len(own) - 1) / 2 - i) - row, limit)
-        verdict = [item.verdict for item in own if item.axis == "kimg"][-1:]
-        axes.text(1.04 * limit, -row, *verdict or [""], va="center", fontsize=9)
+        verdicts = [item.verdict for item in own if item.axis == "kimg"]
+        axes.text(1.04 * limit, -row, verdicts[-1] if verdicts else "", va="center", fontsize=9)
     axes.text(1.04 * limit, 0.75, "at equal kimg:", va="center", fontsize=9)
     axes.axvline(0, color="black", linewidth=0.8)
     labels = [escape_text(f"{arm} minus {against}") for arm, against in pairs]
