@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -36,12 +35,12 @@ from dnnlib.cli import NameList, Script, option
 from dnnlib.config import UserError
 from dnnlib.util import read_metric_records, read_regular, write_atomically
 from metrics.detectors import read_detectors
-from metrics.registry import resolve
+from metrics.registry import check_available, resolve
 from reporting.drawing import check_matplotlib
 from reporting.laboratory import LABORATORY_FILE, Arm, Laboratory, Question, Trial, Values, read_laboratory
 from reporting.laboratory_chart import draw_laboratory
 from reporting.laboratory_table import to_markdown
-from reporting.run_reader import read_run
+from reporting.run_reader import is_run, read_run
 from torch_utils import distributed
 from torch_utils.misc import device_name
 
@@ -93,12 +92,17 @@ def main(
     device: str | None,
 ) -> None:
     check_matplotlib()
+    if confirm == 1:
+        raise UserError("--confirm=1: an interval needs at least 2 seeds; 0 omits this stage")
     on = distributed.use_device(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = jobs or (1 if on.type == "cuda" else cores)
     seeds = {"screen": tuple(range(screen)), "confirm": tuple(range(FRESH, FRESH + confirm))}
+    setup = read_detectors(detectors)
     names = metrics or (("fid10k_full", "swd500") if detectors else ("swd500",))
-    names = tuple(resolve(names, read_detectors(detectors)))
+    names = tuple(resolve(names, setup))
+    for name in names:
+        check_available(name, setup)
     asked = read_question(question, metrics=names, seeds=seeds)
     for name in set(arms or ()) - set(asked.arms):
         raise UserError(f"--arms={name}: {question} has no such arm, only {', '.join(asked.arms)}")
@@ -128,21 +132,22 @@ def read_question(path: Path, **settings: Any) -> Question:
         unknown = set(content) - {"question", "evaluate", "base", "arms"}
         if unknown:
             raise ValueError(f"unknown key {min(unknown)}")
-        ages = content["evaluate"]
-        if not ages or ages != sorted(set(ages)) or not all(type(age) is int and age > 0 for age in ages):
-            raise ValueError(f"evaluate = {ages}: list whole numbers of kimg in ascending order, e.g. [5, 10]")
-        arms = dict(_arms(content["arms"]))
-        if len(arms) < 2:
-            raise ValueError("a question has at least two arms")
-        return Question(
-            question=str(content["question"]),
+        ages, base = content["evaluate"], content.get("base", "")
+        if not isinstance(ages, list) or not isinstance(content["arms"], dict):
+            raise ValueError("evaluate is not a list of ages, or arms is not a table")
+        question = Question(
+            question=content["question"],
             evaluate=tuple(ages),
-            base=str(content.get("base", "")),
-            arms=arms,
+            base=base,
+            arms=dict(_arms(content["arms"])),
             **settings,
         )
+        _check_quotes("base", base)
+        return question
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing; docs/learning.md describes the file") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; docs/learning.md describes the file") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}; docs/learning.md describes the file") from None
 
@@ -151,18 +156,26 @@ def _arms(content: dict[str, Any]) -> Iterator[tuple[str, Arm]]:
     """Yield the arms of a question, with the options of the arm that an arm extends."""
     known: dict[str, Arm] = {}
     for name, entry in content.items():
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ValueError(f"arm {name!r}: use letters, digits and - _ . in the name")
-        fields = {"options": entry} if isinstance(entry, str) else dict(entry)
-        parent = fields.pop("extends", None)
-        if parent is not None and parent not in known:
+        fields = {**entry} if isinstance(entry, dict) else {"options": entry}
+        parent, own = fields.pop("extends", None), fields.pop("options")
+        if parent is not None and parent not in [*known]:
             raise ValueError(f"arm {name}: extends {parent}, which is not an arm above it")
-        inherited = known[parent].options if parent else ""
-        options = " ".join(filter(None, [inherited, fields.pop("options")]))
+        if not isinstance(own, str):
+            raise ValueError(f"arm {name}: {own!r:.100} is neither text with options nor a table with this text")
         if fields:
             raise ValueError(f"arm {name}: unknown key {min(fields)}")
+        _check_quotes(f"arm {name}", own)
+        options = " ".join(filter(None, [known[parent].options if parent else "", own]))
         known[name] = Arm(options=options, against=parent or next(iter(known), None))
         yield name, known[name]
+
+
+def _check_quotes(name: str, options: str) -> None:
+    """Raise ValueError if options cannot be split into words as in a shell."""
+    try:
+        shlex.split(options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {options!r}: {error}") from None
 
 
 def open_laboratory(outdir: Path, question: Question) -> Laboratory:
@@ -255,10 +268,12 @@ def make_trial(workshop: Workshop, arm: str, seed: int) -> Trial:
     question, folder = workshop.question, workshop.folder(arm, seed)
     label = f"{arm}, seed {seed}"
     run_script(workshop, label, folder, "train.py", train_options(workshop, arm, seed))
-    run = max(path for path in folder.iterdir() if path.is_dir())
+    run = max(filter(is_run, folder.iterdir()))
     snapshots = {int(path.stem.rpartition("-")[2]): path for path in run.glob("network-snapshot-*.pkl")}
     for age in question.evaluate:
-        snapshot = snapshots[min(kimg for kimg in snapshots if kimg >= age)]
+        snapshot = snapshots.get(age)
+        if snapshot is None:
+            raise UserError(f"{label}: {run} has no snapshot at {age} kimg; an age between old ones needs a new folder")
         names = [name for name in question.metrics if not is_measured(run, snapshot, name)]
         if names:
             run_script(workshop, label, folder, "calc_metrics.py", [
@@ -276,9 +291,10 @@ def run_script(workshop: Workshop, label: str, folder: Path, script: str, option
     with (folder / "log.txt").open("a") as log:
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
+        start = log.tell()
         result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
     if result.returncode:
-        lines = (folder / "log.txt").read_text(errors="replace").splitlines()
+        lines = (folder / "log.txt").read_bytes()[start:].decode(errors="replace").splitlines()
         problem = next(
             (line for line in reversed(lines) if line.startswith("Error: ")), f"exit code {result.returncode}"
         )
@@ -293,17 +309,22 @@ def is_measured(run: Path, snapshot: Path, metric: str) -> bool:
 
 
 def read_trial(path: Path, arm: str, seed: int, metrics: Sequence[str], device: torch.device) -> Trial:
-    """Read the results of a run."""
+    """Read the results of a run. Raises UserError if its files lack a metric or the time of the steps."""
     run = read_run(path, arm)
-    clock = run.ticks["Timing/steps_sec" if device.type == "cuda" else "Timing/steps_cpu_sec"]
-    values = {
-        name: Values(
-            kimg=tuple(curve.kimg.tolist()),
-            minutes=tuple((np.interp(curve.kimg, clock.kimg, clock.values) / 60).tolist()),
-            values=tuple(curve.values.tolist()),
-        )
-        for name, curve in ((name, run.metrics[name]) for name in metrics)
-    }
+    try:
+        clock = run.ticks["Timing/steps_sec" if device.type == "cuda" else "Timing/steps_cpu_sec"]
+        values = {
+            name: Values(
+                kimg=tuple(curve.kimg.tolist()),
+                minutes=tuple((np.interp(curve.kimg, clock.kimg, clock.values) / 60).tolist()),
+                values=tuple(curve.values.tolist()),
+            )
+            for name, curve in ((name, run.metrics[name]) for name in metrics)
+        }
+    except KeyError as error:
+        raise UserError(f"{path}: has no values of {error.args[0]}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     return Trial(arm=arm, seed=seed, device=device_name(device), metrics=values)
 
 
@@ -311,7 +332,7 @@ def finish(laboratory: Laboratory, outdir: Path, device: torch.device) -> None:
     """Print all comparisons, and write the table and the charts."""
     for metric in laboratory.question.metrics:
         for comparison in laboratory.comparisons(metric):
-            emit(asdict(comparison), device)
+            emit({"benchmark": "learning", **asdict(comparison)}, device)
         write_atomically(outdir / f"chart-{metric}.png", draw_laboratory(laboratory, metric))
     write_atomically(outdir / "table.md", to_markdown(laboratory).encode())
 

@@ -39,6 +39,7 @@ def main(run: Path, metrics: tuple[str, ...]) -> None:
         raise UserError(f"{run}: has {counts}, {len(shared)} of them of the same networks; a ranking needs at least 3")
     tau = kendall_interval([values[0][key] for key in shared], [values[1][key] for key in shared])
     result = {
+        "benchmark": "ranking",
         "metrics": metrics,
         "networks": len(shared),
         "tau": round(tau.estimate, 3),

@@ -1,0 +1,615 @@
+"""benchmarks/learning.py and ranking.py: questions, trials of fake runs, interrupted laboratories, rankings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmark_helpers import results
+from click.testing import CliRunner, Result
+from conftest import PATIENCE
+from laboratory_helpers import make_question, make_trial
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import learning
+import ranking
+
+from dnnlib.config import UserError
+from reporting.laboratory import Arm, Laboratory, Question, read_laboratory
+from reporting.laboratory_table import to_markdown
+
+ROOT = Path(__file__).parent.parent
+SETTINGS: dict[str, Any] = {"metrics": ("swd100",), "seeds": {"screen": (0, 1), "confirm": (100, 101)}}
+GOOD = """
+question = "Does it help?"
+evaluate = [5, 10]
+base = "--cfg=tiny"
+[arms]
+baseline = ""
+lr = "--glr=0.01"
+both = { extends = "lr", options = "--dlr=0.01 --desc='a b'" }
+"""
+
+# Questions.
+
+
+def write_question(folder: Path, text: str = GOOD) -> Path:
+    path = folder / "question.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_question_is_read(tmp_path: Path) -> None:
+    question = learning.read_question(write_question(tmp_path), **SETTINGS)
+    assert question == Question(
+        question="Does it help?",
+        evaluate=(5, 10),
+        base="--cfg=tiny",
+        arms={
+            "baseline": Arm(options=""),
+            "lr": Arm(options="--glr=0.01", against="baseline"),
+            "both": Arm(options="--glr=0.01 --dlr=0.01 --desc='a b'", against="lr"),
+        },
+        metrics=("swd100",),
+        seeds={"screen": (0, 1), "confirm": (100, 101)},
+    )
+
+
+def test_the_questions_of_the_project_are_valid() -> None:
+    files = sorted((ROOT / "benchmarks" / "questions").glob("*.toml"))
+    assert files
+    for file in files:
+        assert learning.read_question(file, **SETTINGS).baseline == "baseline"
+
+
+def test_base_is_optional(tmp_path: Path) -> None:
+    assert learning.read_question(write_question(tmp_path, GOOD.replace("base =", "# ")), **SETTINGS).base == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("base =", "bases =", "unknown key bases"),
+        ('question = "Does it help?"', "", "question is missing"),
+        ('"Does it help?"', "5", "question, base, metrics and options are texts"),
+        ("evaluate = [5, 10]", "", "evaluate is missing"),
+        ("[5, 10]", "[]", "evaluate = []: list whole numbers of kimg in ascending order"),
+        ("[5, 10]", "[10, 5]", "evaluate = [10, 5]: list whole numbers"),
+        ("[5, 10]", "[5, 5]", "evaluate = [5, 5]: list whole numbers"),
+        ("[5, 10]", "[0, 5]", "evaluate = [0, 5]: list whole numbers"),
+        ("[5, 10]", "[2.5, 5]", "evaluate = [2.5, 5]: list whole numbers"),
+        ("[5, 10]", '[5, "10"]', "evaluate = [5, '10']: list whole numbers"),
+        ("[5, 10]", "[true]", "evaluate = [True]: list whole numbers"),
+        ("[5, 10]", "5", "evaluate is not a list of ages, or arms is not a table"),
+        ('"--cfg=tiny"', "3", "question, base, metrics and options are texts"),
+        ('"--cfg=tiny"', '"--desc=\'a"', 'base: "--desc=\'a": No closing quotation'),
+        ("[arms]", "[other]", "unknown key other"),
+        ("[arms]", "arms = 3\n[arms]", "Cannot overwrite"),
+        ("[arms]", "[arms]\n[arms]", "Cannot declare"),
+        ('lr = "--glr=0.01"', "lr = 3", "arm lr: 3 is neither text with options nor a table"),
+        ('lr = "--glr=0.01"', "lr = [['options', '']]", "arm lr: [['options', '']] is neither text"),
+        ('lr = "--glr=0.01"', "lr = { options = 3 }", "arm lr: 3 is neither text"),
+        ('lr = "--glr=0.01"', "lr = { extends = 'baseline' }", "options is missing"),
+        ('lr = "--glr=0.01"', "lr = { options = '', colour = 1 }", "arm lr: unknown key colour"),
+        ('lr = "--glr=0.01"', 'lr = "--desc=\'a"', 'arm lr: "--desc=\'a": No closing quotation'),
+        ('baseline = ""', "'l/r' = ''", "arm 'l/r': use letters, digits and - _ . in the name"),
+        ('baseline = ""', "'' = ''", "arm '': use letters"),
+        ('baseline = ""', "'..' = ''", "arm '..': use letters"),
+        ('extends = "lr"', 'extends = "both"', "arm both: extends both, which is not an arm above it"),
+        ('"--glr=0.01"', '{ extends = "both", options = "" }', "arm lr: extends both, which is not an arm above it"),
+        ('extends = "lr"', "extends = ['lr']", "arm both: extends ['lr'], which is not an arm above it"),
+        ("base =", "base", "Expected '='"),
+    ],
+)
+def test_invalid_questions_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert GOOD.count(old) == 1
+    path = write_question(tmp_path, GOOD.replace(old, new))
+    with pytest.raises(UserError) as caught:
+        learning.read_question(path, **SETTINGS)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("; docs/learning.md describes the file")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("question = ''\nevaluate = [1]\n", "arms is missing"),
+        ("question = ''\nevaluate = [1]\narms = ['', '']\n", "evaluate is not a list of ages, or arms is not a table"),
+        ("question = ''\nevaluate = [1]\n[arms]\n", "a question has 2 to 100 arms, got 0"),
+        ("question = ''\nevaluate = [1]\n[arms]\na = ''\n", "a question has 2 to 100 arms, got 1"),
+        (
+            "question = ''\nevaluate = [1]\n[arms]\n" + "".join(f"a{i} = ''\n" for i in range(101)),
+            "a question has 2 to 100 arms, got 101",
+        ),
+        ("a = " + "[" * 5000, "nested too deeply"),
+    ],
+)
+def test_a_question_has_arms(tmp_path: Path, text: str, message: str) -> None:
+    path = write_question(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        learning.read_question(path, **SETTINGS)
+    assert str(caught.value) == f"{path}: {message}; docs/learning.md describes the file"
+
+
+def test_undecodable_questions_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "question.toml"
+    path.write_bytes(b'question = "\xff"\n')
+    with pytest.raises(UserError, match=r"question\.toml: .*decode"):
+        learning.read_question(path, **SETTINGS)
+
+
+# Trials of fake runs.
+
+
+@dataclass
+class FakeScripts:
+    """Replacement of learning.run_script: writes the files that train.py and calc_metrics.py write, and nothing else.
+
+    A run takes one minute of CPU time per kimg. The value of a metric is that of the arm plus the seed minus the kimg.
+    `failing` are arms, or labels of trials, that fail.
+    """
+
+    values: dict[str, float]
+    failing: set[str] = field(default_factory=set)
+    calls: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)  # label, script, options
+
+    def __call__(
+        self, workshop: learning.Workshop, label: str, folder: Path, script: str, options: Sequence[str]
+    ) -> None:
+        self.calls.append((label, script, tuple(options)))
+        given = dict(word.removeprefix("--").partition("=")[::2] for word in options)
+        if label in self.failing:
+            raise UserError(f"{label}: {script} failed (it broke)")
+        if script == "calc_metrics.py":
+            self.measure(Path(given["network"]), given["metrics"].split(","))
+        elif "dry-run" not in given:
+            self.train(Path(given["outdir"]) / f"00000-{given['desc']}", int(given["kimg"]), int(given["tick"]))
+
+    def train(self, run: Path, kimg: int, tick: int) -> None:
+        """Write a run, or continue with it."""
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "training_options.json").write_text("{}")
+        first = max((int(path.stem[-6:]) for path in run.glob("*.pkl")), default=-tick) + tick
+        with (run / "stats.jsonl").open("a") as file:
+            for age in range(first, kimg + 1, tick):
+                (run / f"network-snapshot-{age:06d}.pkl").touch()
+                file.write(
+                    json.dumps({"Progress/kimg": age + 0.016, "Timing/steps_cpu_sec": 60 * (age + 0.016)}) + "\n"
+                )
+
+    def measure(self, snapshot: Path, metrics: Sequence[str]) -> None:
+        """Append a record of each metric."""
+        run, kimg = snapshot.parent, int(snapshot.stem[-6:])
+        arm, seed = run.name.partition("-")[2], int(run.parent.name.removeprefix("seed"))
+        for name in metrics:
+            record = {
+                "results": {name: self.values[arm] + seed - kimg},
+                "kimg": kimg + 0.016,
+                "snapshot": snapshot.name,
+            }
+            with (run / f"metric-{name}.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def count(self, script: str) -> int:
+        return sum(name == script and "--dry-run" not in options for _, name, options in self.calls)
+
+    def trained(self) -> list[str]:
+        """Return the labels of the trials that train.py was called for, sorted."""
+        calls = [(label, options) for label, script, options in self.calls if script == "train.py"]
+        return sorted(label for label, options in calls if "--dry-run" not in options)
+
+
+ARMS = 'question = "?"\nevaluate = [5, 10]\n[arms]\nbaseline = ""\ngood = "--glr=1"\nsame = "--glr=2"\n'
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeScripts:
+    """Replace the scripts and the charts."""
+    scripts = FakeScripts({"baseline": 100, "good": 50, "same": 100, "fresh": 100})
+    monkeypatch.setattr(learning, "run_script", scripts)
+    monkeypatch.setattr(learning, "draw_laboratory", lambda laboratory, metric: metric.encode())
+    return scripts
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Path:
+    (tmp_path / "data.zip").touch()
+    write_question(tmp_path, ARMS)
+    return tmp_path / "lab"
+
+
+def arguments(lab: Path, *options: str) -> list[str]:
+    given = ["--screen=3", "--confirm=2", "--metrics=swd100", "--device=cpu", "--jobs=1", *options]
+    return [str(lab.parent / "question.toml"), f"--outdir={lab}", f"--data={lab.parent / 'data.zip'}", *given]
+
+
+def run_learning(lab: Path, *options: str) -> Result:
+    return CliRunner().invoke(learning.main, arguments(lab, *options))
+
+
+def cells(laboratory: Laboratory) -> list[tuple[str, int]]:
+    return [(trial.arm, trial.seed) for trial in laboratory.trials]
+
+
+SCREENED = [(arm, seed) for arm in ("baseline", "good", "same") for seed in range(3)]
+ALL = sorted([*SCREENED, *((arm, seed) for arm in ("baseline", "good") for seed in (100, 101))])
+
+
+def test_promising_arms_are_judged_by_fresh_seeds(lab: Path, fake: FakeScripts) -> None:
+    rows = results(learning.main, *arguments(lab))
+    laboratory = read_laboratory(lab)
+    assert sorted(cells(laboratory)) == ALL
+    assert fake.trained() == sorted(f"{arm}, seed {seed}" for arm, seed in ALL)
+    verdicts = {(row["stage"], row["arm"], row["axis"]): row["verdict"] for row in rows}
+    assert verdicts == {
+        (stage, arm, axis): verdict
+        for stage, arm, verdict in (
+            ("screen", "good", "promising"),
+            ("screen", "same", "not promising"),
+            ("confirm", "good", "better"),
+        )
+        for axis in ("kimg", "minutes")
+    }
+    assert rows[-1]["values"] == {"100": 140, "101": 141}
+    assert rows[-1]["reference"] == {"100": 190, "101": 191}
+    assert rows[-1]["interval"]["estimate"] == -50
+    trial = laboratory.trials[0].metrics["swd100"]
+    assert (trial.kimg, trial.values) == ((5.016, 10.016), (95, 90))
+    assert trial.minutes == pytest.approx((5.016, 10.016))
+    assert (lab / "table.md").read_text() == to_markdown(laboratory)
+    assert (lab / "chart-swd100.png").read_bytes() == b"swd100"
+
+
+def test_each_trial_is_a_run_of_train_py(lab: Path, fake: FakeScripts) -> None:
+    run_learning(lab)
+    by_label = {label: options for label, script, options in fake.calls if script == "train.py"}
+    options = by_label["good, seed 101"]
+    assert options[0] == "--glr=1"
+    wanted = {f"--outdir={lab / 'good' / 'seed101'}", "--seed=101", "--kimg=10", "--tick=5", "--snap=1"}
+    assert {*options} >= wanted | {"--resume=latest", "--metrics=none", f"--data={lab.parent / 'data.zip'}"}
+    assert [label for label, _, given in fake.calls if "--dry-run" in given] == [
+        *("arm baseline", "arm good", "arm same"),
+        *("arm baseline", "arm good"),  # before the fresh seeds
+    ]
+
+
+def test_seeds_of_the_stages_are_disjoint(lab: Path, fake: FakeScripts) -> None:
+    run_learning(lab, "--screen=4", "--confirm=3")
+    seeds = read_laboratory(lab).question.seeds
+    assert seeds == {"screen": (0, 1, 2, 3), "confirm": (100, 101, 102)}
+    assert {int(label.rpartition(" ")[2]) for label in fake.trained()} == {*seeds["screen"], *seeds["confirm"]}
+    assert run_learning(lab, "--screen=101").exit_code == 2
+    result = run_learning(lab, "--confirm=1")
+    assert result.exit_code == 2
+    assert "--confirm=1: an interval needs at least 2 seeds; 0 omits this stage" in result.stderr
+
+
+def test_a_repeated_command_makes_nothing_again(lab: Path, fake: FakeScripts) -> None:
+    first = results(learning.main, *arguments(lab))
+    written = (lab / "laboratory.json").read_bytes()
+    fake.calls.clear()
+    second = results(learning.main, *arguments(lab))
+    assert fake.calls == []
+    assert second == first
+    assert (lab / "laboratory.json").read_bytes() == written
+
+
+def test_trials_are_evaluated_once(lab: Path, fake: FakeScripts) -> None:
+    """Without laboratory.json, e.g. after an interruption, trials are resumed and read without a new evaluation."""
+    run_learning(lab)
+    written = (lab / "laboratory.json").read_bytes()
+    (lab / "laboratory.json").unlink()
+    assert fake.count("calc_metrics.py") == 2 * len(ALL)
+    fake.calls.clear()
+    run_learning(lab)
+    assert fake.count("train.py") == len(ALL)
+    assert fake.count("calc_metrics.py") == 0
+    assert (lab / "laboratory.json").read_bytes() == written
+
+
+def test_no_seeds_are_fresh_if_none_are_wanted(lab: Path, fake: FakeScripts) -> None:
+    rows = results(learning.main, *arguments(lab, "--confirm=0"))
+    assert {row["stage"] for row in rows} == {"screen"}
+    assert sorted(cells(read_laboratory(lab))) == SCREENED
+
+
+def test_chosen_arms_are_confirmed(lab: Path, fake: FakeScripts) -> None:
+    run_learning(lab, "--arms=same")
+    fresh = [cell for cell in cells(read_laboratory(lab)) if cell[1] >= 100]
+    assert fresh == [("baseline", 100), ("baseline", 101), ("same", 100), ("same", 101)]
+    result = run_learning(lab, "--arms=same,other")
+    assert result.exit_code == 2
+    assert "--arms=other: " in result.stderr
+    assert "has no such arm, only baseline, good, same" in result.stderr
+
+
+def test_a_failing_trial_is_reported_and_others_go_on(lab: Path, fake: FakeScripts) -> None:
+    fake.failing = {"same, seed 1"}
+    result = run_learning(lab)
+    assert result.exit_code == 2
+    assert result.stderr.endswith("\nError: same, seed 1: train.py failed (it broke)\n")
+    assert sorted(cells(read_laboratory(lab))) == [cell for cell in ALL if cell != ("same", 1)]
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {row["verdict"] for row in rows if row["arm"] == "same"} == {"incomplete"}
+    fake.failing, fake.calls = set(), []
+    assert run_learning(lab).exit_code == 0
+    assert fake.trained() == ["same, seed 1"]
+    assert sorted(cells(read_laboratory(lab))) == ALL
+
+
+def test_an_invalid_arm_stops_before_the_first_trial(lab: Path, fake: FakeScripts) -> None:
+    fake.failing = {"arm same"}
+    result = run_learning(lab)
+    assert result.exit_code == 2
+    assert result.stderr == "Error: arm same: train.py failed (it broke)\n"
+    assert fake.count("train.py") == 0
+
+
+def test_an_unknown_metric_stops_before_the_first_trial(lab: Path, fake: FakeScripts) -> None:
+    result = run_learning(lab, "--metrics=fid3x")
+    assert result.exit_code == 2
+    assert "fid3x" in result.stderr
+    assert fake.calls == []
+
+
+def test_changed_options_of_a_trained_arm_are_refused(lab: Path, fake: FakeScripts) -> None:
+    run_learning(lab)
+    fake.calls.clear()
+    for old, new, arm in (("--glr=1", "--glr=3", "good"), ("[arms]", "base = '--batch=8'\n[arms]", "")):
+        write_question(lab.parent, ARMS.replace(old, new))
+        result = run_learning(lab)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"Error: --outdir={lab}: arm {arm}")
+        assert "give the arm another name, or choose another folder" in result.stderr
+    assert fake.calls == []
+
+
+def test_options_of_an_untried_arm_may_change(tmp_path: Path) -> None:
+    question = make_question(["baseline", "other", "untried"])
+    Laboratory(question=question, trials=(make_trial("other", 0, (2, 1)),)).write(tmp_path)
+    changed = Question(**{**vars(question), "arms": question.arms | {"untried": Arm(options="-x", against="other")}})
+    opened = learning.open_laboratory(tmp_path, changed)
+    assert (opened.question, opened.trials) == (changed, read_laboratory(tmp_path).trials)
+    assert learning.open_laboratory(tmp_path / "new", changed) == Laboratory(question=changed)
+
+
+def test_new_arms_and_ages_extend_a_laboratory(lab: Path, fake: FakeScripts) -> None:
+    run_learning(lab)
+    fake.calls.clear()
+    write_question(lab.parent, ARMS.replace("[5, 10]", "[5, 10, 15]") + "fresh = '--glr=4'\n")
+    result = run_learning(lab)
+    assert result.exit_code == 0, result.stderr
+    assert sorted(cells(read_laboratory(lab))) == sorted([*ALL, *(("fresh", seed) for seed in range(3))])
+    trained = [options for _, script, options in fake.calls if script == "train.py"]
+    assert all({"--resume=latest", "--kimg=15", "--tick=5"} <= {*options} for options in trained)
+    measured: dict[str, list[str]] = {}
+    for label, script, options in fake.calls:
+        if script == "calc_metrics.py":
+            measured.setdefault(label, []).append(options[0].rpartition("/")[2])
+    assert measured["good, seed 100"] == ["network-snapshot-000015.pkl"]
+    assert measured["fresh, seed 0"] == [f"network-snapshot-{age:06d}.pkl" for age in (5, 10, 15)]
+    values = read_laboratory(lab).values("good", "swd100", "screen")[1]
+    assert (values.kimg, values.values) == ((5.016, 10.016, 15.016), (46, 41, 36))
+
+
+def test_a_new_metric_is_added_to_all_trials(lab: Path, fake: FakeScripts) -> None:
+    run_learning(lab)
+    fake.calls.clear()
+    run_learning(lab, "--metrics=swd100,swd200")
+    assert fake.count("calc_metrics.py") == 2 * len(ALL)
+    assert all("--metrics=swd200" in options for _, script, options in fake.calls if script == "calc_metrics.py")
+    assert {name for trial in read_laboratory(lab).trials for name in trial.metrics} == {"swd100", "swd200"}
+
+
+def test_an_age_between_old_ones_is_refused(lab: Path, fake: FakeScripts) -> None:
+    run_learning(lab, "--confirm=0")
+    write_question(lab.parent, ARMS.replace("[5, 10]", "[5, 7, 10]"))
+    result = run_learning(lab, "--confirm=0")
+    assert result.exit_code == 2
+    assert "good, seed 2: " in result.stderr
+    assert "has no snapshot at 7 kimg; an age between old ones needs a new folder" in result.stderr
+
+
+def test_other_folders_beside_a_run_are_ignored(lab: Path, fake: FakeScripts) -> None:
+    """report.py writes its folder `report` beside the run if it gets the folder of a trial."""
+    run_learning(lab)
+    (lab / "good" / "seed0" / "report").mkdir()
+    (lab / "laboratory.json").unlink()
+    assert run_learning(lab).exit_code == 0
+
+
+# Programs and files.
+
+
+def make_workshop(folder: Path, question: Question | None = None) -> learning.Workshop:
+    return learning.Workshop(
+        question=question or make_question(),
+        outdir=folder,
+        data=folder / "data.zip",
+        detectors=(),
+        device=torch.device("cpu"),
+        threads=3,
+    )
+
+
+def test_a_script_gets_its_options_device_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text("import os, sys\nprint(sys.argv[1:], os.environ['OMP_NUM_THREADS'])\n")
+    learning.run_script(make_workshop(tmp_path), "label", tmp_path / "new", "train.py", ["--a b"])
+    log = (tmp_path / "new" / "log.txt").read_text()
+    assert log.startswith(f"$ {sys.executable} {tmp_path / 'train.py'} '--a b' --device=cpu\n")
+    assert log.endswith("\n['--a b', '--device=cpu'] 3\n")
+
+
+def test_the_error_of_a_failed_script_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "ROOT", tmp_path)
+    workshop, log = make_workshop(tmp_path), tmp_path / "log.txt"
+    program = "import sys\nprint('Error: first\\nError: second\\nmore', file=sys.stderr)\nsys.exit(2)\n"
+    (tmp_path / "train.py").write_text(program)
+    with pytest.raises(UserError) as caught:
+        learning.run_script(workshop, "good, seed 1", tmp_path, "train.py", [])
+    assert str(caught.value) == f"good, seed 1: train.py failed (second); {log}"
+    (tmp_path / "train.py").write_text("import os\nos._exit(5)\n")
+    with pytest.raises(UserError) as caught:
+        learning.run_script(workshop, "good, seed 1", tmp_path, "train.py", [])
+    assert str(caught.value) == f"good, seed 1: train.py failed (exit code 5); {log}"  # not the error of the first try
+    assert "Error: second" in log.read_text()
+
+
+def write_run(run: Path, **metrics: Sequence[float]) -> Path:
+    """Write a run with a tick every 2 kimg, which takes 3 minutes on a clock and 1 minute of CPU time."""
+    run.mkdir(parents=True)
+    ticks = [{"Progress/kimg": 2 * i, "Timing/steps_sec": 180 * i, "Timing/steps_cpu_sec": 60 * i} for i in range(6)]
+    (run / "stats.jsonl").write_text("".join(json.dumps(tick) + "\n" for tick in ticks))
+    for name, values in metrics.items():
+        records = [{"results": {name: value}, "kimg": 2 * i} for i, value in enumerate(values)]
+        (run / f"metric-{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run
+
+
+@pytest.mark.parametrize(("device", "minutes"), [("cpu", (0, 1, 2)), ("cuda", (0, 3, 6))])
+def test_minutes_are_cpu_time_on_a_cpu_and_elapsed_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, minutes: tuple[float, ...]
+) -> None:
+    monkeypatch.setattr(learning, "device_name", str)
+    run = write_run(tmp_path / "run", swd100=(9, 8, 7))
+    trial = learning.read_trial(run, "good", 3, ["swd100"], torch.device(device))
+    assert (trial.arm, trial.seed, trial.device) == ("good", 3, device)
+    values = trial.metrics["swd100"]
+    assert (values.kimg, values.minutes, values.values) == ((0, 2, 4), pytest.approx(minutes), (9, 8, 7))
+
+
+def test_a_run_without_its_times_or_metrics_is_refused(tmp_path: Path) -> None:
+    run, device = write_run(tmp_path / "run", swd100=(9, 8, 7)), torch.device("cpu")
+    with pytest.raises(UserError, match="run: has no values of swd200"):
+        learning.read_trial(run, "good", 0, ["swd100", "swd200"], device)
+    (run / "stats.jsonl").write_text('{"Progress/kimg": 0}\n')
+    with pytest.raises(UserError, match="run: has no values of Timing/steps_cpu_sec"):
+        learning.read_trial(run, "good", 0, ["swd100"], device)
+    (run / "stats.jsonl").write_text('{"Progress/kimg": 0, "Timing/steps_cpu_sec": 0}\n{"Progress/kimg": 4}\n')
+    with pytest.raises(UserError, match="run: an age or a value is not a finite number"):
+        learning.read_trial(run, "good", 0, ["swd100"], device)
+
+
+@pytest.mark.parametrize("name", ["", "missing.toml"])
+def test_a_question_is_a_file(lab: Path, fake: FakeScripts, name: str) -> None:
+    path = lab.parent / name
+    outcome = CliRunner().invoke(learning.main, [str(path), *arguments(lab)[1:]])
+    assert outcome.exit_code == 2
+    assert str(path) in outcome.stderr
+    assert "Traceback" not in outcome.output
+    assert fake.calls == []
+
+
+def test_huge_questions_are_refused(lab: Path, fake: FakeScripts) -> None:
+    write_question(lab.parent, "#" * (learning.MAX_QUESTION_BYTES + 1))
+    outcome = run_learning(lab)
+    assert outcome.exit_code == 2
+    assert "exceeds the limit of 1048576 bytes" in outcome.stderr
+
+
+@pytest.mark.slow
+def test_a_laboratory_trains_its_arms_and_is_repeated_at_once(shapes32_zip: Path, tmp_path: Path) -> None:
+    base = "--cfg=tiny --g_dict=16,8,8 --cbase=128 --batch=16 --workers=0"
+    arms = '[arms]\nbaseline = ""\nlr = "--glr=0.01"\n'
+    question = write_question(tmp_path, f'question = "?"\nevaluate = [1]\nbase = "{base}"\n{arms}')
+    lab = tmp_path / "lab"
+    command = [sys.executable, "benchmarks/learning.py", str(question), f"--outdir={lab}", f"--data={shapes32_zip}"]
+    command += ["--screen=2", "--confirm=0", "--metrics=swd100", "--device=cpu"]
+
+    def run() -> Iterator[dict[str, Any]]:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert done.returncode == 0, done.stderr
+        yield from map(json.loads, done.stdout.splitlines())
+
+    first = [*run()]
+    assert (first[0]["arm"], first[0]["axis"]) == ("lr", "kimg")  # with one age, minutes are compared only if equal
+    assert first[0]["at"] == pytest.approx(1.008)  # 63 steps of 16 images
+    assert {row["verdict"] for row in first} <= {"promising", "not promising"}
+    assert {path.name for path in lab.iterdir()} == {
+        "laboratory.json",
+        "table.md",
+        "chart-swd100.png",
+        "baseline",
+        "lr",
+    }
+    for trial in read_laboratory(lab).trials:
+        values = trial.metrics["swd100"]
+        assert 0 < values.minutes[0] < 10
+        assert 0 < values.values[0] < 1000
+    files = {path: path.stat().st_mtime_ns for path in lab.glob("*/**/*") if path.is_file()}
+    assert [row["values"] for row in run()] == [row["values"] for row in first]
+    assert {path: path.stat().st_mtime_ns for path in lab.glob("*/**/*") if path.is_file()} == files
+
+    (lab / "laboratory.json").unlink()  # the trials are resumed, without a further step or evaluation
+    assert [row["values"] for row in run()] == [row["values"] for row in first]
+    kept = {path: time for path, time in files.items() if path.name.startswith(("network-", "stats.", "metric-"))}
+    assert len(kept) > 8
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+# Rankings.
+
+
+def refused(*options: str) -> str:
+    """Run ranking.py with invalid options and return its line of error."""
+    outcome = CliRunner().invoke(ranking.main, options)
+    assert outcome.exit_code == 2, outcome.output
+    assert outcome.stderr.startswith("Error: ")
+    assert outcome.stderr.count("\n") == 1
+    return outcome.stderr
+
+
+def test_metrics_of_a_run_are_ranked(tmp_path: Path) -> None:
+    """Of the ten pairs of the five shared snapshots, one is discordant: tau = (9 - 1) / 10."""
+    run = write_run(tmp_path / "run", first=(9, 8, 7, 5, 6), second=(90, 80, 70, 60, 50, 40))
+    (row,) = results(ranking.main, str(run), "--metrics=first,second")
+    assert (row["metrics"], row["networks"], row["tau"]) == (["first", "second"], 5, 0.8)
+    assert row["low"] < 0.8 < row["high"]
+    assert row["high"] == 1
+
+
+def test_networks_of_several_runs_are_ranked(tmp_path: Path) -> None:
+    """Values of different runs are paired by run and kimg."""
+    write_run(tmp_path / "a", first=(1, 2), second=(40, 30))
+    write_run(tmp_path / "b", first=(3, 4), second=(20, 10))
+    write_run(tmp_path / "c", first=(5, 6))
+    (row,) = results(ranking.main, str(tmp_path), "--metrics=first,second")
+    assert (row["networks"], row["tau"], row["low"], row["high"]) == (4, -1, -1, -1)
+
+
+def test_trials_of_a_laboratory_are_ranked(tmp_path: Path) -> None:
+    """The last values count: 1, 2, 3 and 10, 30, 20 have tau = (2 - 1) / 3. A trial lacks the second metric."""
+    question = make_question(metrics=("fid", "swd"))
+    values = {0: (9, 1, 9, 10), 1: (9, 2, 5, 30), 2: (9, 3, 1, 20)}
+    trials = [make_trial("other", seed, {"fid": row[:2], "swd": row[2:]}) for seed, row in values.items()]
+    trials.append(make_trial("baseline", 0, {"fid": (9, 0)}))
+    Laboratory(question=question, trials=tuple(trials)).write(tmp_path)
+    (row,) = results(ranking.main, str(tmp_path), "--metrics=fid,swd")
+    assert (row["networks"], row["tau"]) == (3, 0.333)
+
+
+def test_rankings_need_two_metrics_of_three_networks(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", first=(9, 8, 7), second=(5, 6))
+    hint = "specify two metrics, e.g. mind2k,fid10k_full"
+    assert hint in refused(str(run), "--metrics=first")
+    assert hint in refused(str(run), "--metrics=first,second,third")
+    assert hint in refused(str(run), "--metrics=none")
+    assert refused(str(run), "--metrics=first,second") == (
+        f"Error: {run}: has 3 values of first and 2 values of second, 2 of them of the same networks; "
+        "a ranking needs at least 3\n"
+    )
+    assert "0 values of unknown, 0 of them of the same networks" in refused(str(run), "--metrics=first,unknown")
+    (tmp_path / "empty").mkdir()
+    assert "neither a run" in refused(str(tmp_path / "empty"), "--metrics=first,second")
+    (tmp_path / "empty" / "laboratory.json").write_text("{")
+    assert "not a laboratory" in refused(str(tmp_path / "empty"), "--metrics=first,second")
