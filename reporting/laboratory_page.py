@@ -29,7 +29,11 @@ def build_laboratory_page(laboratory: Laboratory, charts: Mapping[str, bytes], f
 
 def first_run(folder: Path, arm: str) -> Run | None:
     """Return the newest run with the lowest seed of an arm; None if the folder of the laboratory has none."""
-    found = ((path.parent.name.removeprefix("seed"), path) for path in (folder / arm).glob("seed*/*") if is_run(path))
+    found = (
+        (path.parent.name.removeprefix("seed"), path)
+        for path in (folder / "runs" / arm).glob("seed*/*")
+        if is_run(path)
+    )
     runs = sorted(((int(seed), path) for seed, path in found if seed.isdecimal()), reverse=True)
     seed, first = min(runs, key=lambda run: run[0], default=(0, None))
     return read_run(first, f"{arm}, seed{seed}") if first else None
