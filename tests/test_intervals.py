@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import scipy.stats
 
 from dnnlib.config import UserError
 from reporting.intervals import CONFIDENCE, Interval, kendall_interval, welch_interval
+from reporting.laboratory import SCREENING_CONFIDENCE
 
 DRAWS = 1500
 APPROXIMATION = 0.015  # error of the coverage of the approximate intervals at these sample sizes
@@ -123,3 +126,24 @@ def test_intervals_of_tau_are_clipped() -> None:
 def test_tau_needs_three_pairs(x: list[float], y: list[float]) -> None:
     with pytest.raises(UserError, match=f"at least 3 pairs of values, got {len(x)} and {len(y)} values"):
         kendall_interval(x, y)
+
+
+def shares_below_zero(rng: np.random.RandomState, improvement: float, seeds: int, confidence: float) -> float:
+    """Return the share of draws in which the interval of an improved arm minus the baseline lies below 0."""
+    arm, baseline = rng.normal(-improvement, 1, (20_000, seeds)), rng.normal(0, 1, (20_000, seeds))
+    a, b = arm.var(axis=1, ddof=1) / seeds, baseline.var(axis=1, ddof=1) / seeds
+    freedom = (a + b) ** 2 * (seeds - 1) / (a**2 + b**2)
+    high = arm.mean(axis=1) - baseline.mean(axis=1) + scipy.stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(a + b)
+    return float((high < 0).mean())
+
+
+def test_the_documented_power_is_that_of_drawn_numbers() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "learning.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (\d+) % \| (\d+) % \| ([\d.]+) % \|$", text, re.MULTILINE)
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    rng = np.random.RandomState(0)
+    for improvement, *documented in rows:
+        screened = shares_below_zero(rng, float(improvement), 3, SCREENING_CONFIDENCE)
+        confirmed = shares_below_zero(rng, float(improvement), 5, CONFIDENCE)
+        drawn = [screened, confirmed, screened * confirmed]
+        assert np.allclose([100 * x for x in drawn], [float(x) for x in documented], atol=1.5)
