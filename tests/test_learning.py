@@ -361,6 +361,17 @@ def test_an_unknown_metric_stops_before_the_first_trial(lab: Path, fake: FakeScr
     assert fake.calls == []
 
 
+def test_an_unavailable_metric_stops_before_the_first_trial(
+    lab: Path, fake: FakeScripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, setup: object) -> None:
+        raise UserError(f"metric {name}: not here")
+
+    monkeypatch.setattr(learning, "check_available", refuse)
+    assert run_learning(lab).stderr == "Error: metric swd100: not here\n"
+    assert fake.calls == []
+
+
 def test_changed_options_of_a_trained_arm_are_refused(lab: Path, fake: FakeScripts) -> None:
     run_learning(lab)
     fake.calls.clear()
