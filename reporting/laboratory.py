@@ -138,7 +138,10 @@ class Values:
         A straight line would overestimate a learning curve, which is convex. Values that are not positive are
         interpolated linearly in the logarithm of the position.
         """
-        x, values = np.log(getattr(self, axis)), np.array(self.values)
+        positions: tuple[float, ...] = getattr(self, axis)
+        if position in positions:  # exactly, without rounding
+            return self.values[positions.index(position)]
+        x, values = np.log(positions), np.array(self.values)
         if values.min() > 0:
             return float(np.exp(np.interp(np.log(position), x, np.log(values))))
         return float(np.interp(np.log(position), x, values))
@@ -331,6 +334,8 @@ def _to_trial(content: dict[str, Any]) -> Trial:
         for name, values in content["metrics"].items()
     }
     trial = Trial(**{**content, "metrics": metrics})
+    if not all(isinstance(own.conditions, dict) for own in metrics.values()):
+        raise ValueError("the conditions of a metric are not a table")
     texts = (trial.arm, trial.options, trial.device)
     if type(trial.seed) is not int or not all(isinstance(text, str) for text in texts):
         raise ValueError("a trial has an arm, a whole number as seed, options, and a device")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,13 +42,13 @@ def make_trial(
     kimg: Sequence[float] = (5.0, 10.0),
     minutes: Sequence[float] = (1.0, 2.0),
     device: str = "cpu",
+    conditions: Mapping[str, Any] | None = None,
 ) -> Trial:
     """Return a trial; `values` belong to the metric FD, or are given by metric."""
     by_metric = values if isinstance(values, Mapping) else {FD: values}
-    metrics = {
-        name: Values(kimg=tuple(kimg), minutes=tuple(minutes), values=tuple(own)) for name, own in by_metric.items()
-    }
-    return Trial(arm=arm, seed=seed, device=device, metrics=metrics)
+    shared = {"kimg": tuple(kimg), "minutes": tuple(minutes), "conditions": {**(conditions or {})}}
+    metrics = {name: Values(values=tuple(own), **shared) for name, own in by_metric.items()}
+    return Trial(arm=arm, seed=seed, options=f"--{arm}", device=device, metrics=metrics)
 
 
 def with_last_values(question: Question, stage: Stage, last: Mapping[str, Sequence[float]]) -> Laboratory:

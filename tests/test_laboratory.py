@@ -157,28 +157,34 @@ def test_stages_do_not_share_seeds() -> None:
 
 
 def slow_laboratory(first: float = 20.0, device: str = "cpu") -> Laboratory:
-    """Return a laboratory whose arm `other` takes about twice as long; its values are 90 and 50 plus the seed."""
+    """Return a laboratory whose arm `other` takes about twice as long; the values of seeds are 1, 1.1 and 1.2 times."""
     trials = []
-    for seed in range(3):
-        fast = make_trial("baseline", seed, (100.0 + seed, 80.0 + seed), minutes=(12.0, 24.0))
-        slow = make_trial("other", seed, (90.0 + seed, 50.0 + seed), minutes=(first, 40.0), device=device)
+    for seed, scale in enumerate((1.0, 1.1, 1.2)):
+        fast = make_trial("baseline", seed, (100 * scale, 80 * scale), minutes=(12.0, 24.0))
+        slow = make_trial("other", seed, (90 * scale, 45 * scale), minutes=(first, 40.0), device=device)
         trials += [fast, slow]
     return Laboratory(question=make_question(), trials=tuple(trials))
 
 
 def test_arms_are_compared_at_equal_minutes() -> None:
-    """A run that takes 40 minutes is interpolated at 24, a fifth of the way from 20 to 40 minutes: 90 - 40 / 5 = 82."""
+    """The slow runs have a distance of 90 after 20 minutes and 45 after 40: 1800 / minutes, which is 75 after 24."""
     laboratory = slow_laboratory()
     at_kimg = laboratory.compare("screen", "other", "baseline", FD, "kimg")
     at_minutes = laboratory.compare("screen", "other", "baseline", FD, "minutes")
     assert at_kimg is not None
     assert at_minutes is not None
     assert (at_kimg.at, at_minutes.at) == (10, 24)
-    assert at_kimg.values == {0: 50, 1: 51, 2: 52}
-    assert list(at_minutes.values.values()) == pytest.approx([82, 83, 84])
-    assert at_minutes.reference == {0: 80, 1: 81, 2: 82}
-    assert (at_kimg.interval.estimate, at_minutes.interval.estimate) == pytest.approx((-30, 2))
+    assert at_kimg.values == pytest.approx({0: 45, 1: 49.5, 2: 54})
+    assert at_minutes.values == pytest.approx({0: 75, 1: 82.5, 2: 90})
+    assert at_kimg.reference == at_minutes.reference == pytest.approx({0: 80, 1: 88, 2: 96})
+    assert (at_kimg.interval.estimate, at_minutes.interval.estimate) == pytest.approx((-38.5, -5.5))
     assert (at_kimg.verdict, at_minutes.verdict) == ("promising", "not promising")
+
+
+def test_values_without_a_logarithm_are_interpolated_in_that_of_time() -> None:
+    own = make_trial("other", 0, (-1.0, 3.0), kimg=(1.0, 16.0), minutes=(2.0, 8.0)).metrics[FD]
+    assert (own.at("kimg", 4), own.at("minutes", 4)) == pytest.approx((1, 1))
+    assert (own.at("kimg", 1), own.at("kimg", 16)) == (-1, 3)
 
 
 def test_minutes_before_the_first_evaluation_are_not_compared() -> None:
@@ -255,6 +261,20 @@ def test_an_arm_is_promising_by_the_first_metric_alone() -> None:
     assert {item.arm for item in laboratory.comparisons("swd500") if item.verdict == "promising"} == {"second"}
 
 
+def test_an_arm_is_promising_at_equal_kimg() -> None:
+    """At equal minutes the arm `other` is better by far, because its runs take a third of the time."""
+    trials = []
+    for seed in range(3):
+        trials.append(make_trial("baseline", seed, (100.0 + seed, 50.0 + seed), minutes=(15.0, 30.0)))
+        trials.append(make_trial("other", seed, (100.0 + seed, 50.0 + seed), minutes=(5.0, 15.0)))
+    laboratory = Laboratory(question=make_question(), trials=tuple(trials))
+    assert {item.axis: item.verdict for item in laboratory.comparisons(FD)} == {
+        "kimg": "not promising",
+        "minutes": "promising",
+    }
+    assert laboratory.promising() == []
+
+
 # Trials.
 
 
@@ -264,7 +284,8 @@ def test_a_trial_answers_a_question_with_all_metrics_and_ages() -> None:
     assert trial.answers(question)
     assert trial.answers(make_question(evaluate=(10,)))
     assert not trial.answers(make_question(evaluate=(5, 10, 20)))
-    assert not trial.answers(make_question(evaluate=(4,)))
+    assert not trial.answers(make_question(evaluate=(2,)))
+    assert not trial.answers(make_question(evaluate=(4, 5, 10)))
     assert not trial.answers(make_question(metrics=(FD, "kid50k_full")))
     assert not make_trial("other", 0, (9, 8), kimg=(4.9, 10.0)).answers(make_question())
 
@@ -280,6 +301,61 @@ def test_a_trial_replaces_an_earlier_one_of_its_arm_and_seed() -> None:
     assert [(trial.arm, trial.seed) for trial in laboratory.trials] == order
     assert [(trial.arm, trial.seed) for trial in replaced.trials] == order
     assert [trial for trial in replaced.trials if trial not in laboratory.trials] == [newer]
+
+
+def test_a_new_trial_keeps_the_other_metrics_of_an_earlier_one() -> None:
+    old = make_trial("other", 1, {FD: (4.0, 3.0), "swd500": (8.0, 7.0)})
+    new = make_trial("other", 1, {FD: (2.0, 1.0)}, device="H100")
+    (kept,) = Laboratory(question=make_question(), trials=(old,)).with_trial(new).trials
+    assert kept.metrics == {FD: new.metrics[FD], "swd500": old.metrics["swd500"]}
+    assert kept.device == "H100"
+
+
+def test_values_after_the_last_age_of_a_question_are_ignored() -> None:
+    """A question may be shortened; runs then have evaluations after its end."""
+    trials = [
+        make_trial(arm, seed, (mean + seed, seed), kimg=(5.016, 10.016))
+        for arm, mean in (("baseline", 20.0), ("other", 10.0))
+        for seed in range(3)
+    ]
+    laboratory = Laboratory(question=make_question(evaluate=(5,)), trials=tuple(trials))
+    assert laboratory.values("other", FD, "screen")[2] == trials[5].metrics[FD].before(10)
+    assert laboratory.values("other", FD, "screen")[2].kimg == (5.016,)
+    found = compare(laboratory, "screen")
+    assert (found.at, found.interval.estimate, found.verdict) == (5.016, pytest.approx(-10), "promising")
+    later = Laboratory(question=make_question(evaluate=(2,)), trials=tuple(trials))
+    assert later.values("other", FD, "screen") == {}
+
+
+CONDITIONS = {"data_hash": "abc", "mirror": False}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "device", "problem"),
+    [
+        (CONDITIONS, "cpu, 1 threads", None),
+        (
+            {**CONDITIONS, "data_hash": "def"},
+            "cpu, 1 threads",
+            "data_hash is def for other, seed 1, and abc for baseline",
+        ),
+        ({"data_hash": "abc"}, "cpu, 1 threads", "mirror is None for other, seed 1, and False for baseline"),
+        (CONDITIONS, "NVIDIA H100", "device is gpu for other, seed 1, and cpu for baseline"),
+    ],
+)
+def test_values_of_different_conditions_are_refused(
+    conditions: dict[str, Any], device: str, problem: str | None
+) -> None:
+    first = make_trial("baseline", 0, (9.0, 8.0), device="cpu, 2 threads", conditions=CONDITIONS)
+    other = make_trial("other", 1, (9.0, 8.0), device=device, conditions=conditions)
+    laboratory = Laboratory(question=make_question(), trials=(first, other))
+    if problem is None:
+        laboratory.check_conditions()
+        return
+    with pytest.raises(UserError, match=f"^{FD}: {problem}, seed 0: values are not comparable"):
+        laboratory.check_conditions()
+    removed = make_question(["baseline", "third"])  # trials of arms that are no longer asked about
+    replace(laboratory, question=removed).check_conditions()
 
 
 # The file.
@@ -349,6 +425,12 @@ CHANGES: dict[str, Change] = {
     "seed missing": lambda content: content["trials"][0].pop("seed"),
     "seed a text": lambda content: content["trials"][0].update(seed="0"),
     "seed fractional": lambda content: content["trials"][0].update(seed=0.5),
+    "options missing": lambda content: content["trials"][0].pop("options"),
+    "options of trial a number": lambda content: content["trials"][0].update(options=5),
+    "conditions a number": lambda content: content["trials"][0]["metrics"][FD].update(conditions=5),
+    "conditions a list": lambda content: content["trials"][0]["metrics"][FD].update(conditions=["mirror"]),
+    "kimg zero": lambda content: content["trials"][0]["metrics"][FD].update(kimg=[0, 5]),
+    "minutes zero": lambda content: content["trials"][0]["metrics"][FD].update(minutes=[0.0, 1.0]),
     "device null": lambda content: content["trials"][0].update(device=None),
     "metrics of trial a list": lambda content: content["trials"][0].update(metrics=[FD]),
     "values a list": lambda content: content["trials"][0]["metrics"].update({FD: [1, 2]}),
@@ -409,13 +491,13 @@ GOLDEN = """\
 | other | `--other` |
 | untried | `--untried` |
 
-**fid10k_full at 10 kimg, first seeds 0, 1, 2**
+**fid10k_full at 10 kimg, first seeds 0, 1, 2; promising: the 80% interval excludes 0**
 
 | arm | values by seed | mean ± deviation | minutes | against | at equal kimg | at equal minutes |
 | --- | --- | --- | --- | --- | --- | --- |
 | baseline | 100.00, 101.00, 102.00 | 101.00 ± 1.00 | 2.0 |  |  |  |
 | other | 90.00, 91.00, 92.00 | 91.00 ± 1.00 | 4.0 | baseline | -10.00 [-12.27, -7.73] **promising** \
-| +10.00 [+7.73, +12.27] not promising |
+| +10.00 [+7.73, +12.27] at 2 minutes not promising |
 """
 
 
@@ -446,10 +528,20 @@ def test_verdicts_of_the_confirming_stage_are_bold() -> None:
     ]
 
 
-def test_a_single_run_has_no_deviation() -> None:
-    laboratory = with_last_values(make_question(), "screen", {"baseline": (17.0,)})
+def test_a_single_run_has_no_deviation_and_no_comparison() -> None:
+    laboratory = with_last_values(make_question(), "screen", {"baseline": (17.0,), "other": (18.0,)})
     ((_, rows),) = result_tables(laboratory)
-    assert rows[1:] == [["baseline", "17.00", "17.00", "2.0", "", "", ""]]
+    assert rows[1:] == [
+        ["baseline", "17.00", "17.00", "2.0", "", "", ""],
+        ["other", "18.00", "18.00", "2.0", "baseline", "no comparison", "no comparison"],
+    ]
+
+
+def test_runs_behind_the_last_age_are_marked() -> None:
+    laboratory = with_last_values(make_question(), "screen", {"baseline": (17.0,)})
+    short = make_trial("baseline", 1, (31.0,), kimg=(5.016,), minutes=(1.0,))
+    ((_, rows),) = result_tables(laboratory.with_trial(short))
+    assert rows[1][1:4] == ["17.00, 31.00 (at 5.016 kimg)", "24.00 ± 9.90", "1.5"]
 
 
 def test_small_values_are_shown_with_more_decimals() -> None:
