@@ -46,8 +46,10 @@ def make_trial(
 ) -> Trial:
     """Return a trial; `values` belong to the metric FD, or are given by metric."""
     by_metric = values if isinstance(values, Mapping) else {FD: values}
-    shared = {"kimg": tuple(kimg), "minutes": tuple(minutes), "conditions": {**(conditions or {})}}
-    metrics = {name: Values(values=tuple(own), **shared) for name, own in by_metric.items()}
+    metrics = {
+        name: Values(kimg=tuple(kimg), minutes=tuple(minutes), values=tuple(own), conditions={**(conditions or {})})
+        for name, own in by_metric.items()
+    }
     return Trial(arm=arm, seed=seed, options=f"--{arm}", device=device, metrics=metrics)
 
 

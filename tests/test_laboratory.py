@@ -624,7 +624,7 @@ def test_a_report_of_a_laboratory_has_charts_tables_and_images(tmp_path: Path) -
     small_laboratory().write(tmp_path)
     names = ("seed10/00000-other", "seed9/00000-other", "seed9/00001-other", "seed9-old/00000-other")
     for kimg, name in enumerate(names):
-        run = tmp_path / "other" / name
+        run = tmp_path / "runs" / "other" / name
         run.mkdir(parents=True)
         (run / "training_options.json").write_text("{}")
         (run / "stats.jsonl").write_text('{"Progress/kimg": 5}\nnonsense\n')

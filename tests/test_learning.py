@@ -1,12 +1,16 @@
-"""benchmarks/learning.py and ranking.py: questions, trials of fake runs, interrupted laboratories, rankings."""
+"""Laboratory and ranking benchmarks: questions, trials of fake runs, interruptions, rankings."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,12 @@ from laboratory_helpers import make_question, make_trial
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import learning
+import question_file
 import ranking
+import trials
 
 from dnnlib.config import UserError
+from metrics.registry import COMPARABLE
 from reporting.laboratory import Arm, Laboratory, Question, read_laboratory
 from reporting.laboratory_table import to_markdown
 
@@ -35,7 +42,7 @@ base = "--cfg=tiny"
 [arms]
 baseline = ""
 lr = "--glr=0.01"
-both = { extends = "lr", options = "--dlr=0.01 --desc='a b'" }
+both = { extends = "lr", options = "--dlr=0.01 --set 'a=b c'" }
 """
 
 # Questions.
@@ -48,7 +55,7 @@ def write_question(folder: Path, text: str = GOOD) -> Path:
 
 
 def test_a_question_is_read(tmp_path: Path) -> None:
-    question = learning.read_question(write_question(tmp_path), **SETTINGS)
+    question = question_file.read_question(write_question(tmp_path), **SETTINGS)
     assert question == Question(
         question="Does it help?",
         evaluate=(5, 10),
@@ -56,7 +63,7 @@ def test_a_question_is_read(tmp_path: Path) -> None:
         arms={
             "baseline": Arm(options=""),
             "lr": Arm(options="--glr=0.01", against="baseline"),
-            "both": Arm(options="--glr=0.01 --dlr=0.01 --desc='a b'", against="lr"),
+            "both": Arm(options="--glr=0.01 --dlr=0.01 --set 'a=b c'", against="lr"),
         },
         metrics=("swd100",),
         seeds={"screen": (0, 1), "confirm": (100, 101)},
@@ -67,11 +74,11 @@ def test_the_questions_of_the_project_are_valid() -> None:
     files = sorted((ROOT / "benchmarks" / "questions").glob("*.toml"))
     assert files
     for file in files:
-        assert learning.read_question(file, **SETTINGS).baseline == "baseline"
+        assert question_file.read_question(file, **SETTINGS).baseline == "baseline"
 
 
 def test_base_is_optional(tmp_path: Path) -> None:
-    assert learning.read_question(write_question(tmp_path, GOOD.replace("base =", "# ")), **SETTINGS).base == ""
+    assert question_file.read_question(write_question(tmp_path, GOOD.replace("base =", "# ")), **SETTINGS).base == ""
 
 
 @pytest.mark.parametrize(
@@ -90,16 +97,27 @@ def test_base_is_optional(tmp_path: Path) -> None:
         ("[5, 10]", "[true]", "evaluate = [True]: list whole numbers"),
         ("[5, 10]", "5", "evaluate is not a list of ages, or arms is not a table"),
         ('"--cfg=tiny"', "3", "question, base, metrics and options are texts"),
-        ('"--cfg=tiny"', '"--desc=\'a"', 'base: "--desc=\'a": No closing quotation'),
+        ('"--cfg=tiny"', '"--gamma=\'a"', 'base: "--gamma=\'a": No closing quotation'),
         ("[arms]", "[other]", "unknown key other"),
         ("[arms]", "arms = 3\n[arms]", "Cannot overwrite"),
         ("[arms]", "[arms]\n[arms]", "Cannot declare"),
         ('lr = "--glr=0.01"', "lr = 3", "arm lr: 3 is neither text with options nor a table"),
         ('lr = "--glr=0.01"', "lr = [['options', '']]", "arm lr: [['options', '']] is neither text"),
         ('lr = "--glr=0.01"', "lr = { options = 3 }", "arm lr: 3 is neither text"),
-        ('lr = "--glr=0.01"', "lr = { extends = 'baseline' }", "options is missing"),
+        ('lr = "--glr=0.01"', "lr = { extends = 'baseline' }", "arm lr: None is neither text"),
+        (
+            "[5, 10]",
+            "[1, 101]",
+            "evaluate = [1, 101]: the interval of snapshots is 1 kimg, the greatest common divisor",
+        ),
+        ('"--cfg=tiny"', '"--cfg=tiny --outdir=x"', "base: --outdir is set by the laboratory; omit it"),
+        ('"--glr=0.01"', '"--seed 3"', "arm lr: --seed is set by the laboratory"),
+        ('"--glr=0.01"', '"-n"', "arm lr: -n is set by the laboratory"),
+        ('"--glr=0.01"', '"--dry_run"', "arm lr: --dry-run is set by the laboratory"),
+        ('"--glr=0.01"', '"--set run.total_kimg=5"', "arm lr: run.total_kimg is set by the laboratory"),
+        ('"--glr=0.01"', '"--set=seed=5"', "arm lr: seed is set by the laboratory"),
         ('lr = "--glr=0.01"', "lr = { options = '', colour = 1 }", "arm lr: unknown key colour"),
-        ('lr = "--glr=0.01"', 'lr = "--desc=\'a"', 'arm lr: "--desc=\'a": No closing quotation'),
+        ('lr = "--glr=0.01"', 'lr = "--gamma=\'a"', 'arm lr: "--gamma=\'a": No closing quotation'),
         ('baseline = ""', "'l/r' = ''", "arm 'l/r': use letters, digits and - _ . in the name"),
         ('baseline = ""', "'' = ''", "arm '': use letters"),
         ('baseline = ""', "'..' = ''", "arm '..': use letters"),
@@ -113,7 +131,7 @@ def test_invalid_questions_are_refused(tmp_path: Path, old: str, new: str, messa
     assert GOOD.count(old) == 1
     path = write_question(tmp_path, GOOD.replace(old, new))
     with pytest.raises(UserError) as caught:
-        learning.read_question(path, **SETTINGS)
+        question_file.read_question(path, **SETTINGS)
     assert str(caught.value).startswith(f"{path}: {message}")
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith("; docs/learning.md describes the file")
@@ -136,7 +154,7 @@ def test_invalid_questions_are_refused(tmp_path: Path, old: str, new: str, messa
 def test_a_question_has_arms(tmp_path: Path, text: str, message: str) -> None:
     path = write_question(tmp_path, text)
     with pytest.raises(UserError) as caught:
-        learning.read_question(path, **SETTINGS)
+        question_file.read_question(path, **SETTINGS)
     assert str(caught.value) == f"{path}: {message}; docs/learning.md describes the file"
 
 
@@ -144,7 +162,7 @@ def test_undecodable_questions_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "question.toml"
     path.write_bytes(b'question = "\xff"\n')
     with pytest.raises(UserError, match=r"question\.toml: .*decode"):
-        learning.read_question(path, **SETTINGS)
+        question_file.read_question(path, **SETTINGS)
 
 
 # Trials of fake runs.
@@ -152,25 +170,23 @@ def test_undecodable_questions_are_refused(tmp_path: Path) -> None:
 
 @dataclass
 class FakeScripts:
-    """Replacement of learning.run_script: writes the files that train.py and calc_metrics.py write, and nothing else.
+    """Replacement of TrialRunner._run_script: writes the files that train.py and calc_metrics.py write.
 
     A run takes one minute of CPU time per kimg. The value of a metric is that of the arm plus the seed minus the kimg.
-    `failing` are arms, or labels of trials, that fail.
+    `failing` are labels of trials or dry runs that fail.
     """
 
     values: dict[str, float]
     failing: set[str] = field(default_factory=set)
     calls: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)  # label, script, options
 
-    def __call__(
-        self, workshop: learning.Workshop, label: str, folder: Path, script: str, options: Sequence[str]
-    ) -> None:
+    def run(self, runner: trials.TrialRunner, label: str, folder: Path, script: str, options: Sequence[str]) -> None:
         self.calls.append((label, script, tuple(options)))
         given = dict(word.removeprefix("--").partition("=")[::2] for word in options)
         if label in self.failing:
             raise UserError(f"{label}: {script} failed (it broke)")
         if script == "calc_metrics.py":
-            self.measure(Path(given["network"]), given["metrics"].split(","))
+            self.measure(Path(given["network"]), {name: runner.expected[name] for name in given["metrics"].split(",")})
         elif "dry-run" not in given:
             self.train(Path(given["outdir"]) / f"00000-{given['desc']}", int(given["kimg"]), int(given["tick"]))
 
@@ -186,16 +202,13 @@ class FakeScripts:
                     json.dumps({"Progress/kimg": age + 0.016, "Timing/steps_cpu_sec": 60 * (age + 0.016)}) + "\n"
                 )
 
-    def measure(self, snapshot: Path, metrics: Sequence[str]) -> None:
-        """Append a record of each metric."""
+    def measure(self, snapshot: Path, metrics: Mapping[str, Mapping[str, str | None]]) -> None:
+        """Append a record of each metric, with its conditions."""
         run, kimg = snapshot.parent, int(snapshot.stem[-6:])
         arm, seed = run.name.partition("-")[2], int(run.parent.name.removeprefix("seed"))
-        for name in metrics:
-            record = {
-                "results": {name: self.values[arm] + seed - kimg},
-                "kimg": kimg + 0.016,
-                "snapshot": snapshot.name,
-            }
+        for name, conditions in metrics.items():
+            results = {name: self.values[arm] + seed - kimg}
+            record = {"results": results, "kimg": kimg + 0.016, "snapshot": snapshot.name, **conditions}
             with (run / f"metric-{name}.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -208,6 +221,7 @@ class FakeScripts:
         return sorted(label for label, options in calls if "--dry-run" not in options)
 
 
+DATA = ROOT / "tests" / "data" / "shapes.zip"
 ARMS = 'question = "?"\nevaluate = [5, 10]\n[arms]\nbaseline = ""\ngood = "--glr=1"\nsame = "--glr=2"\n'
 
 
@@ -215,21 +229,20 @@ ARMS = 'question = "?"\nevaluate = [5, 10]\n[arms]\nbaseline = ""\ngood = "--glr
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeScripts:
     """Replace the scripts and the charts."""
     scripts = FakeScripts({"baseline": 100, "good": 50, "same": 100, "fresh": 100})
-    monkeypatch.setattr(learning, "run_script", scripts)
+    monkeypatch.setattr(trials.TrialRunner, "_run_script", lambda runner, *given: scripts.run(runner, *given))
     monkeypatch.setattr(learning, "draw_laboratory", lambda laboratory, metric: metric.encode())
     return scripts
 
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Path:
-    (tmp_path / "data.zip").touch()
     write_question(tmp_path, ARMS)
     return tmp_path / "lab"
 
 
-def arguments(lab: Path, *options: str) -> list[str]:
+def arguments(lab: Path, *options: str, data: Path = DATA) -> list[str]:
     given = ["--screen=3", "--confirm=2", "--metrics=swd100", "--device=cpu", "--jobs=1", *options]
-    return [str(lab.parent / "question.toml"), f"--outdir={lab}", f"--data={lab.parent / 'data.zip'}", *given]
+    return [str(lab.parent / "question.toml"), f"--outdir={lab}", f"--data={data}", *given]
 
 
 def run_learning(lab: Path, *options: str) -> Result:
@@ -274,8 +287,8 @@ def test_each_trial_is_a_run_of_train_py(lab: Path, fake: FakeScripts) -> None:
     by_label = {label: options for label, script, options in fake.calls if script == "train.py"}
     options = by_label["good, seed 101"]
     assert options[0] == "--glr=1"
-    wanted = {f"--outdir={lab / 'good' / 'seed101'}", "--seed=101", "--kimg=10", "--tick=5", "--snap=1"}
-    assert {*options} >= wanted | {"--resume=latest", "--metrics=none", f"--data={lab.parent / 'data.zip'}"}
+    wanted = {f"--outdir={lab / 'runs' / 'good' / 'seed101'}", "--seed=101", "--kimg=10", "--tick=5", "--snap=1"}
+    assert {*options} >= wanted | {"--resume=latest", "--metrics=none", f"--data={DATA}"}
     assert [label for label, _, given in fake.calls if "--dry-run" in given] == [
         *("arm baseline", "arm good", "arm same"),
         *("arm baseline", "arm good"),  # before the fresh seeds
@@ -347,10 +360,11 @@ def test_a_failing_trial_is_reported_and_others_go_on(lab: Path, fake: FakeScrip
 
 
 def test_an_invalid_arm_stops_before_the_first_trial(lab: Path, fake: FakeScripts) -> None:
-    fake.failing = {"arm same"}
+    fake.failing = {"arm same", "arm good"}
     result = run_learning(lab)
     assert result.exit_code == 2
-    assert result.stderr == "Error: arm same: train.py failed (it broke)\n"
+    problem = "train.py failed (it broke)"
+    assert result.stderr == f"Error: arm good: {problem}; arm same: {problem}\n"
     assert fake.count("train.py") == 0
 
 
@@ -384,13 +398,39 @@ def test_changed_options_of_a_trained_arm_are_refused(lab: Path, fake: FakeScrip
     assert fake.calls == []
 
 
+def test_changed_options_of_an_unfinished_trial_are_refused(lab: Path, fake: FakeScripts) -> None:
+    """Such a trial is not in laboratory.json, and train.py would resume it with the options of its first start."""
+    fake.failing = {"same, seed 1"}
+    run_learning(lab, "--confirm=0")
+    (lab / "laboratory.json").unlink()
+    write_question(lab.parent, ARMS.replace("--glr=2", "--glr=3"))
+    fake.failing = set()
+    result = run_learning(lab, "--confirm=0")
+    assert result.exit_code == 2
+    folder = lab / "runs" / "same" / "seed1"
+    message = f"{folder}: was started with the options '--glr=2', which are now '--glr=3'"
+    assert f"{message}: give the arm another name, or delete the folder" in result.stderr
+    assert {arm for arm, _ in cells(read_laboratory(lab))} == {"baseline", "good"}
+
+
+def test_other_data_are_refused(lab: Path, fake: FakeScripts, shapes32_zip: Path) -> None:
+    run_learning(lab)
+    fake.calls.clear()
+    outcome = CliRunner().invoke(learning.main, arguments(lab, data=shapes32_zip))
+    assert outcome.exit_code == 2
+    problem = "swd100 of baseline, seed 0, was computed with another dataset: choose another folder"
+    assert outcome.stderr == f"Error: --outdir={lab}: {problem}\n"
+    assert fake.calls == []
+
+
 def test_options_of_an_untried_arm_may_change(tmp_path: Path) -> None:
-    question = make_question(["baseline", "other", "untried"])
-    Laboratory(question=question, trials=(make_trial("other", 0, (2, 1)),)).write(tmp_path)
-    changed = Question(**{**vars(question), "arms": question.arms | {"untried": Arm(options="-x", against="other")}})
-    opened = learning.open_laboratory(tmp_path, changed)
-    assert (opened.question, opened.trials) == (changed, read_laboratory(tmp_path).trials)
-    assert learning.open_laboratory(tmp_path / "new", changed) == Laboratory(question=changed)
+    asked = make_question(["baseline", "other", "untried"])
+    trial = replace(make_trial("other", 0, (2, 1)), options="--cfg=tiny --other")
+    Laboratory(question=asked, trials=(trial,)).write(tmp_path)
+    changed = replace(asked, arms=asked.arms | {"untried": Arm(options="-x", against="other")})
+    opened = learning.open_laboratory(tmp_path, changed, {})
+    assert opened == Laboratory(question=changed, trials=(trial,))
+    assert learning.open_laboratory(tmp_path / "new", changed, {}) == Laboratory(question=changed)
 
 
 def test_new_arms_and_ages_extend_a_laboratory(lab: Path, fake: FakeScripts) -> None:
@@ -427,88 +467,146 @@ def test_an_age_between_old_ones_is_refused(lab: Path, fake: FakeScripts) -> Non
     result = run_learning(lab, "--confirm=0")
     assert result.exit_code == 2
     assert "good, seed 2: " in result.stderr
-    assert "has no snapshot at 7 kimg; an age between old ones needs a new folder" in result.stderr
+    assert "has no snapshot at 7 kimg; new ages must follow the old ones" in result.stderr
 
 
 def test_other_folders_beside_a_run_are_ignored(lab: Path, fake: FakeScripts) -> None:
     """report.py writes its folder `report` beside the run if it gets the folder of a trial."""
     run_learning(lab)
-    (lab / "good" / "seed0" / "report").mkdir()
+    (lab / "runs" / "good" / "seed0" / "report").mkdir()
     (lab / "laboratory.json").unlink()
     assert run_learning(lab).exit_code == 0
+
+
+def test_metrics_are_required(lab: Path, fake: FakeScripts) -> None:
+    given = [word.replace("swd100", "none") for word in arguments(lab)]
+    result = CliRunner().invoke(learning.main, given)
+    assert result.exit_code == 2
+    assert result.stderr == "Error: --metrics: specify at least one metric, e.g. swd500\n"
 
 
 # Programs and files.
 
 
-def make_workshop(folder: Path, question: Question | None = None) -> learning.Workshop:
-    return learning.Workshop(
-        question=question or make_question(),
-        outdir=folder,
-        data=folder / "data.zip",
-        detectors=(),
-        device=torch.device("cpu"),
-        threads=3,
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> trials.TrialRunner:
+    """Return a runner on one device of the scripts in a temporary folder."""
+    monkeypatch.setattr(trials, "ROOT", tmp_path)
+    return trials.TrialRunner(
+        make_question(), tmp_path / "lab", DATA, (), devices=[torch.device("cpu")], threads=3, expected={}
     )
 
 
-def test_a_script_gets_its_options_device_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "ROOT", tmp_path)
+def test_a_script_gets_its_options_device_and_threads(tmp_path: Path, runner: trials.TrialRunner) -> None:
     (tmp_path / "train.py").write_text("import os, sys\nprint(sys.argv[1:], os.environ['OMP_NUM_THREADS'])\n")
-    learning.run_script(make_workshop(tmp_path), "label", tmp_path / "new", "train.py", ["--a b"])
+    runner._run_script("label", tmp_path / "new", "train.py", ["--a b"])
     log = (tmp_path / "new" / "log.txt").read_text()
     assert log.startswith(f"$ {sys.executable} {tmp_path / 'train.py'} '--a b' --device=cpu\n")
     assert log.endswith("\n['--a b', '--device=cpu'] 3\n")
 
 
-def test_the_error_of_a_failed_script_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "ROOT", tmp_path)
-    workshop, log = make_workshop(tmp_path), tmp_path / "log.txt"
+def test_the_error_of_a_failed_script_is_shown(tmp_path: Path, runner: trials.TrialRunner) -> None:
+    log = tmp_path / "log.txt"
     program = "import sys\nprint('Error: first\\nError: second\\nmore', file=sys.stderr)\nsys.exit(2)\n"
     (tmp_path / "train.py").write_text(program)
     with pytest.raises(UserError) as caught:
-        learning.run_script(workshop, "good, seed 1", tmp_path, "train.py", [])
+        runner._run_script("good, seed 1", tmp_path, "train.py", [])
     assert str(caught.value) == f"good, seed 1: train.py failed (second); {log}"
     (tmp_path / "train.py").write_text("import os\nos._exit(5)\n")
     with pytest.raises(UserError) as caught:
-        learning.run_script(workshop, "good, seed 1", tmp_path, "train.py", [])
+        runner._run_script("good, seed 1", tmp_path, "train.py", [])
     assert str(caught.value) == f"good, seed 1: train.py failed (exit code 5); {log}"  # not the error of the first try
     assert "Error: second" in log.read_text()
+
+
+PATIENT_SCRIPT = """
+import pathlib, signal, sys, time
+
+if "--dry-run" in sys.argv:
+    sys.exit()
+
+
+def stop(*_):
+    pathlib.Path("FOLDER", "stopped").touch()
+    sys.exit(1)
+
+
+signal.signal(signal.SIGTERM, stop)
+with open(pathlib.Path("FOLDER", "begun"), "a") as file:
+    file.write("x")
+time.sleep(60)
+"""
+
+
+def test_an_interrupted_laboratory_stops_its_scripts(tmp_path: Path, runner: trials.TrialRunner) -> None:
+    """The running script gets SIGTERM, upon which train.py saves its state; the next trial is not begun."""
+    begun = tmp_path / "begun"
+    runner.outdir.mkdir()
+    (tmp_path / "train.py").write_text(PATIENT_SCRIPT.replace("FOLDER", str(tmp_path)))
+
+    def interrupt() -> None:
+        while not (begun.exists() and begun.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(Laboratory(question=runner.question), [("baseline", 0), ("other", 0)])
+    thread.join()
+    assert (tmp_path / "stopped").exists()
+    assert begun.read_text() == "x"
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert read_laboratory(tmp_path / "lab").trials == ()
+
+
+def test_jobs_share_the_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert learning.choose_devices("cpu", None) == ([torch.device("cpu")] * cores, 1)
+    assert learning.choose_devices("cpu", 1) == ([torch.device("cpu")], cores)
+    assert learning.choose_devices("cpu", 2 * cores) == ([torch.device("cpu")] * 2 * cores, 1)
 
 
 def write_run(run: Path, **metrics: Sequence[float]) -> Path:
     """Write a run with a tick every 2 kimg, which takes 3 minutes on a clock and 1 minute of CPU time."""
     run.mkdir(parents=True)
-    ticks = [{"Progress/kimg": 2 * i, "Timing/steps_sec": 180 * i, "Timing/steps_cpu_sec": 60 * i} for i in range(6)]
+    ticks = [{"Progress/kimg": 2 * i, "Timing/steps_sec": 180 * i, "Timing/steps_cpu_sec": 60 * i} for i in range(7)]
     (run / "stats.jsonl").write_text("".join(json.dumps(tick) + "\n" for tick in ticks))
     for name, values in metrics.items():
-        records = [{"results": {name: value}, "kimg": 2 * i} for i, value in enumerate(values)]
+        records = [{"results": {name: x}, "kimg": 2 * i, "mirror": False} for i, x in enumerate(values, start=1)]
         (run / f"metric-{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return run
 
 
-@pytest.mark.parametrize(("device", "minutes"), [("cpu", (0, 1, 2)), ("cuda", (0, 3, 6))])
+@pytest.mark.parametrize(
+    ("device", "minutes", "load"), [("cpu", (1, 2, 3), "3 threads"), ("cuda", (3, 6, 9), "2 trials side by side")]
+)
 def test_minutes_are_cpu_time_on_a_cpu_and_elapsed_on_a_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, minutes: tuple[float, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, minutes: tuple[float, ...], load: str
 ) -> None:
-    monkeypatch.setattr(learning, "device_name", str)
-    run = write_run(tmp_path / "run", swd100=(9, 8, 7))
-    trial = learning.read_trial(run, "good", 3, ["swd100"], torch.device(device))
-    assert (trial.arm, trial.seed, trial.device) == ("good", 3, device)
+    monkeypatch.setattr(trials, "device_name", str)
+    run, asked = write_run(tmp_path / "run", swd100=(9, 8, 7)), make_question(metrics=("swd100",))
+    trial = trials.read_trial(run, "other", 3, asked, [torch.device(device)] * 2, threads=3)
+    assert (trial.arm, trial.seed, trial.device) == ("other", 3, f"{device}, {load}")
+    assert trial.options == "--cfg=tiny --other"
     values = trial.metrics["swd100"]
-    assert (values.kimg, values.minutes, values.values) == ((0, 2, 4), pytest.approx(minutes), (9, 8, 7))
+    assert (values.kimg, values.minutes, values.values) == ((2, 4, 6), pytest.approx(minutes), (9, 8, 7))
+    assert values.conditions["mirror"] is False
+    assert values.conditions.keys() == {*COMPARABLE}
 
 
 def test_a_run_without_its_times_or_metrics_is_refused(tmp_path: Path) -> None:
-    run, device = write_run(tmp_path / "run", swd100=(9, 8, 7)), torch.device("cpu")
+    run, devices = write_run(tmp_path / "run", swd100=(9, 8, 7)), [torch.device("cpu")]
+    both, one = (make_question(metrics=metrics) for metrics in (("swd100", "swd200"), ("swd100",)))
     with pytest.raises(UserError, match="run: has no values of swd200"):
-        learning.read_trial(run, "good", 0, ["swd100", "swd200"], device)
+        trials.read_trial(run, "other", 0, both, devices, 1)
     (run / "stats.jsonl").write_text('{"Progress/kimg": 0}\n')
     with pytest.raises(UserError, match="run: has no values of Timing/steps_cpu_sec"):
-        learning.read_trial(run, "good", 0, ["swd100"], device)
+        trials.read_trial(run, "other", 0, one, devices, 1)
     (run / "stats.jsonl").write_text('{"Progress/kimg": 0, "Timing/steps_cpu_sec": 0}\n{"Progress/kimg": 4}\n')
     with pytest.raises(UserError, match="run: an age or a value is not a finite number"):
-        learning.read_trial(run, "good", 0, ["swd100"], device)
+        trials.read_trial(run, "other", 0, one, devices, 1)
 
 
 @pytest.mark.parametrize("name", ["", "missing.toml"])
@@ -522,7 +620,7 @@ def test_a_question_is_a_file(lab: Path, fake: FakeScripts, name: str) -> None:
 
 
 def test_huge_questions_are_refused(lab: Path, fake: FakeScripts) -> None:
-    write_question(lab.parent, "#" * (learning.MAX_QUESTION_BYTES + 1))
+    write_question(lab.parent, "#" * (question_file.MAX_QUESTION_BYTES + 1))
     outcome = run_learning(lab)
     assert outcome.exit_code == 2
     assert "exceeds the limit of 1048576 bytes" in outcome.stderr
@@ -546,20 +644,14 @@ def test_a_laboratory_trains_its_arms_and_is_repeated_at_once(shapes32_zip: Path
     assert (first[0]["arm"], first[0]["axis"]) == ("lr", "kimg")  # with one age, minutes are compared only if equal
     assert first[0]["at"] == pytest.approx(1.008)  # 63 steps of 16 images
     assert {row["verdict"] for row in first} <= {"promising", "not promising"}
-    assert {path.name for path in lab.iterdir()} == {
-        "laboratory.json",
-        "table.md",
-        "chart-swd100.png",
-        "baseline",
-        "lr",
-    }
+    assert {path.name for path in lab.iterdir()} >= {"laboratory.json", "table.md", "chart-swd100.png", "runs"}
     for trial in read_laboratory(lab).trials:
         values = trial.metrics["swd100"]
         assert 0 < values.minutes[0] < 10
         assert 0 < values.values[0] < 1000
-    files = {path: path.stat().st_mtime_ns for path in lab.glob("*/**/*") if path.is_file()}
+    files = {path: path.stat().st_mtime_ns for path in (lab / "runs").rglob("*") if path.is_file()}
     assert [row["values"] for row in run()] == [row["values"] for row in first]
-    assert {path: path.stat().st_mtime_ns for path in lab.glob("*/**/*") if path.is_file()} == files
+    assert {path: path.stat().st_mtime_ns for path in (lab / "runs").rglob("*") if path.is_file()} == files
 
     (lab / "laboratory.json").unlink()  # the trials are resumed, without a further step or evaluation
     assert [row["values"] for row in run()] == [row["values"] for row in first]
