@@ -628,7 +628,7 @@ def test_huge_questions_are_refused(lab: Path, fake: FakeScripts) -> None:
 
 @pytest.mark.slow
 def test_a_laboratory_trains_its_arms_and_is_repeated_at_once(shapes32_zip: Path, tmp_path: Path) -> None:
-    base = "--cfg=tiny --g_dict=16,8,8 --cbase=128 --batch=16 --workers=0"
+    base = "--cfg=tiny --g_dict=16,8,8 --cbase=128 --batch=16"
     arms = '[arms]\nbaseline = ""\nlr = "--glr=0.01"\n'
     question = write_question(tmp_path, f'question = "?"\nevaluate = [1]\nbase = "{base}"\n{arms}')
     lab = tmp_path / "lab"
