@@ -6,7 +6,8 @@ python benchmarks/ranking.py runs/00000-run --metrics=mind2k_features,fid10k_ful
 python benchmarks/ranking.py runs/what-helps --metrics=mind2k_features,fid10k_full_features
 
 RUN is the folder of a run or of benchmarks/learning.py. Prints a line of JSON with tau and its 95 % interval; tau is 1
-for equal rankings and 0 for independent ones.
+for equal rankings, from the best network to the worst, and 0 for independent ones. The interval takes the networks for
+independent. Snapshots of one run are not: any two metrics that improve with training rank them alike.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from common import emit
 
 from dnnlib.cli import NameList, Script, option
 from dnnlib.config import UserError
-from reporting.intervals import kendall_interval
+from reporting.charts import higher_is_better
+from reporting.intervals import MIN_PAIRS, kendall_interval
 from reporting.laboratory import LABORATORY_FILE, read_laboratory
 from reporting.run_reader import find_runs, read_run
 
@@ -34,10 +36,14 @@ def main(run: Path, metrics: tuple[str, ...]) -> None:
         raise UserError(f"--metrics={','.join(metrics)}: specify two metrics, e.g. mind2k,fid10k_full")
     values = [read_values(run, name) for name in metrics]
     shared = [key for key in values[0] if key in values[1]]
-    if len(shared) < 3:
+    if len(shared) < MIN_PAIRS:
         counts = " and ".join(f"{len(own)} values of {name}" for own, name in zip(values, metrics, strict=True))
-        raise UserError(f"{run}: has {counts}, {len(shared)} of them of the same networks; a ranking needs at least 3")
-    tau = kendall_interval([values[0][key] for key in shared], [values[1][key] for key in shared])
+        raise UserError(
+            f"{run}: has {counts}, {len(shared)} of them of the same networks; the interval needs at least {MIN_PAIRS}"
+        )
+    signs = [-1 if higher_is_better(name) else 1 for name in metrics]
+    first, second = ([sign * own[key] for key in shared] for sign, own in zip(signs, values, strict=True))
+    tau = kendall_interval(first, second)
     result = {
         "benchmark": "ranking",
         "metrics": metrics,

@@ -11,6 +11,7 @@ import numpy as np
 from dnnlib.config import UserError
 
 CONFIDENCE = 0.95
+MIN_PAIRS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +58,13 @@ def kendall_interval(x: Sequence[float], y: Sequence[float], confidence: float =
     var = 2 / (n (n - 1)) (2 (n - 2) / (n (n - 1)^2) sum (C_i - mean C)^2 + 1 - tau^2)
     (Samara and Randles 1988). The interval is clipped to -1..1. A tie counts as neither concordant nor discordant.
 
-    Raises UserError for fewer than three pairs.
+    The pairs should be independent. Raises UserError for fewer than MIN_PAIRS pairs, whose interval is too short.
     """
     from scipy import stats
 
     n = len(x)
-    if n < 3 or n != len(y):
-        raise UserError(f"Kendall's tau needs at least 3 pairs of values, got {n} and {len(y)} values")
+    if n < MIN_PAIRS or n != len(y):
+        raise UserError(f"Kendall's tau needs at least {MIN_PAIRS} pairs of values, got {n} and {len(y)} values")
     signs = np.sign(np.subtract.outer(x, x)) * np.sign(np.subtract.outer(y, y))
     counts = signs.sum(axis=1)
     tau = counts.sum() / (n * (n - 1))

@@ -84,15 +84,18 @@ def test_an_interval_knows_whether_it_excludes_zero(low: float, high: float, exc
 @pytest.mark.parametrize("seed", range(5))
 def test_tau_agrees_with_scipy(seed: int) -> None:
     rng = np.random.RandomState(seed)
-    x, y = rng.normal(size=(2, 4 + 3 * seed))
+    x, y = rng.normal(size=(2, 10 + 3 * seed))
     interval = kendall_interval(x.tolist(), (x + y).tolist())
     assert interval.estimate == pytest.approx(scipy.stats.kendalltau(x, x + y).statistic)
     assert -1 <= interval.low <= interval.estimate <= interval.high <= 1
 
 
 def test_ties_are_neither_concordant_nor_discordant() -> None:
-    assert kendall_interval([1, 1, 2], [1, 2, 3]).estimate == pytest.approx(2 / 3)
-    assert kendall_interval([1, 1, 1], [1, 2, 3]).estimate == 0
+    ascending = [*range(10)]
+    assert kendall_interval([0, 0, *range(1, 9)], ascending).estimate == pytest.approx(
+        44 / 45
+    )  # of 45 pairs, one is tied
+    assert kendall_interval([1] * 10, ascending).estimate == 0
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
@@ -109,23 +112,24 @@ def test_intervals_of_tau_cover_the_tau_of_normal_pairs(rho: float) -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_equal_and_opposite_rankings_have_tau_one(sign: int) -> None:
-    x = [3.0, 1.0, 2.0, 10.0]
+    x = [3.0, 1.0, 2.0, 10.0, -1.0, 5.0, 7.0, 6.0, 0.0, 4.0]
     interval = kendall_interval(x, [sign * value**3 for value in x])
     assert (interval.estimate, interval.low, interval.high) == (sign, sign, sign)
 
 
 def test_intervals_of_tau_are_clipped() -> None:
-    nearly = kendall_interval([1, 2, 3, 4], [1, 2, 4, 3])
-    assert nearly.estimate == pytest.approx(2 / 3)
+    ascending, swapped = [*range(10)], [1, 0, 3, 2, *range(4, 10)]
+    nearly = kendall_interval(ascending, swapped)
+    assert nearly.estimate == pytest.approx(41 / 45)
     assert nearly.high == 1
-    reverse = kendall_interval([1, 2, 3, 4], [4, 3, 1, 2])
+    reverse = kendall_interval(ascending, swapped[::-1])
     assert (reverse.low, reverse.high) == pytest.approx((-1, -nearly.low))
 
 
-@pytest.mark.parametrize(("x", "y"), [([], []), ([1.0, 2.0], [1.0, 2.0]), ([1.0, 2.0, 3.0], [1.0, 2.0])])
-def test_tau_needs_three_pairs(x: list[float], y: list[float]) -> None:
-    with pytest.raises(UserError, match=f"at least 3 pairs of values, got {len(x)} and {len(y)} values"):
-        kendall_interval(x, y)
+@pytest.mark.parametrize(("n", "m"), [(0, 0), (9, 9), (11, 10)])
+def test_tau_needs_ten_pairs(n: int, m: int) -> None:
+    with pytest.raises(UserError, match=f"at least 10 pairs of values, got {n} and {m} values"):
+        kendall_interval([*range(n)], [*range(m)])
 
 
 def shares_below_zero(rng: np.random.RandomState, improvement: float, seeds: int, confidence: float) -> float:

@@ -673,35 +673,41 @@ def refused(*options: str) -> str:
 
 
 def test_metrics_of_a_run_are_ranked(tmp_path: Path) -> None:
-    """Of the ten pairs of the five shared snapshots, one is discordant: tau = (9 - 1) / 10."""
-    run = write_run(tmp_path / "run", first=(9, 8, 7, 5, 6), second=(90, 80, 70, 60, 50, 40))
+    """Of the 45 pairs of the ten shared snapshots, one is discordant: tau = (44 - 1) / 45."""
+    run = write_run(tmp_path / "run", first=(9, 8, 7, 6, 5, 4, 3, 2, 0, 1), second=range(90, 60, -2))
     (row,) = results(ranking.main, str(run), "--metrics=first,second")
-    assert (row["metrics"], row["networks"], row["tau"]) == (["first", "second"], 5, 0.8)
-    assert row["low"] < 0.8 < row["high"]
+    assert (row["metrics"], row["networks"], row["tau"]) == (["first", "second"], 10, 0.956)
+    assert row["low"] < 0.956 < row["high"]
     assert row["high"] == 1
+
+
+def test_metrics_are_ranked_from_best_to_worst(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", fid10k=range(10), is10k=range(10))
+    (row,) = results(ranking.main, str(run), "--metrics=fid10k,is10k")
+    assert (row["tau"], row["low"], row["high"]) == (-1, -1, -1)
 
 
 def test_networks_of_several_runs_are_ranked(tmp_path: Path) -> None:
     """Values of different runs are paired by run and kimg."""
-    write_run(tmp_path / "a", first=(1, 2), second=(40, 30))
-    write_run(tmp_path / "b", first=(3, 4), second=(20, 10))
+    write_run(tmp_path / "a", first=range(5), second=range(40, 35, -1))
+    write_run(tmp_path / "b", first=range(5, 10), second=range(20, 15, -1))
     write_run(tmp_path / "c", first=(5, 6))
     (row,) = results(ranking.main, str(tmp_path), "--metrics=first,second")
-    assert (row["networks"], row["tau"], row["low"], row["high"]) == (4, -1, -1, -1)
+    assert (row["networks"], row["tau"], row["low"], row["high"]) == (10, -1, -1, -1)
 
 
 def test_trials_of_a_laboratory_are_ranked(tmp_path: Path) -> None:
-    """The last values count: 1, 2, 3 and 10, 30, 20 have tau = (2 - 1) / 3. A trial lacks the second metric."""
-    question = make_question(metrics=("fid", "swd"))
-    values = {0: (9, 1, 9, 10), 1: (9, 2, 5, 30), 2: (9, 3, 1, 20)}
-    trials = [make_trial("other", seed, {"fid": row[:2], "swd": row[2:]}) for seed, row in values.items()]
+    """The last values count: with the last two networks swapped, tau = (44 - 1) / 45. A trial lacks a metric."""
+    question = make_question(metrics=("fid", "swd"), screen=10)
+    second = [*range(8), 9, 8]
+    trials = [make_trial("other", seed, {"fid": (9, seed), "swd": (9 - seed, second[seed])}) for seed in range(10)]
     trials.append(make_trial("baseline", 0, {"fid": (9, 0)}))
     Laboratory(question=question, trials=tuple(trials)).write(tmp_path)
     (row,) = results(ranking.main, str(tmp_path), "--metrics=fid,swd")
-    assert (row["networks"], row["tau"]) == (3, 0.333)
+    assert (row["networks"], row["tau"]) == (10, 0.956)
 
 
-def test_rankings_need_two_metrics_of_three_networks(tmp_path: Path) -> None:
+def test_rankings_need_two_metrics_of_ten_networks(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", first=(9, 8, 7), second=(5, 6))
     hint = "specify two metrics, e.g. mind2k,fid10k_full"
     assert hint in refused(str(run), "--metrics=first")
@@ -709,7 +715,7 @@ def test_rankings_need_two_metrics_of_three_networks(tmp_path: Path) -> None:
     assert hint in refused(str(run), "--metrics=none")
     assert refused(str(run), "--metrics=first,second") == (
         f"Error: {run}: has 3 values of first and 2 values of second, 2 of them of the same networks; "
-        "a ranking needs at least 3\n"
+        "the interval needs at least 10\n"
     )
     assert "0 values of unknown, 0 of them of the same networks" in refused(str(run), "--metrics=first,unknown")
     (tmp_path / "empty").mkdir()
