@@ -181,7 +181,7 @@ def test_arms_are_compared_at_equal_minutes() -> None:
     assert (at_kimg.verdict, at_minutes.verdict) == ("promising", "not promising")
 
 
-def test_values_without_a_logarithm_are_interpolated_in_that_of_time() -> None:
+def test_negative_values_are_interpolated_in_logarithmic_time() -> None:
     own = make_trial("other", 0, (-1.0, 3.0), kimg=(1.0, 16.0), minutes=(2.0, 8.0)).metrics[FD]
     assert (own.at("kimg", 4), own.at("minutes", 4)) == pytest.approx((1, 1))
     assert (own.at("kimg", 1), own.at("kimg", 16)) == (-1, 3)

@@ -673,7 +673,7 @@ def refused(*options: str) -> str:
 
 
 def test_metrics_of_a_run_are_ranked(tmp_path: Path) -> None:
-    """Of the 45 pairs of the ten shared snapshots, one is discordant: tau = (44 - 1) / 45."""
+    """One of the 45 pairs of the ten shared snapshots is discordant: tau = (44 - 1) / 45."""
     run = write_run(tmp_path / "run", first=(9, 8, 7, 6, 5, 4, 3, 2, 0, 1), second=range(90, 60, -2))
     (row,) = results(ranking.main, str(run), "--metrics=first,second")
     assert (row["metrics"], row["networks"], row["tau"]) == (["first", "second"], 10, 0.956)
