@@ -288,6 +288,7 @@ def test_a_trial_answers_a_question_with_all_metrics_and_ages() -> None:
     assert not trial.answers(make_question(evaluate=(4, 5, 10)))
     assert not trial.answers(make_question(metrics=(FD, "kid50k_full")))
     assert not make_trial("other", 0, (9, 8), kimg=(4.9, 10.0)).answers(make_question())
+    assert make_trial("other", 0, (9, 8), kimg=(6.144, 10.24)).answers(make_question())  # batches of 2048
 
 
 def test_a_trial_replaces_an_earlier_one_of_its_arm_and_seed() -> None:

@@ -423,6 +423,17 @@ def test_other_data_are_refused(lab: Path, fake: FakeScripts, shapes32_zip: Path
     assert fake.calls == []
 
 
+def test_trials_of_a_gpu_and_a_cpu_are_not_compared(lab: Path, fake: FakeScripts) -> None:
+    run_learning(lab)
+    laboratory = read_laboratory(lab)
+    other = replace(laboratory.trials[-1], device="NVIDIA H100")
+    laboratory.with_trial(other).write(lab)
+    result = run_learning(lab)
+    assert result.exit_code == 2
+    assert "Error: swd100: device is gpu for same, seed 2, and cpu for baseline, seed 0" in result.stderr
+    assert result.stdout == ""
+
+
 def test_options_of_an_untried_arm_may_change(tmp_path: Path) -> None:
     asked = make_question(["baseline", "other", "untried"])
     trial = replace(make_trial("other", 0, (2, 1)), options="--cfg=tiny --other")
@@ -519,6 +530,21 @@ def test_the_error_of_a_failed_script_is_shown(tmp_path: Path, runner: trials.Tr
     assert "Error: second" in log.read_text()
 
 
+def test_a_record_of_other_data_is_no_measurement(tmp_path: Path, runner: trials.TrialRunner) -> None:
+    runner.expected = {"swd100": {"data_hash": "abc", "detector_sha256": None}}
+    record = {"results": {"swd100": 5.0}, "snapshot": "network-snapshot-000005.pkl", "data_hash": "abc"}
+    snapshot = tmp_path / "network-snapshot-000005.pkl"
+    assert not runner._is_measured(tmp_path, snapshot, "swd100")
+    for changes, is_measured in (
+        ({"data_hash": "def"}, False),
+        ({"detector_sha256": "abc"}, False),
+        ({"snapshot": "network-snapshot-000010.pkl"}, False),
+        ({}, True),
+    ):
+        (tmp_path / "metric-swd100.jsonl").write_text(json.dumps(record | changes) + "\n")
+        assert runner._is_measured(tmp_path, snapshot, "swd100") == is_measured
+
+
 PATIENT_SCRIPT = """
 import pathlib, signal, sys, time
 
@@ -534,7 +560,7 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 with open(pathlib.Path("FOLDER", "begun"), "a") as file:
     file.write("x")
-time.sleep(60)
+time.sleep(8)
 """
 
 
