@@ -14,7 +14,6 @@ table.md, a chart for each metric, and the folder of each run; report.py shows t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from reporting.laboratory import LABORATORY_FILE, Laboratory, Question, read_lab
 from reporting.laboratory_chart import draw_laboratory
 from reporting.laboratory_table import to_markdown
 from torch_utils.distributed import choose_device
+from torch_utils.misc import available_cores
 from training.config import DatasetConfig
 from training.resume import open_dataset
 
@@ -111,7 +111,7 @@ def choose_metrics(requested: tuple[str, ...] | None, setup: DetectorSetup, *, h
 def choose_devices(requested: str | None, jobs: int | None) -> tuple[list[torch.device], int]:
     """Return a device for each job, and the number of CPU threads of a job."""
     device = choose_device(requested)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     if device.type == "cpu":
         jobs = jobs or cores
         return [device] * jobs, max(cores // jobs, 1)

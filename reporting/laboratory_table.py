@@ -7,10 +7,13 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 
-from reporting.laboratory import AXES, SCREENING_CONFIDENCE, SEEDS, STAGES, Comparison, Laboratory, Stage
+from reporting.laboratory import AXES, SCREENING_CONFIDENCE, SEEDS, STAGES, Comparison, Laboratory, Stage, Values
 
 Table = list[list[str]]  # rows of cells; the first row is the head
-NOTES: dict[Stage, str] = {"screen": f"; promising: the {SCREENING_CONFIDENCE:.0%} interval excludes 0", "confirm": ""}
+NOTES: dict[Stage, str] = {
+    "screen": f"; promising: the {100 * SCREENING_CONFIDENCE:.0f} % interval excludes 0",
+    "confirm": "",
+}
 HEAD = ["arm", "values by seed", "mean ± deviation", "minutes", "against", "at equal kimg", "at equal minutes"]
 
 
@@ -45,16 +48,19 @@ def _results(laboratory: Laboratory, metric: str, stage: Stage) -> Iterator[list
         last = [run.values[-1] for run in runs.values()]
         spread = f" ± {statistics.stdev(last):.{digits}f}" if len(last) > 1 else ""
         minutes = statistics.fmean(run.minutes[-1] for run in runs.values())
-        values = ", ".join(
-            f"{x:.{digits}f}"
-            + (f" (at {run.kimg[-1]:g} kimg)" if run.kimg[-1] < laboratory.question.evaluate[-1] else "")
-            for x, run in zip(last, runs.values(), strict=True)
-        )
+        values = ", ".join(_with_age(run, digits, laboratory.question.evaluate[-1]) for run in runs.values())
+        if len(runs) < (planned := len(laboratory.question.seeds[stage])):
+            values += f" ({len(runs)} of {planned} runs)"
         cells = [arm, values, f"{statistics.fmean(last):.{digits}f}{spread}", f"{minutes:.1f}"]
         for against in laboratory.question.references(arm) or [""]:
             compared = [_describe(found.get((arm, against, axis)), digits) if against else "" for axis in AXES]
             yield [*cells, against, *compared]
             cells = ["", "", "", ""]
+
+
+def _with_age(run: Values, digits: int, age: int) -> str:
+    """Return the last value of a run, with its age if it is below the given one."""
+    return f"{run.values[-1]:.{digits}f}" + (f" (at {run.kimg[-1]:g} kimg)" if run.kimg[-1] < age else "")
 
 
 def _decimals(laboratory: Laboratory, metric: str) -> int:

@@ -492,7 +492,7 @@ GOLDEN = """\
 | other | `--other` |
 | untried | `--untried` |
 
-**fid10k_full at 10 kimg, first seeds 0, 1, 2; promising: the 80% interval excludes 0**
+**fid10k_full at 10 kimg, first seeds 0, 1, 2; promising: the 80 % interval excludes 0**
 
 | arm | values by seed | mean ± deviation | minutes | against | at equal kimg | at equal minutes |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -533,8 +533,8 @@ def test_a_single_run_has_no_deviation_and_no_comparison() -> None:
     laboratory = with_last_values(make_question(), "screen", {"baseline": (17.0,), "other": (18.0,)})
     ((_, rows),) = result_tables(laboratory)
     assert rows[1:] == [
-        ["baseline", "17.00", "17.00", "2.0", "", "", ""],
-        ["other", "18.00", "18.00", "2.0", "baseline", "no comparison", "no comparison"],
+        ["baseline", "17.00 (1 of 3 runs)", "17.00", "2.0", "", "", ""],
+        ["other", "18.00 (1 of 3 runs)", "18.00", "2.0", "baseline", "no comparison", "no comparison"],
     ]
 
 
@@ -542,7 +542,7 @@ def test_runs_behind_the_last_age_are_marked() -> None:
     laboratory = with_last_values(make_question(), "screen", {"baseline": (17.0,)})
     short = make_trial("baseline", 1, (31.0,), kimg=(5.016,), minutes=(1.0,))
     ((_, rows),) = result_tables(laboratory.with_trial(short))
-    assert rows[1][1:4] == ["17.00, 31.00 (at 5.016 kimg)", "24.00 ± 9.90", "1.5"]
+    assert rows[1][1:4] == ["17.00, 31.00 (at 5.016 kimg) (2 of 3 runs)", "24.00 ± 9.90", "1.5"]
 
 
 def test_small_values_are_shown_with_more_decimals() -> None:

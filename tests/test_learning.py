@@ -748,3 +748,23 @@ def test_rankings_need_two_metrics_of_ten_networks(tmp_path: Path) -> None:
     assert "neither a run" in refused(str(tmp_path / "empty"), "--metrics=first,second")
     (tmp_path / "empty" / "laboratory.json").write_text("{")
     assert "not a laboratory" in refused(str(tmp_path / "empty"), "--metrics=first,second")
+
+
+# The documented laboratory.
+
+
+def test_documented_tables_are_those_of_the_recorded_values() -> None:
+    folder = ROOT / "docs" / "laboratories" / "what-helps"
+    laboratory = read_laboratory(folder)
+    laboratory.check_conditions()
+    tables = to_markdown(laboratory)
+    assert (folder / "table.md").read_text(encoding="utf-8") == tables
+    documented = (folder.parent.parent / "learning.md").read_text(encoding="utf-8")
+    main = [part for part in tables.split("\n\n") if part.startswith(f"**{laboratory.question.metrics[0]} at")]
+    assert len(main) == 2  # screened and confirmed
+    for title in main:
+        assert tables[tables.index(title) :].split("\n\n")[1].strip() in documented
+    file = ROOT / "benchmarks" / "questions" / "what-helps.toml"
+    settings = {"metrics": laboratory.question.metrics, "seeds": laboratory.question.seeds}
+    assert laboratory.question == question_file.read_question(file, **settings)
+    assert f"```toml\n{file.read_text(encoding='utf-8')}```" in documented

@@ -33,6 +33,7 @@ from torch import Tensor
 from dnnlib import screen, streams
 from dnnlib.config import UserError
 from dnnlib.util import describe_error, explain
+from torch_utils.misc import available_cores
 from torch_utils.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -326,8 +327,7 @@ def _join(device_type: str, timeout: timedelta, file: str | None = None) -> None
             dist.init_process_group("nccl", device_id=device, timeout=timeout, **meeting)
         else:
             # Divide the available cores evenly: more threads than cores would wait for each other.
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
             dist.init_process_group("gloo", timeout=timeout, **meeting)
         _host_group = dist.new_group(backend="gloo", timeout=timeout) if device_type == "cuda" else dist.group.WORLD
     except RuntimeError as error:

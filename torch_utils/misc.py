@@ -47,6 +47,11 @@ def name_user() -> None:
         os.environ["LOGNAME"] = f"uid_{os.getuid()}"
 
 
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU, or `cpu (MODEL)`."""
     if device.type == "cuda":
