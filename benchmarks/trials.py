@@ -20,7 +20,7 @@ import torch
 from common import ROOT
 
 from dnnlib.config import UserError
-from dnnlib.util import read_metric_records, write_atomically
+from dnnlib.util import counted, read_metric_records, write_atomically
 from metrics.registry import COMPARABLE
 from reporting.laboratory import Laboratory, Question, Trial, Values
 from reporting.run_reader import read_run
@@ -239,7 +239,7 @@ def read_trial(
         raise UserError(f"{path}: has no values of {error.args[0]}") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    load = f"{threads} threads" if device.type == "cpu" else f"{shared} trials side by side"
+    load = counted(threads, "thread") if device.type == "cpu" else f"{counted(shared, 'trial')} side by side"
     return Trial(
         arm=arm, seed=seed, options=question.options(arm), device=f"{device_name(device)}, {load}", metrics=metrics
     )
