@@ -132,10 +132,10 @@ def _draw_curves(pair: Sequence[Axes], laboratory: Laboratory, arm: str, metric:
     The mean is that of the fresh seeds, if there are any: an arm is chosen by its first seeds, which flatter it.
     """
     against = laboratory.question.arms[arm].against or arm
-    stages = [stage for stage in STAGES if len(laboratory.values(arm, metric, stage)) > 1]
+    stages = [stage for stage in STAGES if laboratory.values(arm, metric, stage)]
     for axes, axis in zip(pair, AXES, strict=True):
         for name, colour in ((against, REFERENCE), (arm, ARM)):
-            for stage in STAGES:
+            for stage in stages:
                 for run in laboratory.values(name, metric, stage).values():
                     axes.plot(getattr(run, axis), run.values, color=colour, linewidth=0.6, alpha=0.5)
             runs = laboratory.values(name, metric, stages[-1]) if stages else {}
