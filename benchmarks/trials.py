@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import queue
 import shlex
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -25,6 +23,7 @@ from metrics.registry import COMPARABLE
 from reporting.laboratory import Laboratory, Question, Trial, Values
 from reporting.run_reader import read_run
 from torch_utils.misc import device_name
+from training.data_sources.parallel import ended_by_signals
 from training.run_folder import list_runs
 
 Cell = tuple[str, int]  # arm and seed of a trial
@@ -66,7 +65,7 @@ class TrialRunner:
         missing = [cell for cell in cells if cell not in done]
         laboratory.write(self.outdir)
         failures = []
-        with self._stopped_by_signals(), ThreadPoolExecutor(len(self.devices)) as pool:
+        with ended_by_signals(), ThreadPoolExecutor(len(self.devices)) as pool:
             try:
                 self._check_arms(pool, [*dict.fromkeys(arm for arm, _ in missing)])
                 futures = [pool.submit(self._make_trial, *cell) for cell in missing]
@@ -85,21 +84,6 @@ class TrialRunner:
                 self._stop(pool)
                 raise
         return laboratory, failures
-
-    @contextmanager
-    def _stopped_by_signals(self) -> Iterator[None]:
-        """Return a context manager in which SIGTERM and SIGHUP interrupt this process as Ctrl-C does."""
-
-        def interrupt(number: int, frame: object) -> None:
-            raise KeyboardInterrupt
-
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        previous = {number: signal.signal(number, interrupt) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _stop(self, pool: ThreadPoolExecutor) -> None:
         """Stop the running scripts, which save their state, and wait for them."""

@@ -139,6 +139,7 @@ def _evenly_spaced(items: Sequence[Grid], count: int) -> list[Grid]:
 
 
 def figure(uri: str, caption: str, alt: str) -> str:
+    """Return an image, given as a data URI, with its caption and alternative text."""
     return f'<figure><img src="{uri}" alt="{escape(alt)}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 

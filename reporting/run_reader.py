@@ -104,6 +104,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def is_run(path: Path) -> bool:
+    """Return whether a path is the folder of a run."""
     return (path / OPTIONS_FILE).is_file() or (path / "stats.jsonl").is_file()
 
 

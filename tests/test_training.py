@@ -281,13 +281,15 @@ def test_resuming_removes_only_partial_files_of_the_run(shapes_zip: Path, tmp_pa
     assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(kept)
 
 
-@pytest.mark.parametrize("name", ["elapsed", "steps", "cpu"])
+@pytest.mark.parametrize("name", ["elapsed", "step_seconds", "cpu_seconds"])
 @pytest.mark.parametrize("seconds", [-5.0, float("nan"), float("inf"), 10**400, "long", None, [1]])
 def test_a_state_with_an_invalid_time_is_accepted(name: str, seconds: object) -> None:
     state = TrainState()
-    state.load_state_dict({"nimg": 16, "step": 1, "elapsed": 7.0, "steps": 6.0, "cpu": 5.0, name: seconds})
+    state.load_state_dict(
+        {"nimg": 16, "step": 1, "elapsed": 7.0, "step_seconds": 6.0, "cpu_seconds": 5.0, name: seconds}
+    )
     assert 0 <= getattr(state, name) < float("inf")
-    others = {"elapsed": 7.0, "steps": 6.0, "cpu": 5.0}
+    others = {"elapsed": 7.0, "step_seconds": 6.0, "cpu_seconds": 5.0}
     del others[name]
     assert {other: getattr(state, other) for other in others} == others
     assert (state.nimg, state.step) == (16, 1)
@@ -362,11 +364,11 @@ def test_a_state_without_the_time_of_the_steps_starts_at_0(shapes_zip: Path, tmp
     trainer.state.elapsed = 9.0
     trainer.save(tmp_path / "new.pt")
     payload = Checkpoint.read(tmp_path / "new.pt")
-    for name in ("steps", "cpu"):
+    for name in ("step_seconds", "cpu_seconds"):
         del payload["parts"]["state"][name]
     Checkpoint.write(tmp_path / "old.pt", payload)
     again = new_trainer(config)
-    again.state.steps, again.state.cpu = 3.0, 2.0
+    again.state.step_seconds, again.state.cpu_seconds = 3.0, 2.0
     again.resume(tmp_path / "old.pt")
     assert again.state == TrainState(elapsed=9.0)
 

@@ -59,7 +59,7 @@ def saved_state(trainer: Trainer) -> dict[str, Any]:
 
 def without_times(parts: dict[str, Any]) -> dict[str, Any]:
     """Return the parts of a training state without the times, which differ between equal runs."""
-    times = ("elapsed", "steps", "cpu")
+    times = ("elapsed", "step_seconds", "cpu_seconds")
     return parts | {"state": {key: value for key, value in parts["state"].items() if key not in times}}
 
 

@@ -41,14 +41,15 @@ MAX_SECONDS = 1e10  # upper bound of the times of TrainState in a file
 class TrainState:
     """Progress of training: real images seen, steps done, and seconds spent, including time before resuming.
 
-    `elapsed` includes metrics and snapshots; `steps` and `cpu`, the wall time and this process's CPU time, do not.
+    `elapsed` includes metrics and snapshots; `step_seconds`, wall time, and `cpu_seconds`, CPU time of this process, do
+    not.
     """
 
     nimg: int = 0
     step: int = 0
     elapsed: float = 0.0
-    steps: float = 0.0
-    cpu: float = 0.0
+    step_seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,7 +59,11 @@ class TrainState:
         if not all(isinstance(x, (int, float)) and 0 <= x < 2**62 for x in counts):
             raise ValueError(f"nimg and step are {counts}"[:200])
         self.nimg, self.step = map(int, counts)
-        for name in ("elapsed", "steps", "cpu"):  # for display only, so an implausible value is not an error
+        for name in (
+            "elapsed",
+            "step_seconds",
+            "cpu_seconds",
+        ):  # for display only, so an implausible value is not an error
             seconds = state.get(name)
             if not isinstance(seconds, (int, float)) or not seconds > 0:  # nan is not > 0
                 seconds = 0
@@ -367,8 +372,8 @@ class Trainer:
         """Add the time since the last call or the start of the tick to the time of the steps."""
         wall, cpu = self.clocks
         self.clocks = time.monotonic(), time.process_time()
-        self.state.steps += self.clocks[0] - wall
-        self.state.cpu += self.clocks[1] - cpu
+        self.state.step_seconds += self.clocks[0] - wall
+        self.state.cpu_seconds += self.clocks[1] - cpu
 
     def current_tick(self) -> Tick | None:
         """Return the tick that ends at this step, without statistics, or None if no tick ends here."""
@@ -416,8 +421,8 @@ class Trainer:
             "Progress/step": float(self.state.step),
             "Progress/augment": float(self.augment.p),
             "Timing/total_sec": self.state.elapsed,
-            "Timing/steps_sec": self.state.steps,
-            "Timing/steps_cpu_sec": self.state.cpu,
+            "Timing/steps_sec": self.state.step_seconds,
+            "Timing/steps_cpu_sec": self.state.cpu_seconds,
             "Timing/maintenance_sec": self.maintenance,
         }
         peak = peak_memory()
