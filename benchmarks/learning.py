@@ -5,7 +5,8 @@ python benchmarks/learning.py benchmarks/questions/what-helps.toml --data=data/c
 
 QUESTION is a TOML file; docs/learning.md describes it. The first --screen seeds suggest which arms are better than
 their reference; --confirm fresh seeds decide. A comparison is printed as a line of JSON with Welch's 95 % interval of
-the difference of means: an arm is `better` if the interval of its fresh seeds excludes 0.
+the difference of means: an arm is `better` if the interval of its fresh seeds excludes 0. Arms of different lengths are
+also compared at their ends.
 
 Trials run side by side, one per core or GPU. Minutes are CPU time of the training steps on a CPU, elapsed time on a
 GPU. An interrupted command continues when it is repeated. --outdir then contains laboratory.json with all results,
@@ -48,8 +49,8 @@ FRESH = 100  # first seed of the confirming stage
 @option("--metrics", type=NameList(), help="Metrics; the first one decides. [fid10k_full with a detector, then swd500]")
 @option("--detector", "detectors", type=NameList(), default="", metavar="FILE,...",
         help="Feature network or weight file, as in train.py.")  # fmt: skip
-@option("--screen", metavar="N", type=click.IntRange(2, FRESH), default=3, show_default=True,
-        help="Seeds of every arm.")  # fmt: skip
+@option("--screen", metavar="N", type=click.IntRange(0, FRESH), default=3, show_default=True,
+        help="Seeds of every arm; 0: no screening, all arms are confirmed.")  # fmt: skip
 @option("--confirm", metavar="N", type=click.IntRange(min=0), default=5, show_default=True,
         help="Fresh seeds of promising arms and of their references; 0: none.")  # fmt: skip
 @option("--arms", type=NameList(), help="Arms to confirm, instead of the promising ones.")
@@ -69,8 +70,11 @@ def main(
 ) -> None:
     check_matplotlib()
     import_extra("scipy.stats", "metrics")
-    if confirm == 1:
-        raise UserError("--confirm=1: an interval needs at least 2 seeds; 0 omits this stage")
+    for name, count in (("screen", screen), ("confirm", confirm)):
+        if count == 1:
+            raise UserError(f"--{name}=1: an interval needs at least 2 seeds; 0 omits this stage")
+    if screen == confirm == 0:
+        raise UserError("--screen=0 --confirm=0: no stage remains; specify the seeds of at least one")
     seeds = {"screen": tuple(range(screen)), "confirm": tuple(range(FRESH, FRESH + confirm))}
     setup = read_detectors(detectors)
     names = choose_metrics(metrics, setup, has_detector=bool(detectors))
@@ -88,8 +92,9 @@ def main(
             asked, outdir, data.resolve(), detectors, devices=devices, threads=threads, expected=expected
         )
         laboratory, failures = runner.run(laboratory, [(arm, seed) for seed in seeds["screen"] for arm in asked.arms])
-        winners = laboratory.promising() if arms is None else arms
-        chosen = dict.fromkeys([*(own for arm in winners for own in asked.references(arm)), *winners])
+        default = laboratory.promising() if screen else [*asked.arms]
+        candidates = default if arms is None else arms
+        chosen = dict.fromkeys([*(own for arm in candidates for own in asked.references(arm)), *candidates])
         laboratory, others = runner.run(laboratory, [(arm, seed) for seed in seeds["confirm"] for arm in chosen])
         finish(laboratory, outdir, devices[0])
     if failures or others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import shlex
 import tomllib
@@ -41,11 +42,10 @@ def read_question(path: Path, **settings: Any) -> Question:
         arms = dict(_arms(content["arms"]))
         question = Question(question=content["question"], evaluate=tuple(ages), base=base, arms=arms, **settings)
         _check_options("base", base)
-        if question.evaluate[-1] > MAX_SNAPSHOTS * question.step:
-            raise ValueError(
-                f"evaluate = {ages}: the interval of snapshots is {question.step} kimg, the greatest common divisor, "
-                f"which leads to more than {MAX_SNAPSHOTS} of them; round the ages"
-            )
+        _check_step(question.evaluate)
+        for name, arm in arms.items():
+            if arm.evaluate:
+                _check_step(arm.evaluate, f"arm {name}: ")
         return question
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing; docs/learning.md describes the file") from None
@@ -62,17 +62,30 @@ def _arms(content: dict[str, Any]) -> Iterator[tuple[str, Arm]]:
     known: dict[str, Arm] = {}
     for name, entry in content.items():
         fields = {**entry} if isinstance(entry, dict) else {"options": entry}
-        parent, own = fields.pop("extends", None), fields.pop("options", None)
+        parent, own, ages = (fields.pop(key, None) for key in ("extends", "options", "evaluate"))
         if parent is not None and parent not in [*known]:
             raise ValueError(f"arm {name}: extends {parent}, which is not an arm above it")
         if not isinstance(own, str):
             raise ValueError(f"arm {name}: {own!r:.100} is neither text with options nor a table with this text")
+        if ages is not None and not isinstance(ages, list):
+            raise ValueError(f"arm {name}: evaluate is not a list of ages")
         if fields:
             raise ValueError(f"arm {name}: unknown key {min(fields)}")
         _check_options(f"arm {name}", own)
         options = " ".join(filter(None, [known[parent].options if parent else "", own]))
-        known[name] = Arm(options=options, against=parent or next(iter(known), None))
+        against = parent or next(iter(known), None)
+        known[name] = Arm(options=options, against=against, evaluate=None if ages is None else tuple(ages))
         yield name, known[name]
+
+
+def _check_step(ages: tuple[int, ...], label: str = "") -> None:
+    """Raise ValueError, with the label, if a run with snapshots at these ages has too many of them."""
+    step = math.gcd(*ages)
+    if ages[-1] > MAX_SNAPSHOTS * step:
+        raise ValueError(
+            f"{label}evaluate = {[*ages]}: the interval of snapshots is {step} kimg, the greatest common divisor, "
+            f"which leads to more than {MAX_SNAPSHOTS} of them; round the ages"
+        )
 
 
 def _check_options(name: str, options: str) -> None:

@@ -116,8 +116,8 @@ class TrialRunner:
             f"--data={self.data}",
             f"--seed={seed}",
             f"--desc={arm}",
-            f"--kimg={self.question.evaluate[-1]}",
-            f"--tick={self.question.step}",
+            f"--kimg={self.question.length(arm)}",
+            f"--tick={self.question.step(arm)}",
             "--snap=1",
             "--metrics=none",
             "--log=none",
@@ -130,8 +130,8 @@ class TrialRunner:
         self._run_script(label, folder, "train.py", self._train_options(arm, seed))
         run = list_runs(folder)[-1]
         snapshots = {int(path.stem.rpartition("-")[2]): path for path in run.glob("network-snapshot-*.pkl")}
-        for age in self.question.evaluate:
-            found = [kimg for kimg in snapshots if age <= kimg < age + self.question.step]
+        for age in self.question.ages(arm):
+            found = [kimg for kimg in snapshots if age <= kimg < age + self.question.step(arm)]
             if not found:
                 raise UserError(f"{label}: {run} has no snapshot at {age} kimg; new ages must follow the old ones")
             snapshot = snapshots[min(found)]

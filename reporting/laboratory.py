@@ -1,4 +1,4 @@
-"""Laboratory: repeated runs of several training configurations, and their comparison at equal kimg and equal minutes.
+"""Laboratory: repeated runs of several training configurations, and their comparison with intervals.
 
 `laboratory.json` contains a question and the results of its trials. A trial is a run of one arm with one seed.
 benchmarks/learning.py trains the runs and writes the file.
@@ -26,9 +26,12 @@ LABORATORY_FILE = "laboratory.json"
 SCREENING_CONFIDENCE = 0.8  # an arm whose interval excludes equality at this confidence is promising
 Stage = Literal["screen", "confirm"]
 Axis = Literal["kimg", "minutes"]
+Basis = Literal[Axis, "end"]  # of a comparison: equal kimg, equal minutes, or each arm at its own last age
 STAGES: tuple[Stage, ...] = ("screen", "confirm")
 SEEDS: dict[Stage, str] = {"screen": "first seeds", "confirm": "fresh seeds"}
 AXES: tuple[Axis, ...] = ("kimg", "minutes")
+BASES: tuple[Basis, ...] = (*AXES, "end")
+PLACES: dict[Basis, str] = {"kimg": "at equal kimg", "minutes": "at equal minutes", "end": "at their ends"}
 MAX_ARMS = 100  # a chart of more arms would be too large for matplotlib
 NAME = re.compile(r"\w[\w.-]*")  # names of arms and metrics, which are also names of files
 
@@ -37,16 +40,17 @@ NAME = re.compile(r"\w[\w.-]*")  # names of arms and metrics, which are also nam
 class Arm:
     """A training configuration: options of train.py, and the name of the arm that it is compared with, its reference.
 
-    The baseline has no reference.
+    The baseline has no reference. `evaluate` lists the ages of an arm that is not evaluated at those of the question.
     """
 
     options: str
     against: str | None = None
+    evaluate: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """Arms of equal length, evaluated at the same ages `evaluate` in kimg; the first arm is the baseline.
+    """Arms, evaluated at the ages `evaluate` in kimg unless an arm has its own; the first arm is the baseline.
 
     The seeds of the two stages are disjoint: an arm that is promising with the first is judged by the others.
     Raises ValueError for fields that are not as described.
@@ -60,11 +64,8 @@ class Question:
     seeds: dict[Stage, tuple[int, ...]]
 
     def __post_init__(self) -> None:
-        ages, seeds = self.evaluate, [seed for stage in STAGES for seed in self.seeds[stage]]
-        if not ages or not all(type(age) is int and age > 0 for age in ages) or list(ages) != sorted(set(ages)):
-            raise ValueError(
-                f"evaluate = {str([*ages])[:100]}: list whole numbers of kimg in ascending order, e.g. [5, 10]"
-            )
+        seeds = [seed for stage in STAGES for seed in self.seeds[stage]]
+        _check_ages(self.evaluate)
         if not 2 <= len(self.arms) <= MAX_ARMS:
             raise ValueError(f"a question has 2 to {MAX_ARMS} arms, got {len(self.arms)}")
         texts = [self.question, self.base, *self.metrics, *(arm.options for arm in self.arms.values())]
@@ -78,14 +79,28 @@ class Question:
         for name, arm in self.arms.items():
             if arm.against not in above and (above or arm.against is not None):
                 raise ValueError(f"arm {name}: {arm.against!r} is not an arm above it")
+            if arm.evaluate is not None:
+                _check_ages(arm.evaluate, f"arm {name}: ")
             above.append(name)
         if not self.metrics or not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
             raise ValueError("a question has metrics, and different whole numbers as seeds")
 
+    def ages(self, arm: str) -> tuple[int, ...]:
+        """Return the ages in kimg at which an arm is evaluated."""
+        return self.arms[arm].evaluate or self.evaluate
+
+    def step(self, arm: str) -> int:
+        """Return the interval of an arm's snapshots in kimg: the greatest common divisor of its ages."""
+        return math.gcd(*self.ages(arm))
+
+    def length(self, arm: str) -> int:
+        """Return the last age of an arm in kimg, at which its runs end."""
+        return self.ages(arm)[-1]
+
     @property
-    def step(self) -> int:
-        """Interval of snapshots in kimg: the greatest common divisor of the ages."""
-        return math.gcd(*self.evaluate)
+    def has_equal_lengths(self) -> bool:
+        """Whether the runs of all arms end at the same age."""
+        return len({self.length(arm) for arm in self.arms}) == 1
 
     def options(self, arm: str) -> str:
         """Return all options of an arm."""
@@ -100,6 +115,22 @@ class Question:
         """Return the arms that an arm is compared with: its reference and the baseline."""
         own = self.arms[arm].against
         return [] if own is None else list(dict.fromkeys([own, self.baseline]))
+
+    def axes(self, arm: str, against: str) -> tuple[Basis, ...]:
+        """Return the axes along which two arms are compared: `end` only if their lengths differ."""
+        return AXES if self.length(arm) == self.length(against) else BASES
+
+    def decisive(self, arm: str, against: str) -> Basis:
+        """Return the axis along which an arm is promising or not: `end` if it is one of theirs, else `kimg`."""
+        return "end" if "end" in self.axes(arm, against) else "kimg"
+
+
+def _check_ages(ages: tuple[int, ...], label: str = "") -> None:
+    """Raise ValueError, with the label, unless ages are positive whole numbers in ascending order."""
+    if not ages or not all(type(age) is int and age > 0 for age in ages) or list(ages) != sorted(set(ages)):
+        raise ValueError(
+            f"{label}evaluate = {str([*ages])[:100]}: list whole numbers of kimg in ascending order, e.g. [5, 10]"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,25 +189,29 @@ class Trial:
     metrics: dict[str, Values]
 
     def answers(self, question: Question) -> bool:
-        """Return whether the run was evaluated with all metrics at all ages of a question."""
+        """Return whether the run is of an arm of a question, and was evaluated with all metrics at all ages of it."""
+        if self.arm not in question.arms:
+            return False
+        ages, step = question.ages(self.arm), question.step(self.arm)
         known = [self.metrics[name].kimg if name in self.metrics else () for name in question.metrics]
-        return all(any(age <= x < age + question.step for x in kimg) for kimg in known for age in question.evaluate)
+        return all(any(age <= x < age + step for x in kimg) for kimg in known for age in ages)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """An arm and its reference at equal kimg or minutes: values by seed, and the interval of the difference of means.
+    """An arm and its reference: values by seed, and the interval of the difference of means.
 
-    `interval` has a confidence of 95 %. `verdict` is `better` or `worse` if it excludes 0, else `no difference shown`.
-    In the screening stage it is `promising` or `not promising`, and `incomplete` in both stages if a run of either arm
-    is missing or has not reached the last age.
+    `at` is the position at which they are compared, in kimg or minutes; along `end`, it is the last age of the arm, and
+    the reference has its own. `interval` has a confidence of 95 %. `verdict` is `better` or `worse` if it excludes 0,
+    else `no difference shown`. In the screening stage it is `promising` or `not promising`, and `incomplete` in both
+    stages if a run is missing or has not reached the last age of its arm.
     """
 
     stage: Stage
     arm: str
     against: str
     metric: str
-    axis: Axis
+    axis: Basis
     at: float
     values: dict[int, float]
     reference: dict[int, float]
@@ -192,8 +227,8 @@ class Laboratory:
     trials: tuple[Trial, ...] = ()
 
     def values(self, arm: str, metric: str, stage: Stage) -> dict[int, Values]:
-        """Return the values of an arm by seed, up to the last age of the question."""
-        limit = self.question.evaluate[-1] + self.question.step
+        """Return the values of an arm by seed, up to its last age."""
+        limit = self.question.length(arm) + self.question.step(arm)
         known = [trial for trial in self._trials_of(arm, stage) if metric in trial.metrics]
         found = {trial.seed: trial.metrics[metric].before(limit) for trial in known}
         return {seed: own for seed in self.question.seeds[stage] if (own := found.get(seed))}
@@ -202,27 +237,34 @@ class Laboratory:
         seeds = self.question.seeds[stage]
         return [trial for trial in self.trials if trial.arm == arm and trial.seed in seeds]
 
-    def compare(self, stage: Stage, arm: str, against: str, metric: str, axis: Axis) -> Comparison | None:
-        """Compare two arms at the last position on an axis that all their runs have reached.
+    def compare(self, stage: Stage, arm: str, against: str, metric: str, axis: Basis) -> Comparison | None:
+        """Compare two arms at the last position on an axis that all their runs have reached, or each at its last age.
 
-        None if either arm has fewer than two runs, if a run has no value at or before this position, and along minutes
-        if the runs were made on different devices.
+        None if either arm has fewer than two runs, if a run has no value at or before this position, along minutes if
+        the runs were made on different devices, and along `end` if both arms have the same last age. Along `end`, only
+        runs that have reached the last age count.
         """
         ours, theirs = self.values(arm, metric, stage), self.values(against, metric, stage)
         devices = {trial.device for name in (arm, against) for trial in self._trials_of(name, stage)}
-        if axis == "minutes" and len(devices) > 1:
+        if axis not in self.question.axes(arm, against) or (axis == "minutes" and len(devices) > 1):
             return None
-        runs = [*ours.values(), *theirs.values()]
-        positions = [getattr(run, axis) for run in runs]
+        finished = _finished(ours, self.question.length(arm)), _finished(theirs, self.question.length(against))
+        is_complete = all(len(own) == len(self.question.seeds[stage]) for own in finished)
+        if axis == "end":
+            ours, theirs = finished
         if min(len(ours), len(theirs)) < 2:
             return None
-        at = min(own[-1] for own in positions)
-        if at < max(own[0] for own in positions):
-            return None
-        values = {seed: own.at(axis, at) for seed, own in ours.items()}
-        reference = {seed: own.at(axis, at) for seed, own in theirs.items()}
-        has_all = all(len(own) == len(self.question.seeds[stage]) for own in (ours, theirs))
-        is_complete = has_all and all(run.kimg[-1] >= self.question.evaluate[-1] for run in runs)
+        if axis == "end":
+            at = float(self.question.length(arm))
+            values = {seed: run.values[-1] for seed, run in ours.items()}
+            reference = {seed: run.values[-1] for seed, run in theirs.items()}
+        else:
+            positions = [getattr(run, axis) for run in (*ours.values(), *theirs.values())]
+            at = min(own[-1] for own in positions)
+            if at < max(own[0] for own in positions):
+                return None
+            values = {seed: run.at(axis, at) for seed, run in ours.items()}
+            reference = {seed: run.at(axis, at) for seed, run in theirs.items()}
         return Comparison(
             stage=stage,
             arm=arm,
@@ -237,22 +279,24 @@ class Laboratory:
         )
 
     def comparisons(self, metric: str, stages: Sequence[Stage] = STAGES) -> Iterator[Comparison]:
-        """Yield all comparisons of a metric: of each arm with its reference and with the baseline, along both axes."""
+        """Yield all comparisons of a metric: of each arm with its reference and with the baseline, along all axes."""
         for stage in stages:
             for arm in self.question.arms:
                 for against in self.question.references(arm):
-                    for axis in AXES:
+                    for axis in self.question.axes(arm, against):
                         if comparison := self.compare(stage, arm, against, metric, axis):
                             yield comparison
 
     def promising(self) -> list[str]:
         """Return the arms that the first seeds suggest to be better than their reference.
 
-        One comparison decides, by the first metric at equal kimg, so that few arms look promising by chance.
+        One comparison decides, by the first metric, so that few arms look promising by chance: at equal kimg, or at
+        their ends if the two arms have different lengths.
         """
-        main, arms = self.question.metrics[0], self.question.arms
-        found = [item for item in self.comparisons(main, ["screen"]) if item.verdict == "promising"]
-        return [item.arm for item in found if item.axis == "kimg" and item.against == arms[item.arm].against]
+        question = self.question
+        found = [item for item in self.comparisons(question.metrics[0], ["screen"]) if item.verdict == "promising"]
+        own = [item for item in found if item.against == question.arms[item.arm].against]
+        return [item.arm for item in own if item.axis == question.decisive(item.arm, item.against)]
 
     def with_trial(self, trial: Trial) -> Laboratory:
         """Return a laboratory with a trial added.
@@ -288,7 +332,16 @@ class Laboratory:
 
     def write(self, folder: Path) -> None:
         """Write the laboratory to a folder."""
-        write_atomically(folder / LABORATORY_FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        content = asdict(self)
+        for arm in content["question"]["arms"].values():
+            if arm["evaluate"] is None:
+                del arm["evaluate"]
+        write_atomically(folder / LABORATORY_FILE, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _finished(runs: dict[int, Values], age: int) -> dict[int, Values]:
+    """Return the runs that have reached an age."""
+    return {seed: run for seed, run in runs.items() if run.kimg[-1] >= age}
 
 
 def _judge(stage: Stage, metric: str, values: dict[int, float], reference: dict[int, float]) -> str:
@@ -322,10 +375,15 @@ def read_laboratory(folder: Path) -> Laboratory:
 def _to_question(content: dict[str, Any]) -> Question:
     if set(content["seeds"]) != set(STAGES):
         raise ValueError(f"the seeds are not those of the stages {' and '.join(STAGES)}")
-    arms = {name: Arm(**arm) for name, arm in content["arms"].items()}
+    arms = {name: _to_arm(arm) for name, arm in content["arms"].items()}
     seeds: dict[Stage, tuple[int, ...]] = {stage: _to_tuple(content["seeds"][stage]) for stage in STAGES}
     lists = {name: _to_tuple(content[name]) for name in ("evaluate", "metrics")}
     return Question(**{**content, **lists, "arms": arms, "seeds": seeds})
+
+
+def _to_arm(content: dict[str, Any]) -> Arm:
+    ages = content.get("evaluate")
+    return Arm(**{**content, "evaluate": None if ages is None else _to_tuple(ages)})
 
 
 def _to_trial(content: dict[str, Any]) -> Trial:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from reporting.charts import COLOURS, higher_is_better
 from reporting.drawing import escape_text
-from reporting.laboratory import AXES, SEEDS, STAGES, Axis, Comparison, Laboratory, Stage, Values
+from reporting.laboratory import AXES, BASES, PLACES, SEEDS, STAGES, Axis, Basis, Comparison, Laboratory, Stage, Values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ARM, REFERENCE = COLOURS[0], COLOURS[-1]
 STAGE_COLOURS: dict[Stage, str] = {"screen": COLOURS[4], "confirm": COLOURS[0]}
-ROW = 0.44  # height of a row of intervals, in inches
+KEYS: dict[Basis, str] = {"kimg": "equal kimg", "minutes": "equal minutes", "end": "at their ends"}
+ROW = 0.44  # height of a row of up to LINES intervals, in inches
+LINES = 4  # two stages along two axes
 ARMS_PER_ROW = 3  # of the curves; each arm has a panel for each axis
 
 
@@ -32,7 +35,8 @@ def draw_laboratory(laboratory: Laboratory, metric: str) -> bytes:
     pairs = list(dict.fromkeys((item.arm, item.against) for item in comparisons))
     columns = min(len(arms), ARMS_PER_ROW)
     rows = -(-len(arms) // columns)
-    heights = [1.3 + ROW * len(pairs), 2.6 * rows]
+    row = ROW * _most_lines(comparisons) / LINES
+    heights = [1.3 + row * len(pairs), 2.6 * rows]
     figure = Figure(figsize=(12.5, sum(heights) + 0.5), layout="constrained")
     figure.suptitle(escape_text(laboratory.question.question), x=0.01, ha="left", fontsize=14)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -55,13 +59,13 @@ def _draw_intervals(
 ) -> None:
     """Draw the interval of each difference: a row for each pair of arms, a line for each stage and axis."""
     limit = _reach(comparisons)
+    spacing = 0.8 / _most_lines(comparisons)
     for row, pair in enumerate(pairs):
         own = [item for item in comparisons if (item.arm, item.against) == pair]
         for i, item in enumerate(own):
-            _draw_interval(axes, item, 0.2 * ((len(own) - 1) / 2 - i) - row, limit)
-        verdicts = [item.verdict for item in own if item.axis == "kimg"]
-        axes.text(1.04 * limit, -row, verdicts[-1] if verdicts else "", va="center", fontsize=9)
-    axes.text(1.04 * limit, 0.75, "at equal kimg:", va="center", fontsize=9)
+            _draw_interval(axes, item, spacing * ((len(own) - 1) / 2 - i) - row, limit)
+    for y, text in _verdicts(comparisons, pairs):
+        axes.text(1.04 * limit, y, text, va="center", fontsize=9)
     axes.axvline(0, color="black", linewidth=0.8)
     labels = [escape_text(f"{arm} minus {against}") for arm, against in pairs]
     axes.set(xlim=(-limit, limit), ylim=(0.6 - max(len(pairs), 1), 0.6))
@@ -73,12 +77,36 @@ def _draw_intervals(
     _add_key(axes, comparisons)
 
 
+def _verdicts(comparisons: Sequence[Comparison], pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[float, str]]:
+    """Yield the verdict of each row, with its position: of the last stage, at the ends if the lengths differ.
+
+    The heading says at which positions; a row that differs from it says so itself.
+    """
+    last = {(item.arm, item.against): item for item in comparisons if item.axis != "minutes"}
+    heading: Basis = "end" if {item.axis for item in last.values()} == {"end"} else "kimg"
+    yield 0.75, f"{PLACES[heading]}:"
+    for row, pair in enumerate(pairs):
+        if pair in last:
+            item = last[pair]
+            yield -row, item.verdict if item.axis == heading else f"{PLACES[item.axis]}: {item.verdict}"
+
+
+def _most_lines(comparisons: Sequence[Comparison]) -> int:
+    """Return the largest number of intervals in a row, or LINES if it is smaller."""
+    return max([LINES, *Counter((item.arm, item.against) for item in comparisons).values()])
+
+
+def _marker(stage: Stage, axis: Basis) -> dict[str, Any]:
+    """Return the marker of an estimate: filled at equal kimg, hollow at equal minutes, a diamond at the ends."""
+    face = "white" if axis == "minutes" else STAGE_COLOURS[stage]
+    return {"marker": "D" if axis == "end" else "o", "markerfacecolor": face}
+
+
 def _draw_interval(axes: Axes, item: Comparison, y: float, limit: float) -> None:
     """Draw an interval; an arrow marks an end beyond the axis."""
     colour, low, high = STAGE_COLOURS[item.stage], item.interval.low, item.interval.high
     axes.plot([low, high], [y, y], color=colour, linewidth=1.6)
-    face = colour if item.axis == "kimg" else "white"
-    axes.plot(item.interval.estimate, y, marker="o", markersize=5, color=colour, markerfacecolor=face)
+    axes.plot(item.interval.estimate, y, markersize=5, color=colour, **_marker(item.stage, item.axis))
     for is_beyond, end, marker in ((low < -limit, -limit, "<"), (high > limit, limit, ">")):
         if is_beyond:
             axes.plot(end, y, marker=marker, color=colour, markersize=6, clip_on=False)
@@ -90,16 +118,9 @@ def _add_key(axes: Axes, comparisons: Sequence[Comparison]) -> None:
 
     shown = {(item.stage, item.axis) for item in comparisons}
     handles = [
-        Line2D(
-            [],
-            [],
-            color=STAGE_COLOURS[stage],
-            marker="o",
-            markerfacecolor=STAGE_COLOURS[stage] if axis == "kimg" else "white",
-            label=f"{SEEDS[stage]}, equal {axis}",
-        )
+        Line2D([], [], color=STAGE_COLOURS[stage], label=f"{SEEDS[stage]}, {KEYS[axis]}", **_marker(stage, axis))
         for stage in STAGES
-        for axis in AXES
+        for axis in BASES
         if (stage, axis) in shown
     ]
     axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
@@ -140,7 +161,7 @@ def _draw_curves(pair: Sequence[Axes], laboratory: Laboratory, arm: str, metric:
                     axes.plot(getattr(run, axis), run.values, color=colour, linewidth=0.6, alpha=0.5)
             runs = laboratory.values(name, metric, stages[-1]) if stages else {}
             if len(runs) > 1:
-                x, mean, deviation = _mean_curve(laboratory.question.evaluate, runs, axis)
+                x, mean, deviation = _mean_curve(laboratory.question.ages(name), runs, axis)
                 axes.plot(x, mean, color=colour, linewidth=2, marker=".")
                 axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
         axes.set_xlabel(axis)

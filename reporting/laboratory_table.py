@@ -7,14 +7,26 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 
-from reporting.laboratory import AXES, SCREENING_CONFIDENCE, SEEDS, STAGES, Comparison, Laboratory, Stage, Values
+from reporting.laboratory import (
+    AXES,
+    BASES,
+    PLACES,
+    SCREENING_CONFIDENCE,
+    SEEDS,
+    STAGES,
+    Basis,
+    Comparison,
+    Laboratory,
+    Question,
+    Stage,
+    Values,
+)
 
 Table = list[list[str]]  # rows of cells; the first row is the head
 NOTES: dict[Stage, str] = {
     "screen": f"; promising: the {100 * SCREENING_CONFIDENCE:.0f} % interval excludes 0",
     "confirm": "",
 }
-HEAD = ["arm", "values by seed", "mean ± deviation", "minutes", "against", "at equal kimg", "at equal minutes"]
 
 
 def arms_table(laboratory: Laboratory) -> Table:
@@ -25,37 +37,45 @@ def arms_table(laboratory: Laboratory) -> Table:
 
 
 def result_tables(laboratory: Laboratory) -> Iterator[tuple[str, Table]]:
-    """Yield a title and a table for each metric and stage that has results."""
-    for metric in laboratory.question.metrics:
+    """Yield a title and a table for each metric and stage that has results.
+
+    Arms of different lengths have a column with their lengths, and one with the comparisons at their ends.
+    """
+    question = laboratory.question
+    axes = AXES if question.has_equal_lengths else BASES
+    length = ["kimg"] if "end" in axes else []
+    head = ["arm", "values by seed", "mean ± deviation", *length, "minutes", "against", *(PLACES[x] for x in axes)]
+    place = "at the end of each run" if "end" in axes else f"at {question.length(question.baseline)} kimg"
+    for metric in question.metrics:
         for stage in STAGES:
-            rows = list(_results(laboratory, metric, stage))
+            rows = list(_results(laboratory, metric, stage, axes))
             if rows:
-                seeds = ", ".join(map(str, laboratory.question.seeds[stage]))
-                yield (
-                    f"{metric} at {laboratory.question.evaluate[-1]} kimg, {SEEDS[stage]} {seeds}{NOTES[stage]}",
-                    [HEAD, *rows],
-                )
+                seeds = ", ".join(map(str, question.seeds[stage]))
+                yield f"{metric} {place}, {SEEDS[stage]} {seeds}{NOTES[stage]}", [head, *rows]
 
 
-def _results(laboratory: Laboratory, metric: str, stage: Stage) -> Iterator[list[str]]:
+def _results(laboratory: Laboratory, metric: str, stage: Stage, axes: Sequence[Basis]) -> Iterator[list[str]]:
     """Yield a row for each arm that has runs, and one more for each further reference."""
+    question = laboratory.question
     found = {(item.arm, item.against, item.axis): item for item in laboratory.comparisons(metric, [stage])}
     digits = _decimals(laboratory, metric)
-    for arm in laboratory.question.arms:
+    for arm in question.arms:
         runs = laboratory.values(arm, metric, stage)
         if not runs:
             continue
         last = [run.values[-1] for run in runs.values()]
         spread = f" ± {statistics.stdev(last):.{digits}f}" if len(last) > 1 else ""
         minutes = statistics.fmean(run.minutes[-1] for run in runs.values())
-        values = ", ".join(_with_age(run, digits, laboratory.question.evaluate[-1]) for run in runs.values())
-        if len(runs) < (planned := len(laboratory.question.seeds[stage])):
+        values = ", ".join(_with_age(run, digits, question.length(arm)) for run in runs.values())
+        if len(runs) < (planned := len(question.seeds[stage])):
             values += f" ({len(runs)} of {planned} runs)"
-        cells = [arm, values, f"{statistics.fmean(last):.{digits}f}{spread}", f"{minutes:.1f}"]
-        for against in laboratory.question.references(arm) or [""]:
-            compared = [_describe(found.get((arm, against, axis)), digits) if against else "" for axis in AXES]
-            yield [*cells, against, *compared]
-            cells = ["", "", "", ""]
+        length = [str(question.length(arm))] if "end" in axes else []
+        cells = [arm, values, f"{statistics.fmean(last):.{digits}f}{spread}", *length, f"{minutes:.1f}"]
+        for against in question.references(arm) or [""]:
+            own = question.axes(arm, against) if against else ()
+            compared = [_describe(found.get((arm, against, axis)), question, digits) for axis in own]
+            yield [*cells, against, *compared, *[""] * (len(axes) - len(own))]
+            cells = [""] * len(cells)
 
 
 def _with_age(run: Values, digits: int, age: int) -> str:
@@ -70,13 +90,17 @@ def _decimals(laboratory: Laboratory, metric: str) -> int:
     return min(max(2, 3 - math.floor(math.log10(largest))), 12) if largest else 2
 
 
-def _describe(item: Comparison | None, digits: int) -> str:
+def _describe(item: Comparison | None, question: Question, digits: int) -> str:
     """Return the difference of means, its interval and the verdict."""
     if item is None:
         return "no comparison"
     low, estimate, high = (f"{x:+.{digits}f}" for x in (item.interval.low, item.interval.estimate, item.interval.high))
-    place = f" at {item.at:.3g} minutes" if item.axis == "minutes" else ""
-    return f"{estimate} [{low}, {high}]{place} {item.verdict}"
+    places: dict[Basis, str] = {
+        "kimg": "",
+        "minutes": f" at {item.at:.3g} minutes",
+        "end": f" at {question.length(item.arm)} and {question.length(item.against)} kimg",
+    }
+    return f"{estimate} [{low}, {high}]{places[item.axis]} {item.verdict}"
 
 
 def to_markdown(laboratory: Laboratory) -> str:
@@ -91,7 +115,7 @@ def to_markdown(laboratory: Laboratory) -> str:
 def _to_markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     text = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
-    return re.sub(r"(\]| minutes) (better|worse|promising)", r"\1 **\2**", text)
+    return re.sub(r"(\]| minutes| kimg) (better|worse|promising)", r"\1 **\2**", text)
 
 
 def _escape(cell: str) -> str:

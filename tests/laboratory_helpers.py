@@ -16,19 +16,26 @@ def make_question(
     arms: Iterable[str] = ("baseline", "other"),
     *,
     parents: Mapping[str, str] | None = None,
+    own_ages: Mapping[str, tuple[int, ...]] | None = None,
     evaluate: tuple[int, ...] = (5, 10),
     metrics: tuple[str, ...] = (FD,),
     screen: int = 3,
     confirm: int = 5,
 ) -> Question:
-    """Return a question; every arm but the first is compared with the first, or with its entry in `parents`."""
-    names = [*arms]
+    """Return a question; every arm but the first is compared with the first, or with its entry in `parents`.
+
+    Arms in `own_ages` are evaluated at these ages instead of those of the question.
+    """
+    names, ages = [*arms], {**(own_ages or {})}
     against = {name: names[0] for name in names[1:]} | {**(parents or {})}
     return Question(
         question="Does it help?",
         evaluate=evaluate,
         base="--cfg=tiny",
-        arms={name: Arm(options=f"--{name}" * (name in against), against=against.get(name)) for name in names},
+        arms={
+            name: Arm(options=f"--{name}" * (name in against), against=against.get(name), evaluate=ages.get(name))
+            for name in names
+        },
         metrics=metrics,
         seeds={"screen": tuple(range(screen)), "confirm": tuple(range(100, 100 + confirm))},
     )

@@ -1,4 +1,4 @@
-"""Laboratories of drawn and chosen numbers: false winners, verdicts, equal minutes, files, tables, charts and pages."""
+"""Laboratories of drawn and chosen numbers: false winners, verdicts, lengths, files, tables, charts and pages."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from laboratory_helpers import FD, drawn_trial, make_question, make_trial, with_last_values
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from PIL import Image
+from scipy.stats import ttest_ind
 
 import report
 from dnnlib.config import UserError
-from reporting.laboratory import Comparison, Laboratory, Question, Stage, Trial, read_laboratory
+from reporting.laboratory import Arm, Basis, Comparison, Laboratory, Question, Stage, Trial, read_laboratory
 from reporting.laboratory_chart import draw_laboratory
 from reporting.laboratory_table import result_tables, to_markdown
 
@@ -208,6 +211,137 @@ def test_a_comparison_needs_two_runs_of_each_arm(ours: int, theirs: int) -> None
     assert list(laboratory.comparisons(FD)) == []
 
 
+# Arms of different lengths.
+
+SPREAD = (-1.0, 0.0, 1.0)  # of the values by seed, with a deviation of 1
+WELCH = 2.776445 * math.sqrt(2 / 3)  # half of the interval of 95 % for two arms with these values: 4 degrees of freedom
+
+
+def unequal(
+    at_20: float = 40.0, at_40: float = 20.0, base_40: float = 30.0, base_80: float = 25.0, stage: Stage = "screen"
+) -> Laboratory:
+    """Return a laboratory with the means of a baseline of 80 kimg and of an arm `other` of 40 kimg."""
+    question = make_question(evaluate=(20, 40, 80), own_ages={"other": (20, 40)}, confirm=3)
+    trials = [
+        trial
+        for seed, x in zip(question.seeds[stage], SPREAD, strict=True)
+        for trial in (
+            make_trial(
+                "baseline",
+                seed,
+                (50 + x, base_40 + x, base_80 + x),
+                kimg=(20.032, 40.0, 80.032),
+                minutes=(20.0, 40.0, 80.0),
+            ),
+            make_trial("other", seed, (at_20 + x, at_40 + x), kimg=(20.032, 40.0), minutes=(40.0, 80.0)),
+        )
+    ]
+    return Laboratory(question=question, trials=tuple(trials))
+
+
+def with_long_arm(laboratory: Laboratory) -> Laboratory:
+    """Return a laboratory with an arm `long`, whose runs are those of the baseline."""
+    question = laboratory.question
+    arms = question.arms | {"long": Arm(options="", against="baseline")}
+    runs = [replace(trial, arm="long") for trial in laboratory.trials if trial.arm == "baseline"]
+    return Laboratory(question=replace(question, arms=arms), trials=(*laboratory.trials, *runs))
+
+
+def compare_along(laboratory: Laboratory, axis: Basis, stage: Stage = "screen") -> Comparison:
+    """Compare the arm `other` with the baseline along an axis."""
+    found = laboratory.compare(stage, "other", "baseline", FD, axis)
+    assert found is not None
+    return found
+
+
+def test_arms_have_ages_of_their_own() -> None:
+    own_ages = {"parent": (20, 40), "child": (15, 40, 80)}
+    question = make_question(FAMILY, parents={"child": "parent"}, evaluate=(40, 80), own_ages=own_ages)
+    assert [question.ages(arm) for arm in FAMILY] == [(40, 80), (20, 40), (15, 40, 80)]
+    assert [question.step(arm) for arm in FAMILY] == [40, 20, 5]
+    assert [question.length(arm) for arm in FAMILY] == [80, 40, 80]
+
+
+def test_arms_of_different_lengths_are_compared_at_their_ends() -> None:
+    laboratory = unequal(stage="confirm")
+    found = {item.axis: item for item in laboratory.comparisons(FD)}
+    assert [*found] == ["kimg", "minutes", "end"]
+    assert {axis: item.at for axis, item in found.items()} == {"kimg": 40, "minutes": 80, "end": 40}
+    ends = found["end"]
+    assert ends.values == {100: 19, 101: 20, 102: 21}
+    assert ends.reference == {100: 24, 101: 25, 102: 26}
+    assert (ends.interval.low, ends.interval.high) == pytest.approx((-5 - WELCH, -5 + WELCH), rel=1e-6)
+    assert found["kimg"].reference == {100: 29, 101: 30, 102: 31}
+    assert {item.verdict for item in found.values()} == {"better"}
+    assert compare_along(unequal(base_80=10.0, stage="confirm"), "end", "confirm").verdict == "worse"
+    assert compare_along(unequal(base_80=21.0, stage="confirm"), "end", "confirm").verdict == "no difference shown"
+
+
+def test_intervals_at_the_ends_are_those_of_scipy() -> None:
+    ours, theirs = (19.1, 24.7, 21.3), (27.9, 26.4, 26.8)
+    question = make_question(evaluate=(20, 80), own_ages={"other": (20, 40)})
+    trials = [make_trial("other", seed, (50.0, x), kimg=(20.0, 40.0)) for seed, x in enumerate(ours)]
+    trials += [make_trial("baseline", seed, (50.0, x), kimg=(20.0, 80.0)) for seed, x in enumerate(theirs)]
+    found = compare_along(Laboratory(question=question, trials=tuple(trials)), "end").interval
+    expected = ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_arms_of_equal_length_are_not_compared_at_their_ends() -> None:
+    """Their ages before the last one may differ."""
+    trials = [make_trial(arm, seed, (9.0 + seed, 8.0 + seed)) for arm in ("baseline", "other") for seed in range(3)]
+    laboratory = Laboratory(question=make_question(own_ages={"other": (2, 10)}), trials=tuple(trials))
+    assert {item.axis for item in laboratory.comparisons(FD)} == {"kimg", "minutes"}
+    assert laboratory.compare("screen", "other", "baseline", FD, "end") is None
+
+
+def cut(laboratory: Laboratory, arm: str, count: int) -> Laboratory:
+    """Return a laboratory with only the first values of the run of an arm with seed 0."""
+    (trial,) = (trial for trial in laboratory.trials if (trial.arm, trial.seed) == (arm, 0))
+    own = trial.metrics[FD]
+    short = make_trial(arm, 0, own.values[:count], kimg=own.kimg[:count], minutes=own.minutes[:count])
+    return laboratory.with_trial(short)
+
+
+@pytest.mark.parametrize(("arm", "count"), [("other", 1), ("baseline", 2)])
+def test_runs_that_have_not_ended_are_left_out_at_the_ends(arm: str, count: int) -> None:
+    """The baseline with seed 0 has reached the end of the other arm, but not its own."""
+    laboratory = cut(unequal(), arm, count)
+    at_kimg, at_ends = compare_along(laboratory, "kimg"), compare_along(laboratory, "end")
+    assert (at_kimg.verdict, at_ends.verdict) == ("incomplete", "incomplete")
+    assert (len(at_kimg.values), len(at_kimg.reference)) == (3, 3)
+    values = {"other": {0: 19, 1: 20, 2: 21}, "baseline": {0: 24, 1: 25, 2: 26}}
+    del values[arm][0]
+    assert {"other": at_ends.values, "baseline": at_ends.reference} == values
+    assert laboratory.promising() == []
+    trials = tuple(trial for trial in laboratory.trials if (trial.arm, trial.seed) != (arm, 1))
+    assert replace(laboratory, trials=trials).compare("screen", "other", "baseline", FD, "end") is None
+
+
+@pytest.mark.parametrize(
+    ("base_40", "base_80", "verdicts", "promising"),
+    [
+        (30.0, 20.0, ("promising", "not promising"), []),
+        (20.0, 25.0, ("not promising", "promising"), ["other"]),
+        (30.0, 25.0, ("promising", "promising"), ["other"]),
+    ],
+)
+def test_arms_of_different_lengths_are_promising_at_their_ends(
+    base_40: float, base_80: float, verdicts: tuple[str, str], promising: list[str]
+) -> None:
+    laboratory = unequal(base_40=base_40, base_80=base_80)
+    assert (compare_along(laboratory, "kimg").verdict, compare_along(laboratory, "end").verdict) == verdicts
+    assert laboratory.promising() == promising
+
+
+def test_values_after_the_last_age_of_an_arm_are_ignored() -> None:
+    question = make_question(evaluate=(40, 80), own_ages={"other": (20, 40)})
+    trials = [make_trial(arm, 0, (9.0, 8.0), kimg=(40.0, end)) for arm, end in (("baseline", 80.0), ("other", 65.0))]
+    laboratory = Laboratory(question=question, trials=tuple(trials))
+    assert laboratory.values("baseline", FD, "screen")[0].kimg == (40, 80)
+    assert laboratory.values("other", FD, "screen")[0].kimg == (40,)
+
+
 # References.
 
 FAMILY = ("baseline", "parent", "child")
@@ -289,6 +423,17 @@ def test_a_trial_answers_a_question_with_all_metrics_and_ages() -> None:
     assert not trial.answers(make_question(metrics=(FD, "kid50k_full")))
     assert not make_trial("other", 0, (9, 8), kimg=(4.9, 10.0)).answers(make_question())
     assert make_trial("other", 0, (9, 8), kimg=(6.144, 10.24)).answers(make_question())  # batches of 2048
+
+
+def test_a_trial_answers_a_question_with_the_ages_of_its_arm() -> None:
+    question = make_question(evaluate=(10, 20), own_ages={"other": (5, 10)})
+    assert make_trial("other", 0, (9, 8), kimg=(5.0, 10.0)).answers(question)
+    assert not make_trial("other", 0, (9, 8), kimg=(10.0, 20.0)).answers(question)
+    assert not make_trial("baseline", 0, (9, 8), kimg=(5.0, 10.0)).answers(question)
+    assert make_trial("baseline", 0, (9, 8), kimg=(10.0, 20.0)).answers(question)
+    assert make_trial("other", 0, (9, 8), kimg=(5.0, 14.0)).answers(question)
+    assert not make_trial("other", 0, (9, 8), kimg=(5.0, 16.0)).answers(question)  # at most one interval late
+    assert not make_trial("removed", 0, (9, 8), kimg=(10.0, 20.0)).answers(question)
 
 
 def test_a_trial_replaces_an_earlier_one_of_its_arm_and_seed() -> None:
@@ -374,9 +519,16 @@ def small_laboratory() -> Laboratory:
 
 
 def test_a_laboratory_is_read_as_it_was_written(tmp_path: Path) -> None:
-    for laboratory in (small_laboratory(), family(3, 2, 1, metrics=(FD, "is50k")), slow_laboratory(device="H100")):
+    others = family(3, 2, 1, metrics=(FD, "is50k")), slow_laboratory(device="H100"), unequal()
+    for laboratory in (small_laboratory(), *others):
         laboratory.write(tmp_path)
         assert read_laboratory(tmp_path) == laboratory
+
+
+def test_a_laboratory_without_own_ages_is_written_as_before(tmp_path: Path) -> None:
+    recorded = Path(__file__).parent.parent / "docs" / "laboratories" / "what-helps"
+    read_laboratory(recorded).write(tmp_path)
+    assert (tmp_path / "laboratory.json").read_bytes() == (recorded / "laboratory.json").read_bytes()
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -397,6 +549,10 @@ CHANGES: dict[str, Change] = {
     "evaluate fractional": lambda content: content["question"].update(evaluate=[2.5]),
     "evaluate unsorted": lambda content: content["question"].update(evaluate=[10, 5]),
     "evaluate mixed": lambda content: content["question"].update(evaluate=[5, "10"]),
+    "ages of an arm empty": lambda content: content["question"]["arms"]["other"].update(evaluate=[]),
+    "ages of an arm a number": lambda content: content["question"]["arms"]["other"].update(evaluate=5),
+    "ages of an arm unsorted": lambda content: content["question"]["arms"]["other"].update(evaluate=[10, 5]),
+    "ages of an arm texts": lambda content: content["question"]["arms"]["other"].update(evaluate=["5"]),
     "metrics empty": lambda content: content["question"].update(metrics=[]),
     "metrics text": lambda content: content["question"].update(metrics="swd5k"),
     "metrics numbers": lambda content: content["question"].update(metrics=[5]),
@@ -560,6 +716,47 @@ def test_bars_and_line_breaks_stay_within_a_cell() -> None:
     assert "| other | `--set=a\\|b --glr=1` |\n" in to_markdown(laboratory)
 
 
+UNEQUAL = """\
+**fid10k_full at the end of each run, fresh seeds 100, 101, 102**
+
+| arm | values by seed | mean ± deviation | kimg | minutes | against | at equal kimg | at equal minutes \
+| at their ends |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| baseline | 24.00, 25.00, 26.00 | 25.00 ± 1.00 | 80 | 80.0 |  |  |  |  |
+| other | 19.00, 20.00, 21.00 | 20.00 ± 1.00 | 40 | 80.0 | baseline | -10.00 [-12.27, -7.73] **better** \
+| -5.00 [-7.27, -2.73] at 80 minutes **better** | -5.00 [-7.27, -2.73] at 40 and 80 kimg **better** |
+"""
+
+
+def test_the_table_shows_different_lengths_and_their_ends() -> None:
+    assert to_markdown(unequal(stage="confirm")).endswith(f"\n\n{UNEQUAL}")
+
+
+def test_the_title_of_a_table_has_the_length_of_all_arms() -> None:
+    ages = {"baseline": (2, 10), "other": (5, 10)}
+    laboratory = with_last_values(make_question(evaluate=(20,), own_ages=ages), "screen", {"other": LOW[:3]})
+    ((title, rows),) = result_tables(laboratory)
+    assert title.startswith(f"{FD} at 10 kimg, ")
+    assert "at their ends" not in rows[0]
+
+
+def test_arms_of_equal_length_have_no_cell_of_their_ends() -> None:
+    laboratory = with_long_arm(unequal())
+    trials = tuple(trial for trial in laboratory.trials if trial.arm != "other" or trial.seed == 0)
+    ((_, rows),) = result_tables(replace(laboratory, trials=trials))
+    assert [(row[0], row[3], row[8]) for row in rows[1:]] == [
+        ("baseline", "80", ""),
+        ("other", "40", "no comparison"),
+        ("long", "80", ""),
+    ]
+
+
+def test_runs_behind_the_last_age_of_their_arm_are_marked() -> None:
+    ((_, rows),) = result_tables(cut(unequal(), "other", 1))
+    assert rows[1][1] == "24.00, 25.00, 26.00"
+    assert rows[2][1] == "39.00 (at 20.032 kimg), 20.00, 21.00"
+
+
 # Charts and pages.
 
 
@@ -592,6 +789,7 @@ def unusual() -> Laboratory:
         constant,
         huge,
         unusual,
+        unequal,
         lambda: Laboratory(question=make_question()),  # no trials
         lambda: with_last_values(make_question(), "screen", {"other": (1.0,)}),  # no comparisons
         lambda: with_last_values(make_question(["baseline", *TWELVE[:4]]), "screen", {"arm3": (1.0, 2.0)}),
@@ -603,6 +801,70 @@ def test_charts_are_png_files(make: Callable[[], Laboratory]) -> None:
         assert image.format == "PNG"
         assert image.size[0] == 1375  # 12.5 inches
         assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collect the figures of charts instead of rendering them."""
+    collected: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **options: collected.append(figure))
+    return collected
+
+
+def texts_beside(figure: Any) -> list[str]:
+    """Return the texts beside the intervals of a chart: the heading and the verdicts."""
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def key_of(figure: Any) -> dict[str, tuple[str, str]]:
+    """Return the marker and its face in the key of a chart."""
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    return {
+        text.get_text(): (line.get_marker(), to_hex(line.get_markerfacecolor()))
+        for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
+    }
+
+
+def test_a_chart_shows_the_verdict_at_equal_kimg(figures: list[Any]) -> None:
+    draw_laboratory(small_laboratory(), FD)
+    assert texts_beside(figures[0]) == ["at equal kimg:", "promising"]
+    assert [*key_of(figures[0])] == ["first seeds, equal kimg", "first seeds, equal minutes"]
+
+
+def test_a_chart_of_different_lengths_shows_their_ends(figures: list[Any]) -> None:
+    """A diamond marks the difference of -5; equal minutes are drawn at the same place, with another marker."""
+    draw_laboratory(unequal(base_40=20.0), FD)
+    assert texts_beside(figures[0]) == ["at their ends:", "promising"]
+    key = key_of(figures[0])
+    assert [*key] == ["first seeds, equal kimg", "first seeds, equal minutes", "first seeds, at their ends"]
+    assert len({*key.values()}) == 3
+    lines = figures[0].axes[0].lines
+    assert [line.get_xdata()[0] for line in lines if line.get_marker() == "D"] == [pytest.approx(-5)]
+
+
+def test_rows_of_a_chart_state_the_ends_if_lengths_are_mixed(figures: list[Any]) -> None:
+    draw_laboratory(with_long_arm(unequal()), FD)
+    assert texts_beside(figures[0]) == ["at equal kimg:", "at their ends: promising", "not promising"]
+
+
+def test_the_mean_curve_of_each_arm_has_its_own_ages(figures: list[Any]) -> None:
+    question = make_question(evaluate=(20, 80), own_ages={"other": (40,)}, confirm=3)
+    draw_laboratory(replace(unequal(), question=question), FD)
+    baseline, other = (line.get_xydata() for line in figures[0].axes[1].lines if line.get_marker() == ".")
+    assert baseline == pytest.approx(np.array([(20, 50), (80, 25)]), rel=2e-3)
+    assert other == pytest.approx(np.array([(40, 20)]))
+
+
+def test_intervals_of_a_row_stay_apart_from_those_of_the_next(figures: list[Any]) -> None:
+    """Two stages along three axes are six intervals in a row, which is higher than a row of up to four."""
+    first, fresh = unequal(), unequal(stage="confirm")
+    draw_laboratory(first, FD)
+    draw_laboratory(replace(first, trials=(*first.trials, *fresh.trials)), FD)
+    heights = [line.get_ydata()[0] for line in figures[1].axes[0].lines if len(line.get_xdata()) == 2][:6]
+    assert len(set(heights)) == 6
+    assert max(map(abs, heights)) < 0.4
+    assert figures[1].get_figheight() - figures[0].get_figheight() == pytest.approx(0.22)
 
 
 def run_report(*arguments: str | Path) -> Result:

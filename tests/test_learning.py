@@ -44,6 +44,7 @@ baseline = ""
 lr = "--glr=0.01"
 both = { extends = "lr", options = "--dlr=0.01 --set 'a=b c'" }
 """
+SHORT = 'lr = { options = "--glr=0.01", evaluate = [2, 4] }'
 
 # Questions.
 
@@ -75,6 +76,43 @@ def test_the_questions_of_the_project_are_valid() -> None:
     assert files
     for file in files:
         assert question_file.read_question(file, **SETTINGS).baseline == "baseline"
+
+
+def test_an_arm_extends_the_options_but_not_the_ages(tmp_path: Path) -> None:
+    path = write_question(tmp_path, GOOD.replace('lr = "--glr=0.01"', SHORT))
+    question = question_file.read_question(path, **SETTINGS)
+    assert question.arms["lr"] == Arm(options="--glr=0.01", against="baseline", evaluate=(2, 4))
+    assert question.arms["both"].evaluate is None
+    assert {arm: question.ages(arm) for arm in question.arms} == {"baseline": (5, 10), "lr": (2, 4), "both": (5, 10)}
+
+
+@pytest.mark.parametrize(
+    ("ages", "message"),
+    [
+        ("[]", "evaluate = []: list whole numbers of kimg in ascending order"),
+        ("[4, 2]", "evaluate = [4, 2]: list whole numbers"),
+        ("[0, 2]", "evaluate = [0, 2]: list whole numbers"),
+        ("[2.5]", "evaluate = [2.5]: list whole numbers"),
+        ("['2']", "evaluate = ['2']: list whole numbers"),
+        ("5", "evaluate is not a list of ages"),
+        ("'5'", "evaluate is not a list of ages"),
+        ("[1, 101]", "evaluate = [1, 101]: the interval of snapshots is 1 kimg, the greatest common divisor"),
+    ],
+)
+def test_invalid_ages_of_an_arm_are_refused(tmp_path: Path, ages: str, message: str) -> None:
+    path = write_question(tmp_path, GOOD.replace('lr = "--glr=0.01"', SHORT.replace("[2, 4]", ages)))
+    with pytest.raises(UserError) as caught:
+        question_file.read_question(path, **SETTINGS)
+    assert str(caught.value).startswith(f"{path}: arm lr: {message}")
+    assert str(caught.value).endswith("; docs/learning.md describes the file")
+
+
+def test_snapshots_are_counted_for_each_arm(tmp_path: Path) -> None:
+    """Ages of 1 kimg and of 150 kimg together would need more than 100 snapshots."""
+    path = write_question(tmp_path, GOOD.replace('"--glr=0.01"', '{ options = "", evaluate = [1, 100] }'))
+    path.write_text(path.read_text().replace("[5, 10]", "[75, 150]"))
+    question = question_file.read_question(path, **SETTINGS)
+    assert (question.step("lr"), question.step("both")) == (1, 75)
 
 
 def test_base_is_optional(tmp_path: Path) -> None:
@@ -293,6 +331,54 @@ def test_each_trial_is_a_run_of_train_py(lab: Path, fake: FakeScripts) -> None:
         *("arm baseline", "arm good", "arm same"),
         *("arm baseline", "arm good"),  # before the fresh seeds
     ]
+
+
+def test_trials_have_the_length_of_their_arm(lab: Path, fake: FakeScripts) -> None:
+    """The value of `good` after 6 kimg is 44, that of the baseline after 10 kimg is 90."""
+    write_question(lab.parent, ARMS.replace('"--glr=1"', '{ options = "--glr=1", evaluate = [4, 6] }'))
+    rows = results(learning.main, *arguments(lab))
+    trained = {label: {*options} for label, script, options in fake.calls if script == "train.py"}
+    assert trained["good, seed 101"] >= {"--kimg=6", "--tick=2"}
+    assert trained["baseline, seed 101"] >= {"--kimg=10", "--tick=5"}
+    measured = [
+        (label, Path(options[0]).stem[-6:]) for label, script, options in fake.calls if script == "calc_metrics.py"
+    ]
+    assert [age for label, age in measured if label == "good, seed 101"] == ["000004", "000006"]
+    assert [age for label, age in measured if label == "baseline, seed 101"] == ["000005", "000010"]
+    (row,) = (row for row in rows if (row["stage"], row["axis"]) == ("confirm", "end"))
+    assert (row["arm"], row["at"], row["interval"]["estimate"], row["verdict"]) == ("good", 6, -46, "better")
+    fake.calls.clear()
+    assert results(learning.main, *arguments(lab)) == rows
+    assert fake.calls == []
+
+
+def test_without_screening_all_arms_get_fresh_seeds(lab: Path, fake: FakeScripts) -> None:
+    rows = results(learning.main, *arguments(lab, "--screen=0"))
+    laboratory = read_laboratory(lab)
+    assert laboratory.question.seeds == {"screen": (), "confirm": (100, 101)}
+    arms = ("baseline", "good", "same")
+    assert cells(laboratory) == [(arm, seed) for arm in arms for seed in (100, 101)]
+    assert {(row["stage"], row["arm"]) for row in rows} == {("confirm", "good"), ("confirm", "same")}
+
+
+def test_without_screening_chosen_arms_get_fresh_seeds(lab: Path, fake: FakeScripts) -> None:
+    write_question(lab.parent, f"{ARMS}fresh = {{ extends = 'same', options = '--dlr=3' }}\n")
+    run_learning(lab, "--screen=0", "--arms=fresh")
+    assert {arm for arm, _ in cells(read_laboratory(lab))} == {"baseline", "same", "fresh"}
+
+
+def test_a_laboratory_has_seeds_of_at_least_one_stage(lab: Path, fake: FakeScripts) -> None:
+    for options, message in (
+        (("--screen=1",), "--screen=1: an interval needs at least 2 seeds; 0 omits this stage"),
+        (("--screen=0", "--confirm=0"), "--screen=0 --confirm=0: no stage remains; specify the seeds of at least one"),
+    ):
+        outcome = run_learning(lab, *options)
+        assert outcome.exit_code == 2
+        assert outcome.stderr == f"Error: {message}\n"
+    assert not lab.exists()
+    assert "0: no screening, all arms are confirmed" in " ".join(
+        CliRunner().invoke(learning.main, "--help").output.split()
+    )
 
 
 def test_seeds_of_the_stages_are_disjoint(lab: Path, fake: FakeScripts) -> None:
