@@ -26,6 +26,7 @@ from training.networks.generator import Generator, GeneratorConfig
 from training.networks.r3gan import R3GANConfig
 from training.networks.r3gan_discriminator import R3GANDiscriminatorConfig
 from training.networks.styleformer import StyleformerConfig
+from training.networks.styleformer2 import Styleformer2Config
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.styleformer_discriminator import StyleformerDiscriminatorConfig
 from training.networks.stylegan2 import StyleGAN2Config
@@ -40,6 +41,7 @@ CONFIGS: dict[str, GeneratorConfig | DiscriminatorConfig] = {
     "styleformer 128 px, linformer": StyleformerConfig(
         widths=(512, 256, 128, 64, 32), layers=(1, 2, 1, 1, 1), linformer=True
     ),
+    "styleformer2 32 px": Styleformer2Config(),
     "styleformer-c 128 px": StyleformerCConfig(),
     "stylegan2 32 px": StyleGAN2Config(),
     "transgan 32 px": TransGANConfig(z_dim=256, w_dim=256),

@@ -77,8 +77,8 @@ applies to each item.
 PRESETS_HEADER = """The last column lists all other differences from `auto` for networks of the same families.
 
 The schedule of `cifar` for Styleformer's released models is inferred from the sizes of their files; the widths and the
-schedule of `styleformer-c256` are this project's choice; [transgan.md](transgan.md) and [r3gan.md](r3gan.md) list
-the inferred values of the other papers' presets.
+schedule of `styleformer-c256` are this project's choice, and so is [Styleformer2](styleformer2.md);
+[transgan.md](transgan.md) and [r3gan.md](r3gan.md) list the inferred values of the other papers' presets.
 """
 
 

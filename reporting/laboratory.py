@@ -99,7 +99,7 @@ class Question:
 
     @property
     def has_equal_lengths(self) -> bool:
-        """Whether the runs of all arms end at the same age."""
+        """Return whether the runs of all arms end at the same age."""
         return len({self.length(arm) for arm in self.arms}) == 1
 
     def options(self, arm: str) -> str:

@@ -65,8 +65,8 @@ def ref_feed_forward(x: Array, state: State) -> Array:
     return np.einsum("bni,oi->bno", hidden, state["weight2"]) + state["bias2"]
 
 
-def ref_torgb_tokens(x: Array, w: Array, state: State) -> Array:
-    W = np.einsum("oi,bi->boi", state["weight"], ref_fc(w, below(state, "affine.")))
+def ref_torgb_tokens(x: Array, w: Array, state: State, multiplier: float = 1.0) -> Array:
+    W = np.einsum("oi,bi->boi", state["weight"], ref_fc(w, below(state, "affine."), multiplier))
     W = W / np.sqrt((W**2).sum(axis=2, keepdims=True) + 1e-8)
     return np.einsum("bni,boi->bno", x, W) + state["bias"]
 

@@ -26,6 +26,7 @@ Settings = dict[str, Any]
 # Fields that make each family small, for images of 16x16.
 G_SETTINGS: dict[str, Settings] = {
     "styleformer": {"widths": (16, 8), "layers": (1, 1)},
+    "styleformer2": {"widths": (16, 8), "layers": (1, 1), "lr_width": 8},
     "stylegan2": {"channel_base": 128, "channel_max": 8},
     "styleformer-c": {"handover": 8, "widths": (16,), "layers": (1,), "channel_base": 128, "channel_max": 8},
     "transgan": {"widths": (16, 4), "layers": (1, 1), "num_heads": 2, "full_upto": 8, "window": 8},
@@ -41,6 +42,7 @@ D_SETTINGS: dict[str, Settings] = {
 # Changes for images of 32x32, for families in which `fit` does not choose the number of resolutions.
 G_DOUBLED: dict[str, Settings] = {
     "styleformer": {"widths": (16, 8, 8), "layers": (1, 1, 1)},
+    "styleformer2": {"widths": (16, 8, 8), "layers": (1, 1, 1)},
     "transgan": {"widths": (16, 4, 4), "layers": (1, 1, 1)},
     "r3gan": {"widths": (16, 16, 8, 8), "layers": (1, 1, 1, 1)},
 }
@@ -54,6 +56,11 @@ G_VARIANTS: dict[str, dict[str, Settings]] = {
     "styleformer": {
         "linformer": {"linformer": True, "linformer_k": 5, "linformer_min_tokens": 64},
         "ablations": {"ffn": True, "layernorm": "after", "style_attention": False, "residual": False},
+    },
+    "styleformer2": {
+        "linformer": {"linformer": True, "linformer_k": 5, "linformer_min_tokens": 64},
+        "parts": {"sine_input": False, "mlp_ratio": 0, "qk_norm": False},
+        "heads": {"multi_level": True, "mlp_kernel": 1},
     },
     "stylegan2": {"resnet": {"architecture": "resnet"}, "orig": {"architecture": "orig"}},
     "styleformer-c": {"linformer": {"linformer": True, "linformer_k": 5, "linformer_min_tokens": 64}},
@@ -77,7 +84,12 @@ D_VARIANTS: dict[str, dict[str, Settings]] = {
 }
 
 # Number of parameters of each family with its default configuration.
-G_PARAMETERS = {"styleformer": 1_438_064, "stylegan2": 19_947_539, "styleformer-c": 7_531_928}
+G_PARAMETERS = {
+    "styleformer": 1_438_064,
+    "styleformer2": 2_416_410,
+    "stylegan2": 19_947_539,
+    "styleformer-c": 7_531_928,
+}
 G_PARAMETERS |= {"transgan": 100_064_623, "r3gan": 20_732_160, "film": 936_899}
 D_PARAMETERS = {"stylegan2": 21_507_073, "styleformer": 12_701_697, "transgan": 10_210_393, "r3gan": 20_683_776}
 

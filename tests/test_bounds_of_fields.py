@@ -47,7 +47,7 @@ SHAPES = {
     "img_size",
     "full_upto",
 }
-DEPENDENT = SHAPES | {"z_dim", "w_dim", "mode"}
+DEPENDENT = SHAPES | {"z_dim", "w_dim", "mode", "mlp_kernel"}
 
 
 def identify(value: Any) -> str:

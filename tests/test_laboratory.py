@@ -288,7 +288,7 @@ def test_intervals_at_the_ends_are_those_of_scipy() -> None:
 
 
 def test_arms_of_equal_length_are_not_compared_at_their_ends() -> None:
-    """Their ages before the last one may differ."""
+    """Ages before the last one may differ."""
     trials = [make_trial(arm, seed, (9.0 + seed, 8.0 + seed)) for arm in ("baseline", "other") for seed in range(3)]
     laboratory = Laboratory(question=make_question(own_ages={"other": (2, 10)}), trials=tuple(trials))
     assert {item.axis for item in laboratory.comparisons(FD)} == {"kimg", "minutes"}

@@ -218,7 +218,7 @@ def test_float16_weights_of_any_scale_do_not_overflow() -> None:
     block = EncoderBlock(TINY, (2, 3), 8, 12)
     x, w = torch.randn(3, 6, 8), torch.randn(3, 6)
     with torch.no_grad():
-        for weight in block.demodulated_weights():
+        for weight, _ in block.demodulated_maps():
             weight *= 1e5
         expected = run_block(block, x, w, "none")
         with execution.using(reduced=torch.float16):
@@ -304,7 +304,7 @@ def test_forward_hooks_can_read_the_attention_weights() -> None:
 
 
 def test_torgb_equals_the_reference() -> None:
-    torgb = StyleformerToRGB(8, 3, 6).double()
+    torgb = StyleformerToRGB(8, 3, FullyConnected(6, 8, bias_init=1.0)).double()
     randomize(torgb)
     x, w = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     style = torgb.affine(w)

@@ -100,6 +100,8 @@ def test_the_size_of_a_preset_equals_the_size_in_its_name() -> None:
         ({"family": "transgan"}, (178, 218), "which the generator of --cfg=tiny with --gen=transgan does not support"),
         ({"family": "r3gan"}, (48, 48), "--cfg=tiny with --gen=r3gan does not support: rebuild the "
          "dataset with --width=32 --height=32, or give --base=12"),
+        ({"family": "styleformer2"}, (50, 38), "--cfg=tiny with --gen=styleformer2 does not support: rebuild the "
+         "dataset with --width=32 --height=32"),
         ({"family": "styleformer-c"}, (32, 32), "with --width=64 --height=64, or give --set generator.handover=16"),
         ({"family": "transgan", "base": (12, 12)}, (32, 32), "base=(12, 12): cannot be doubled to"),
         ({"widths": (64, 64, 64)}, (128, 128), "widths=(64, 64, 64): does not produce images of 128x128"),
@@ -144,7 +146,7 @@ def test_size_errors_of_the_discriminator_name_the_options(
 
 def test_all_families_are_covered() -> None:
     """A new family needs test cases above."""
-    assert set(GENERATORS) == {"styleformer", "stylegan2", "styleformer-c", "transgan", "r3gan"}
+    assert set(GENERATORS) == {"styleformer", "stylegan2", "styleformer-c", "styleformer2", "transgan", "r3gan"}
     assert set(DISCRIMINATORS) == {"stylegan2", "styleformer", "transgan", "r3gan"}
 
 

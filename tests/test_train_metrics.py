@@ -241,6 +241,7 @@ def test_overfitting_is_computed_from_mean_logits(shapes_zip: Path) -> None:
     trainer: Any = SimpleNamespace(
         dataset=training, device=torch.device("cpu"), batch_gpu=8, G=generator, D=brightness,
         augment=lambda img: img, config=SimpleNamespace(seed=0), state=SimpleNamespace(nimg=0),
+        gan=SimpleNamespace(repeat_for_rgb_heads=lambda img: img),
     )  # fmt: skip
     hooks.Overfitting(held_out).on_tick(trainer, tick)
     values = tick.values

@@ -27,6 +27,7 @@ from training.networks.generator import GeneratorConfig
 from training.networks.r3gan import R3GANConfig
 from training.networks.r3gan_discriminator import R3GANDiscriminatorConfig
 from training.networks.styleformer import StyleformerConfig
+from training.networks.styleformer2 import Styleformer2Config
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 from training.networks.transgan import TransGANConfig
@@ -229,6 +230,7 @@ def _presets() -> dict[str, TrainConfig]:
         "paper512": override(stylegan2, _paper("paper512", batch=64, mbstd=8, fmaps=1, lr=0.0025, gamma=0.5, ema=20)),
         "paper1024": override(stylegan2, _paper("paper1024", batch=32, mbstd=4, fmaps=1, lr=0.002, gamma=2, ema=10)),
         "cifar": cifar,
+        "styleformer2": _styleformer2(cifar),
         "cifar-stylegan2": replace(
             cifar, preset="cifar-stylegan2", generator=StyleGAN2Config(resolutions=None), batch_size=64
         ),
@@ -282,6 +284,13 @@ def _styleformer(
         "generator.linformer": linformer,
         "augment.max_p": 0.7 if linformer else 1.0,
     }
+
+
+def _styleformer2(cifar: TrainConfig) -> TrainConfig:
+    """Styleformer2 in place of Styleformer, with smaller latents and batches (docs/styleformer2.md)."""
+    generator = Styleformer2Config(z_dim=64, w_dim=128, **Styleformer2Config.AUTO)
+    smaller = {"preset": "styleformer2", "batch_size": 8, "discriminator.mbstd_group_size": 8}
+    return override(replace(cifar, generator=generator), smaller)
 
 
 def _compositional(stylegan2: TrainConfig) -> TrainConfig:
@@ -599,7 +608,6 @@ def resolve(config: TrainConfig, env: Environment) -> TrainConfig:
         "run.graphs": _chooses_graphs(config.run, env) if config.run.graphs is None else config.run.graphs,
         "generator.img_channels": channels,
         "generator.c_dim": env.c_dim,
-        "discriminator.img_channels": channels,
         "discriminator.c_dim": env.c_dim,
         "g_optimizer.lr": config.g_optimizer.lr or lr,
         "d_optimizer.lr": config.d_optimizer.lr or lr,
@@ -610,6 +618,8 @@ def resolve(config: TrainConfig, env: Environment) -> TrainConfig:
     resolved = override(config, values)
     resolved = replace(resolved, loss=resolved.loss.fit(resolution, batch_size, precision))
     resolved = _fit_networks(resolved, env)
+    # The number of RGB heads may depend on the image size.
+    resolved = override(resolved, {"discriminator.img_channels": channels * resolved.generator.num_rgb_heads})
     if is_auto:
         resolved = override(resolved, {"run.batch_gpu": next(iter(micro_batches(resolved)), batch_gpu)})
     _check_batches(resolved)

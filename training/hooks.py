@@ -22,6 +22,7 @@ from torch_utils.misc import seed_step
 from torch_utils.signals import Signals
 from training.dataset import ImageDataset, encode_labels
 from training.loggers import Loggers
+from training.networks import execution
 from training.saving import Saver
 from training.training_loop import Tick, Trainer
 
@@ -235,9 +236,11 @@ class Overfitting(Hook):
             indices = order[torch.arange(position, position + batch) % len(order)]
             c = encode_labels(dataset.labels[indices].to(trainer.device), trainer.G.c_dim)
             if source is None:
-                img = trainer.G(torch.randn([batch, trainer.G.z_dim], device=trainer.device), c, noise_mode="random")
+                z = torch.randn([batch, trainer.G.z_dim], device=trainer.device)
+                with execution.using(all_rgb_heads=True):
+                    img = trainer.G(z, c, noise_mode="random")
             else:
-                img = source.images(indices).to(trainer.device).float() / 127.5 - 1
+                img = trainer.gan.repeat_for_rgb_heads(source.images(indices).to(trainer.device).float() / 127.5 - 1)
             logits = trainer.D(trainer.augment(img), c).double()
             sums += torch.stack([logits.sum(), logits.sign().sum()])
         score, sign = (distributed.all_reduce(sums) / (rounds * per_round)).tolist()

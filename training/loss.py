@@ -37,7 +37,7 @@ class LossTerms:
     means: dict[str, Tensor] = field(default_factory=dict)
 
 
-Loss = Callable[[Tensor, Tensor], LossTerms]  # (real images, labels) -> terms
+Loss = Callable[[Tensor, Tensor], LossTerms]  # (real images, repeated for all RGB heads; labels) -> terms
 Losses = tuple[Loss, Loss]  # losses of G_main and D_main
 
 
@@ -51,6 +51,7 @@ class GAN:
     labels: Tensor  # labels of all training images: class indices (items,) or vectors (items, c_dim)
     style_mixing: float
     pl_mean: Tensor  # scalar: running mean of the path length
+    num_rgb_heads: int = 1  # of G: number of images per latent that D judges together
     group_size: int = 0  # of D, see DiscriminatorConfig.group_size
     paired_augment: bool = False  # the same augmentation for the two images of a pair
     pseudo_augment: bool = False  # see `reals`
@@ -105,11 +106,16 @@ class GAN:
         return torch.where(from_other[:, None], other, ws), mean_w
 
     def generate(self, count: int, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return generated images, their labels (c, or random labels if c is None) and the mean w."""
+        """Return generated images of all RGB heads, their labels (c; random if c is None) and the mean w."""
         z, drawn = self.sample_latents(count)
         c = drawn if c is None else c
         ws, mean_w = self.sample_styles(z, c)
-        return self.synthesize(ws, noise_mode="random"), c, mean_w
+        with execution.using(all_rgb_heads=True):
+            return self.synthesize(ws, noise_mode="random"), c, mean_w
+
+    def repeat_for_rgb_heads(self, img: Tensor) -> Tensor:
+        """Repeat real images (B, C, H, W) for every RGB head of G, as D judges them: (B, num_rgb_heads C, H, W)."""
+        return img if self.num_rgb_heads == 1 else torch.cat([img] * self.num_rgb_heads, dim=1)
 
     def reals(self, img: Tensor, c: Tensor) -> Tensor:
         """Return the images (B, C, H, W) that D learns to call real: `img`, with labels c (B, c_dim).

@@ -54,7 +54,7 @@ def consistency(gan: GAN, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         fake, fake_c, _ = gan.generate(len(img))
         images = torch.cat([fake, img])
         with execution.using(minibatches=2):
-            images = torch.cat([images, gan.augment(images)])
+            images = torch.cat([gan.augment.without_transforms(images), gan.augment(images)])
     with execution.using(minibatches=4):
         plain, augmented = gan.discriminate(images, torch.cat([fake_c, c]).repeat(2, 1)).chunk(2)
     of_fake, of_real = (plain - augmented).square().chunk(2)

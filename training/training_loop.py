@@ -20,7 +20,8 @@ from torch_utils.graphs import GraphPool
 from torch_utils.misc import peak_memory, seed_step
 from torch_utils.stats import Stat, Stats, moments
 from torch_utils.timing import Stopwatch
-from training.augment.pipe import AdaController, AugmentPipe
+from training.augment.pipe import AdaController
+from training.augment.rgb_heads import build_pipe
 from training.config import TrainConfig, schedules
 from training.dataset import ImageDataset, batches, encode_labels, fits_on_gpu, resident_batches
 from training.ema import EMA
@@ -163,7 +164,7 @@ class Trainer:
         self.D: Any = config.discriminator.build().to(device).to(memory_format=memory_format)
         self.ema = EMA(self.G, config.ema)
         self.profiles = PowerEMA(self.G, config.ema.profiles, run_id(config))
-        self.augment = AugmentPipe(config.augment, dataset.img_shape).to(device)
+        self.augment = build_pipe(config.augment, dataset.img_shape, config.generator.num_rgb_heads).to(device)
         self.ada = AdaController(config.augment, self.augment)
         self.pl_mean = RunningMean(torch.zeros([], device=device), config.loss.pl_decay)
         self.w_avg = RunningMean(self.G.mapping.w_avg, config.w_avg_rate)
@@ -219,6 +220,7 @@ class Trainer:
             labels=self.dataset.labels.to(self.device),
             style_mixing=config.loss.style_mixing,
             pl_mean=self.pl_mean.value,
+            num_rgb_heads=config.generator.num_rgb_heads,
             group_size=config.discriminator.group_size,
             paired_augment=config.augment.paired,
             pseudo_augment=config.augment.mode == "apa",
@@ -325,7 +327,7 @@ class Trainer:
         """Accumulate the gradient and the batch means of a micro-batch; return the moments of its statistics."""
         share = self.batch_gpu * distributed.world_size() / self.batch_size
         with execution.using(weights=phase.weights), phase.weights.filled():
-            terms = phase.loss(img, c)
+            terms = phase.loss(self.gan.repeat_for_rgb_heads(img), c)
             phase.updater.gradients.add(terms.loss * (phase.weight * share))
         phase.means.add(terms, share)
         return tuple(terms.stats), moments([*terms.stats.values()])

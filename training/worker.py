@@ -171,7 +171,8 @@ def _describe(trainer: Trainer) -> str:
     lines += [f"Note: {note}" for note in data.notes]
     if data.has_labels and not trainer.config.data.use_labels:
         lines.append("NOTE: THE DATASET HAS LABELS, AND THEY ARE NOT USED. For a conditional model give --cond.")
-    z, c, img = (torch.zeros([1, *shape], device=trainer.device) for shape in ([G.z_dim], [G.c_dim], G.img_shape))
+    shapes = ([G.z_dim], [G.c_dim], trainer.D.img_shape)
+    z, c, img = (torch.zeros([1, *shape], device=trainer.device) for shape in shapes)
     lines += ["", module_summary(G, [z, c]), "", module_summary(trainer.D, [img, c]), ""]
     return "\n".join(lines)
 

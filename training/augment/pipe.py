@@ -128,6 +128,10 @@ class AugmentPipe(nn.Module):
             images = stage.transform(images, parameters)
         return images
 
+    def without_transforms(self, images: Tensor) -> Tensor:
+        """Return images as D sees them without augmentation."""
+        return images
+
     def _transforms(self) -> list[Transform]:
         return cast(list[Transform], [*self.stages])
 

@@ -12,6 +12,7 @@ from training.networks.generator import GeneratorConfig
 from training.networks.r3gan import R3GANConfig
 from training.networks.r3gan_discriminator import R3GANDiscriminatorConfig
 from training.networks.styleformer import StyleformerConfig
+from training.networks.styleformer2 import Styleformer2Config
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.styleformer_discriminator import StyleformerDiscriminatorConfig
 from training.networks.stylegan2 import StyleGAN2Config
@@ -23,6 +24,7 @@ GENERATORS: dict[str, type[GeneratorConfig]] = {
     "styleformer": StyleformerConfig,
     "stylegan2": StyleGAN2Config,
     "styleformer-c": StyleformerCConfig,
+    "styleformer2": Styleformer2Config,
     "transgan": TransGANConfig,
     "r3gan": R3GANConfig,
 }

@@ -109,16 +109,39 @@ class SelfAttention(Attention):
             self.token_projection = nn.Parameter(torch.empty(projected_tokens, num_tokens).uniform_(-bound, bound))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = self._split(q), self._split(self._project(k)), self._split(self._project(v))  # (B, H, N or k, D)
-        return attend(q, k, v).transpose(1, 2).flatten(2)
+        q, k = self.queries_and_keys(q, k)
+        return attend(q, k, self._split(self._project(v))).transpose(1, 2).flatten(2)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Return the attention weights that `forward` applies to the (projected) values, (B, H, N, N or k)."""
-        q, k = self._split(q), self._split(self._project(k))
+        q, k = self.queries_and_keys(q, k)
         return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)
+
+    def queries_and_keys(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries (B, H, N, D) and the (projected) keys (B, H, N or k, D) of the heads."""
+        return self._split(q), self._split(self._project(k))
 
     def _project(self, x: Tensor) -> Tensor:
         return x if self.token_projection is None else effective(self.token_projection, x.dtype) @ x
 
     def _split(self, x: Tensor) -> Tensor:
         return split_heads(x, self.num_heads)
+
+
+class NormalizedSelfAttention(SelfAttention):
+    """Self-attention with normalised queries and keys (Henry et al. 2020, "Query-key normalization").
+
+        softmax(t q k^T / (|q| |k|)) v        per head
+
+    The temperature t is learned for each head as t / sqrt(D), initially 1: the logits then start within +-sqrt(D),
+    whatever the scale of the queries and keys becomes.
+    """
+
+    def __init__(self, num_heads: int, num_tokens: int, projected_tokens: int | None = None) -> None:
+        super().__init__(num_heads, num_tokens, projected_tokens)
+        self.temperature = nn.Parameter(torch.ones(num_heads))
+
+    def queries_and_keys(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = super().queries_and_keys(q, k)
+        q, k = (F.rms_norm(x, x.shape[3:], eps=1e-6) for x in (q, k))
+        return q * effective(self.temperature, q.dtype)[:, None, None], k

@@ -33,7 +33,9 @@ class DiscriminatorConfig(ABC):
     that all fields are resolved.
     """
 
-    img_channels: int = setting(3, "Number of image channels; determined by the dataset.", at_least=1)
+    img_channels: int = setting(
+        3, "Number of input channels: image channels times RGB heads of G; determined by dataset and G.", at_least=1
+    )
     img_size: tuple[int, int] = setting(
         (32, 32),
         "Height and width of the images; determined by the dataset.",

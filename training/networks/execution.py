@@ -36,7 +36,8 @@ class Execution:
     of effective weights; None: layers compute them at every call. `attention`: backend of PyTorch's attention, "auto"
     or a key of attention.BACKENDS. `shared_styles`: compute the styles of all layers together if one w is expanded to
     them, even with gradients; these reach w, but not each style separately. `slicing`: a SlicingHead of D returns its
-    logits twice, with gradients for its two losses.
+    logits twice, with gradients for its two losses. `all_rgb_heads`: a generator with several RGB heads returns the
+    images of all of them, concatenated along the channels, the last one first.
     """
 
     reduced: torch.dtype | None = None
@@ -49,6 +50,7 @@ class Execution:
     attention: str = "auto"
     shared_styles: bool = False
     slicing: bool = False
+    all_rgb_heads: bool = False
 
 
 current = Execution()

@@ -83,6 +83,11 @@ class GeneratorConfig(ABC):
         """Grid of the first block or convolution that reads each style; () if the family does not define the grids."""
         return ()
 
+    @property
+    def num_rgb_heads(self) -> int:
+        """Number of images per latent in D's input; `execution.current.all_rgb_heads` requests them."""
+        return 1
+
     def style_groups(self) -> dict[str, tuple[int, ...]]:
         """Return the style indices of the groups coarse, middle and fine: the thirds of the resolutions, in order.
 
@@ -272,7 +277,11 @@ class Synthesis(nn.Module, ImageShape, ABC):
 
     @abstractmethod
     def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
-        """Synthesize images (B, img_channels, H, W), in float32, from styles ws (B, num_ws, w_dim)."""
+        """Synthesize images (B, img_channels, H, W), in float32, from styles ws (B, num_ws, w_dim).
+
+        If `execution.current.all_rgb_heads` is set, a family with several RGB heads returns the images of all of them
+        at full size, the last one first: (B, num_rgb_heads img_channels, H, W).
+        """
 
 
 def check_synthesis_inputs(ws: Tensor, num_ws: int, w_dim: int, noise_mode: str) -> None:

@@ -24,7 +24,7 @@ def read_styles(readers: Sequence[Reader], ws: Tensor) -> dict[FullyConnected, T
     if not (_is_one_w(ws) and _can_share_a_product(layers)):
         return {affine: affine(ws[:, index]) for affine, index in readers}
     weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-    styles = F.linear(ws[:, 0] * layers[0].weight_gain, weight, bias)
+    styles = F.linear(ws[:, 0] * layers[0].weight_gain, weight, bias * layers[0].bias_gain)
     return dict(zip(layers, styles.split([len(layer.bias) for layer in layers], dim=1), strict=True))
 
 
@@ -38,7 +38,7 @@ def _can_share_a_product(layers: Sequence[FullyConnected]) -> bool:
     """Return whether the layers are linear with equal gains, and no forward hook waits for a call of one of them."""
     is_alike = {(layer.activation, layer.bias_gain, layer.weight_gain) for layer in layers}
     has_hooks = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-    return is_alike == {("linear", 1.0, layers[0].weight_gain)} and not has_hooks
+    return is_alike == {("linear", layers[0].bias_gain, layers[0].weight_gain)} and not has_hooks
 
 
 def demodulations(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

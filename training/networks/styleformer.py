@@ -51,14 +51,13 @@ LayerNormPlace = Literal["before", "after"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StyleformerConfig(StagedConfig):
-    """Configuration of a Styleformer generator for images of base * 2^(len(widths) - 1) pixels.
+class EncoderConfig(StagedConfig):
+    """Configuration of the encoder blocks of a generator, for images of base * 2^(len(widths) - 1) pixels.
 
     `widths` and `layers` hold the hidden size and the number of encoder blocks of each resolution, from the base grid
     up. A block has max(minimum_head, width // depth) heads. With `linformer`, blocks with at least
     `linformer_min_tokens` tokens attend to `linformer_k` projected tokens. `fit` chooses `widths` and `layers` if they
-    are (), and `linformer` if it is None. `ffn`, `layernorm`, `style_attention` and `residual` select the ablations of
-    the paper (see `AblatedEncoderBlock`).
+    are (), and `linformer` if it is None.
     """
 
     widths: tuple[int, ...] = setting(
@@ -76,12 +75,6 @@ class StyleformerConfig(StagedConfig):
     )
     linformer_k: int = setting(256, "Number of tokens to which Linformer projects keys and values.", at_least=1)
     linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer attention.", at_least=1)
-    ffn: bool = setting(False, "Add a feed-forward network to every encoder block (ablation).")
-    layernorm: LayerNormPlace = setting(
-        "before", "Position of LayerNorm: before the Q, K, V projection or after attention (ablation)."
-    )
-    style_attention: bool = setting(True, "Modulate the input of attention in addition to its values (ablation).")
-    residual: bool = setting(True, "Residual connection from the values to the attention output (ablation).")
 
     AUTO: ClassVar[Mapping[str, Any]] = {**StagedConfig.AUTO, "linformer": None}
 
@@ -142,6 +135,21 @@ class StyleformerConfig(StagedConfig):
         """Return the default hidden sizes and numbers of blocks for `count` resolutions."""
         return DEFAULT_WIDTHS.get(count, DEFAULT_WIDTHS[max(DEFAULT_WIDTHS)])
 
+
+@dataclass(frozen=True, kw_only=True)
+class StyleformerConfig(EncoderConfig):
+    """Configuration of a Styleformer generator.
+
+    `ffn`, `layernorm`, `style_attention` and `residual` select the ablations of the paper (see `AblatedEncoderBlock`).
+    """
+
+    ffn: bool = setting(False, "Add a feed-forward network to every encoder block (ablation).")
+    layernorm: LayerNormPlace = setting(
+        "before", "Position of LayerNorm: before the Q, K, V projection or after attention (ablation)."
+    )
+    style_attention: bool = setting(True, "Modulate the input of attention in addition to its values (ablation).")
+    residual: bool = setting(True, "Residual connection from the values to the attention output (ablation).")
+
     def build(self) -> Generator:
         """Build the generator, initialized from torch's global RNG."""
         self.require_widths()
@@ -154,9 +162,9 @@ class StyleformerToRGB(nn.Module):
     y_o = (sum_i W_oi s_i x_i) (sum_i (W_oi s_i)^2 + 1e-8)^(-1/2) + b_o,   s = affine(w)
     """
 
-    def __init__(self, in_features: int, img_channels: int, w_dim: int) -> None:
+    def __init__(self, in_features: int, img_channels: int, affine: FullyConnected) -> None:
         super().__init__()
-        self.affine = FullyConnected(w_dim, in_features, bias_init=1.0)
+        self.affine = affine
         self.weight = uniform_weight(img_channels, in_features)
         self.bias = nn.Parameter(torch.zeros(img_channels))
 
@@ -183,23 +191,37 @@ class Upsampling(Resampling):
 class StyleformerStage(nn.Module):
     """Synthesis stage at one resolution: position embedding, encoder blocks, ToRGB, upsampling."""
 
+    blocks: nn.ModuleList
     resample_filter: Tensor
 
-    def __init__(self, config: StyleformerConfig, index: int) -> None:
+    def __init__(self, config: Any, index: int) -> None:
         super().__init__()
         is_last = index + 1 == len(config.widths)
         self.grid = config.grids[index]
         self.place = "{}x{}".format(*self.grid)
-        width = config.widths[index]
-        out_width = width if is_last else config.widths[index + 1]  # the last block projects to the next width
-        num_blocks = config.layers[index]
-        out_widths = [width] * (num_blocks - 1) + [out_width]
-        self.pos_embedding = nn.Parameter(torch.zeros(1, math.prod(self.grid), width))
-        block_class = AblatedEncoderBlock if is_ablated(config) else EncoderBlock
-        self.blocks = nn.ModuleList(block_class(config, self.grid, width, out) for out in out_widths)
-        self.torgb = StyleformerToRGB(out_width, config.img_channels, config.w_dim)
+        out_width = self.build_blocks(config, index)
+        self.torgb = StyleformerToRGB(out_width, config.img_channels, self.build_affine(config, out_width))
         self.register_buffer("resample_filter", resample_filter(), persistent=False)
         self.upsampling: nn.Module = nn.Identity() if is_last else Upsampling(self.grid)
+
+    def build_blocks(self, config: Any, index: int) -> int:
+        """Create the position embedding and the blocks; return the width of the last block's output."""
+        width, following = config.widths[index], config.widths[index + 1 :]
+        out_width = following[0] if following else width  # the last block projects to the next width
+        self.pos_embedding = nn.Parameter(torch.zeros(1, math.prod(self.grid), width))
+        block_class = AblatedEncoderBlock if is_ablated(config) else EncoderBlock
+        out_widths = [width] * (config.layers[index] - 1) + [out_width]
+        self.blocks = nn.ModuleList(block_class(config, self.grid, width, out) for out in out_widths)
+        return out_width
+
+    def build_affine(self, config: Any, width: int) -> FullyConnected:
+        """Return the affine layer of ToRGB."""
+        return FullyConnected(config.w_dim, width, bias_init=1.0)
+
+    def add_positions(self, x: Tensor) -> Tensor:
+        """Return the input (B or 1, N, C) of the first block for the output of the previous stage."""
+        x = execution.cast(x, self.grid)
+        return x + effective(self.pos_embedding, x.dtype)
 
     def forward(
         self, x: Tensor, rgb: Tensor | None, modulations: Sequence[Modulation], style: Tensor, d: Tensor
@@ -208,14 +230,18 @@ class StyleformerStage(nn.Module):
 
         `modulations` has an entry per block; `style` and `d` are the style of ToRGB and its demodulation.
         """
-        x = execution.cast(x, self.grid)
-        x = x + effective(self.pos_embedding, x.dtype)
+        x = self.add_positions(x)
         for block, modulation in zip(self.blocks, modulations, strict=True):
             x = execution.run_block(block, x, modulation)
 
         y = to_map(self.torgb(x, style, d), self.grid)  # (B, img_channels, H, W)
         rgb = y if rgb is None else upsample2d(rgb, self.resample_filter) + y
-        return self.upsampling(x), rgb  # x (B, 4N, C_out), or (B, N, C_out) in the last stage
+        return self.upsample(x), rgb  # x (B, 4N, C_out), or (B, N, C_out) in the last stage
+
+    def upsample(self, x: Tensor) -> Tensor:
+        """Map the output of the last block to the input of the next stage."""
+        y: Tensor = self.upsampling(x)
+        return y
 
 
 class StyleformerSynthesis(Synthesis):
@@ -224,26 +250,38 @@ class StyleformerSynthesis(Synthesis):
     Block i reads ws[:, i]. A ToRGB after block i reads ws[:, i + 1], which is also the style of block i + 1.
     """
 
-    def __init__(self, config: StyleformerConfig) -> None:
+    stage_class: ClassVar[type[StyleformerStage]] = StyleformerStage
+    const: Tensor  # (N, C) on the base grid
+
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         self.layers = config.layers
+        self.build_input(config)
+        self.stages: Any = nn.ModuleList(self.stage_class(config, index) for index in range(len(config.widths)))
+
+    def build_input(self, config: Any) -> None:
+        """Create `const`."""
         self.const = nn.Parameter(torch.randn(math.prod(config.base), config.widths[0]))
-        self.stages: Any = nn.ModuleList(StyleformerStage(config, index) for index in range(len(config.widths)))
 
     def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
-        return self.encode(read_styles(self.style_readers(), ws), noise_mode)[1]
+        return self.encode(read_styles(self.style_readers(), ws), noise_mode)[1][-1]
 
-    def encode(self, styles: Mapping[FullyConnected, Tensor], noise_mode: NoiseMode) -> tuple[Tensor, Tensor]:
-        """Return the tokens (B, N, C) after the last encoder block and the accumulated RGB image."""
+    def encode(self, styles: Mapping[FullyConnected, Tensor], noise_mode: NoiseMode) -> tuple[Tensor, list[Tensor]]:
+        """Return the tokens (B, N, C) after the last encoder block, and the accumulated RGB image of each stage."""
         modulations = modulate_blocks([block for stage in self.stages for block in stage.blocks], styles, noise_mode)
         torgb_styles = [styles[stage.torgb.affine] for stage in self.stages]
         d = demodulations([(stage.torgb.weight, s) for stage, s in zip(self.stages, torgb_styles, strict=True)])
-        x, rgb = self.const.unsqueeze(0), None  # (1, N, C)
+        x = self.input_tokens(styles)
+        images: list[Tensor] = []
         for i, stage in enumerate(self.stages):
-            first = sum(self.layers[:i])
+            first, rgb = sum(self.layers[:i]), images[-1] if images else None
             x, rgb = stage(x, rgb, modulations[first : first + self.layers[i]], torgb_styles[i], d[i])
-        assert rgb is not None
-        return x, rgb
+            images.append(rgb)
+        return x, images
+
+    def input_tokens(self, styles: Mapping[FullyConnected, Tensor]) -> Tensor:
+        """Return the tokens (B or 1, N, C) on the base grid."""
+        return self.const.unsqueeze(0)
 
     def style_readers(self) -> list[Reader]:
         """Return the affine layers with the indices of their styles."""

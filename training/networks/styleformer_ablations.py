@@ -61,10 +61,10 @@ class AblatedEncoderBlock(EncoderBlock):
             self.residual_weight = uniform_weight(out_width, width)
         self.ffn = FeedForward(out_width) if config.ffn else None
 
-    def demodulated_weights(self) -> list[Tensor]:
-        return super().demodulated_weights() if self.has_residual else [self.qkv_weight, self.out_weight]
+    def demodulated_maps(self) -> list[tuple[Tensor, int]]:
+        return super().demodulated_maps() if self.has_residual else [(self.qkv_weight, 0), (self.out_weight, 1)]
 
-    def split_style(self, style: Tensor) -> tuple[Tensor, Tensor]:
+    def split_style(self, style: Tensor) -> tuple[Tensor, ...]:
         return super().split_style(style) if self.style_attention else (torch.ones_like(style), style)
 
     def normalize(self, x: Tensor, style: Tensor) -> Tensor:
@@ -72,9 +72,10 @@ class AblatedEncoderBlock(EncoderBlock):
 
     def output(self, attended: Tensor, v: Tensor, modulation: Modulation) -> Tensor:
         dtype = v.dtype
-        y = project(attended, modulation.weights[1]) * modulation.out.unsqueeze(1).to(dtype)
-        if modulation.residual is not None:
-            y = torch.addcmul(y, project(v, modulation.weights[2]), modulation.residual.unsqueeze(1).to(dtype))
+        out, *residual = (scale.unsqueeze(1).to(dtype) for scale in modulation.scales)
+        y = project(attended, modulation.weights[1]) * out
+        for scale in residual:
+            y = torch.addcmul(y, project(v, modulation.weights[2]), scale)
         if self.norm_after:
             y = F.layer_norm(y, y.shape[2:])
         y = y if self.ffn is None else self.ffn(y)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,20 @@ from training.networks.modulation import demodulations
 from training.networks.weights import effective
 
 if TYPE_CHECKING:
-    from training.networks.styleformer import StyleformerConfig
+    from training.networks.styleformer import EncoderConfig
 
 
 @dataclass(frozen=True)
 class Modulation:
     """Inputs of an encoder block besides its tokens, in full precision.
 
-    `weights` are the matrices whose outputs are scaled by `qkv`, `out` and `residual`.
+    `weights` are the matrices of `demodulated_maps`: `qkv` scales the outputs of the first, `scales` of the others.
     """
 
     weights: Sequence[Tensor]
-    style: Tensor  # s1 (B, C)
+    styles: Sequence[Tensor]  # s1, s2, ... (B, C)
     qkv: Tensor  # d_q, d_k and s2 d_v (B, 3C)
-    out: Tensor  # d_o (B, C_out)
-    residual: Tensor | None  # d_u (B, C_out)
+    scales: Sequence[Tensor]  # demodulation of each further map: d_o, d_u (B, C_out)
     noise: Tensor  # n (B or 1, N)
 
 
@@ -53,41 +52,49 @@ class EncoderBlock(nn.Module):
 
     noise_const: Tensor
 
-    def __init__(self, config: StyleformerConfig, grid: tuple[int, int], width: int, out_width: int) -> None:
+    def __init__(self, config: EncoderConfig, grid: tuple[int, int], width: int, out_width: int) -> None:
         super().__init__()
         N = math.prod(grid)
         use_linformer = config.linformer and config.linformer_min_tokens <= N
         self.grid = grid
         self.conv_clamp = config.conv_clamp
         self.build_styles(config, width)
-        self.qkv_weight = uniform_weight(3 * width, width)
-        self.attention = SelfAttention(config.num_heads(width), N, config.linformer_k if use_linformer else None)
+        self.qkv_weight = self.build_weight(config, 3 * width, width)
+        self.attention = self.build_attention(config, width, config.linformer_k if use_linformer else None)
         self.build_output(config, width, out_width)
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(out_width))
         self.register_buffer("noise_const", torch.randn(N, 1))
 
-    def build_styles(self, config: StyleformerConfig, width: int) -> None:
+    def build_styles(self, config: Any, width: int) -> None:
         """Create the parameters that `split_style` uses."""
         self.affine = FullyConnected(config.w_dim, 2 * width, bias_init=1.0)
 
-    def build_output(self, config: StyleformerConfig, width: int, out_width: int) -> None:
+    def build_weight(self, config: Any, out_features: int, in_features: int) -> nn.Parameter:
+        """Return the initial weight (out, in) of a demodulated linear map."""
+        return uniform_weight(out_features, in_features)
+
+    def build_attention(self, config: Any, width: int, projected_tokens: int | None) -> SelfAttention:
+        """Return the attention module."""
+        return SelfAttention(config.num_heads(width), math.prod(self.grid), projected_tokens)
+
+    def build_output(self, config: Any, width: int, out_width: int) -> None:
         """Create the parameters that `output` uses."""
-        self.out_weight = uniform_weight(out_width, width)
-        self.residual_weight = uniform_weight(out_width, width)
+        self.out_weight = self.build_weight(config, out_width, width)
+        self.residual_weight = self.build_weight(config, out_width, width)
 
-    def demodulated_weights(self) -> list[Tensor]:
-        """Return the demodulated weights: first that of Q, K and V, modulated by s1; the others are modulated by s2."""
-        return [self.qkv_weight, self.out_weight, self.residual_weight]
+    def demodulated_maps(self) -> list[tuple[Tensor, int]]:
+        """Return the weight of each demodulated map, first that of Q, K and V, with the index of its style."""
+        return [(self.qkv_weight, 0), (self.out_weight, 1), (self.residual_weight, 1)]
 
-    def split_style(self, style: Tensor) -> tuple[Tensor, Tensor]:
-        """Return s1 and s2, each (B, C), for the output of the affine layer."""
-        s1, s2 = style.chunk(2, dim=1)
-        return s1, s2
+    def split_style(self, style: Tensor) -> tuple[Tensor, ...]:
+        """Return s1, s2, ..., each (B, C), for the output of the affine layer."""
+        return style.chunk(2, dim=1)
 
     def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
         """Map x (B or 1, N, C) to (B, N, C_out), in the dtype of x."""
-        x = self.normalize(x.expand(len(modulation.style), -1, -1), modulation.style)
+        style = modulation.styles[0]
+        x = self.normalize(x.expand(len(style), -1, -1), style)
         q, k, v = scale_and_split(project(x, modulation.weights[0]), modulation.qkv)  # each (B, N, C)
         return self.output(self.attention(q, k, v), v, modulation)
 
@@ -97,10 +104,10 @@ class EncoderBlock(nn.Module):
 
     def output(self, attended: Tensor, v: Tensor, modulation: Modulation) -> Tensor:
         """Return the output (B, N, C_out) for the attention output and the values, each (B, N, C)."""
-        assert modulation.residual is not None
         a, r = project(attended, modulation.weights[1]), project(v, modulation.weights[2])
+        out, residual = modulation.scales
         noise = (modulation.noise, self.noise_strength)
-        return residual_lrelu(a, r, modulation.out, modulation.residual, *noise, self.bias, clamp=self.conv_clamp)
+        return residual_lrelu(a, r, out, residual, *noise, self.bias, clamp=self.conv_clamp)
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
@@ -115,33 +122,32 @@ def modulate_blocks(
 
     With float16, the rows of the weights and of s2 are limited to 1, which demodulation cancels.
     """
-    value_styles, pairs = [], []  # s2 of each block; weight and style of each linear map
+    block_styles, pairs = [], []  # styles of each block; weight and style of each linear map
     for block in blocks:
-        s1, s2 = block.split_style(styles[block.affine])
+        s1, s2, *rest = block.split_style(styles[block.affine])
         dtype = execution.dtype_on(block.grid, s1.dtype)
-        value_styles.append(limit_rows(s2, dtype))
-        qkv, *rest = (limit_rows(weight, dtype) for weight in block.demodulated_weights())
-        pairs += [(qkv, s1), *((weight, value_styles[-1]) for weight in rest)]
+        own = (s1, limit_rows(s2, dtype), *rest)
+        block_styles.append(own)
+        pairs += [(limit_rows(weight, dtype), own[index]) for weight, index in block.demodulated_maps()]
     count = len(pairs) // len(blocks)  # linear maps per block
     d = demodulations(pairs)
 
     # Multiply the columns of d_v by s2, for all blocks at once.
-    ones = torch.ones_like(value_styles[0][:, :1])
-    factors = [x for s2 in value_styles for x in (ones.expand(-1, 2 * s2.shape[1]), s2)]
+    ones = torch.ones_like(block_styles[0][1][:, :1])
+    factors = [x for _, s2, *_ in block_styles for x in (ones.expand(-1, 2 * s2.shape[1]), s2)]
     qkv_scales = torch.cat(d[::count], dim=1) * torch.cat(factors, dim=1)
-    widths = [3 * s2.shape[1] for s2 in value_styles]
+    widths = [3 * s2.shape[1] for _, s2, *_ in block_styles]
     noises = noise_maps([block.noise_const for block in blocks], noise_mode, len(ones))
     return [
         Modulation(
             weights=[weight for weight, _ in pairs[i : i + count]],
-            style=pairs[i][1],
+            styles=own,
             qkv=qkv_scale,
-            out=d[i + 1],
-            residual=d[i + 2] if count > 2 else None,
+            scales=d[i + 1 : i + count],
             noise=noise,
         )
-        for i, qkv_scale, noise in zip(
-            range(0, len(pairs), count), qkv_scales.split(widths, dim=1), noises, strict=True
+        for i, own, qkv_scale, noise in zip(
+            range(0, len(pairs), count), block_styles, qkv_scales.split(widths, dim=1), noises, strict=True
         )
     ]
 

@@ -149,7 +149,7 @@ class StyleformerCSynthesis(StyleformerSynthesis):
 
     def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
         styles = read_styles(self.style_readers(), ws)
-        x, rgb = self.encode(styles, noise_mode)  # (B, N, C)
+        x, (*_, rgb) = self.encode(styles, noise_mode)  # (B, N, C)
         x = to_map(x, self.handover)  # (B, C, h, w)
         for stage in self.conv_stages:
             x, rgb = stage(x, rgb, styles, noise_mode)

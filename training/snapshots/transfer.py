@@ -74,7 +74,7 @@ class Match:
     place: str
     old: Tensor
     new: Tensor
-    gain: float  # weight gain of the source layer / weight gain of the target layer
+    gain: float  # gain of the source layer / gain of the target layer
     part: tuple[slice, ...] | None
 
     @property
@@ -88,10 +88,9 @@ class Match:
         return self.part is not None and self.old.shape == self.new.shape
 
     def copy(self) -> None:
-        """Copy the part; a partial copy is scaled by the ratio of the layers' gains."""
+        """Copy the part, scaled by the ratio of the layers' gains."""
         assert self.part is not None
-        x = self.old[self.part]
-        self.new[self.part].copy_(x if self.is_whole else x * self.gain)
+        self.new[self.part].copy_(self.old[self.part] * self.gain)
 
 
 def copy_weights(source: nn.Module, target: nn.Module, name: str) -> Copied:
@@ -188,9 +187,13 @@ def _mapping_inputs(G: Any) -> int:
 
 
 def _gains(network: nn.Module) -> dict[str, float]:
-    """Return {weight name: runtime gain} of the layers with equalised learning rate."""
-    modules = network.named_modules()
-    return {f"{path}.weight": module.weight_gain for path, module in modules if hasattr(module, "weight_gain")}
+    """Return {parameter name: runtime gain} of the layers with equalised or scaled learning rates."""
+    gains = {}
+    for path, module in network.named_modules():
+        for name in ("weight", "bias"):
+            if hasattr(module, f"{name}_gain"):
+                gains[f"{path}.{name}"] = getattr(module, f"{name}_gain")
+    return gains
 
 
 def check_frozen(D: Any, count: int, copied: Copied) -> None:
