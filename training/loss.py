@@ -51,7 +51,7 @@ class GAN:
     labels: Tensor  # labels of all training images: class indices (items,) or vectors (items, c_dim)
     style_mixing: float
     pl_mean: Tensor  # scalar: running mean of the path length
-    num_rgb_heads: int = 1  # of G: number of images per latent that D judges together
+    num_rgb_heads: int = 1  # of G: number of images per latent in D's input
     group_size: int = 0  # of D, see DiscriminatorConfig.group_size
     paired_augment: bool = False  # the same augmentation for the two images of a pair
     pseudo_augment: bool = False  # see `reals`
@@ -114,11 +114,11 @@ class GAN:
             return self.synthesize(ws, noise_mode="random"), c, mean_w
 
     def repeat_for_rgb_heads(self, img: Tensor) -> Tensor:
-        """Repeat real images (B, C, H, W) for every RGB head of G, as D judges them: (B, num_rgb_heads C, H, W)."""
+        """Repeat real images (B, C, H, W) for every RGB head of G, as in D's input: (B, num_rgb_heads C, H, W)."""
         return img if self.num_rgb_heads == 1 else torch.cat([img] * self.num_rgb_heads, dim=1)
 
     def reals(self, img: Tensor, c: Tensor) -> Tensor:
-        """Return the images (B, C, H, W) that D learns to call real: `img`, with labels c (B, c_dim).
+        """Return the images that D learns to call real: `img` (B, num_rgb_heads C, H, W), with labels c (B, c_dim).
 
         With `pseudo_augment`, each image is replaced with probability augment.p by a generated image with the same
         label, from its own latent and without gradients to G (APA: Jiang et al. 2021, "Deceive D"). As many images are
