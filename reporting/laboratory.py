@@ -201,10 +201,10 @@ class Trial:
 class Comparison:
     """An arm and its reference: values by seed, and the interval of the difference of means.
 
-    `at` is the position at which they are compared, in kimg or minutes; along `end`, it is the last age of the arm, and
-    the reference has its own. `interval` has a confidence of 95 %. `verdict` is `better` or `worse` if it excludes 0,
-    else `no difference shown`. In the screening stage it is `promising` or `not promising`, and `incomplete` in both
-    stages if a run is missing or has not reached the last age of its arm.
+    `at` and `reference_at` are their positions in kimg or minutes: equal, or along `end` their last ages. `interval`
+    has a confidence of 95 %. `verdict` is `better` or `worse` if it excludes 0, else `no difference shown`. In the
+    screening stage it is `promising` or `not promising`, and `incomplete` in both stages if a run is missing or has not
+    reached the last age of its arm.
     """
 
     stage: Stage
@@ -213,6 +213,7 @@ class Comparison:
     metric: str
     axis: Basis
     at: float
+    reference_at: float
     values: dict[int, float]
     reference: dict[int, float]
     interval: Interval
@@ -255,12 +256,12 @@ class Laboratory:
         if min(len(ours), len(theirs)) < 2:
             return None
         if axis == "end":
-            at = float(self.question.length(arm))
+            at, reference_at = float(self.question.length(arm)), float(self.question.length(against))
             values = {seed: run.values[-1] for seed, run in ours.items()}
             reference = {seed: run.values[-1] for seed, run in theirs.items()}
         else:
             positions = [getattr(run, axis) for run in (*ours.values(), *theirs.values())]
-            at = min(own[-1] for own in positions)
+            at = reference_at = min(own[-1] for own in positions)
             if at < max(own[0] for own in positions):
                 return None
             values = {seed: run.at(axis, at) for seed, run in ours.items()}
@@ -272,6 +273,7 @@ class Laboratory:
             metric=metric,
             axis=axis,
             at=at,
+            reference_at=reference_at,
             values=values,
             reference=reference,
             interval=welch_interval([*values.values()], [*reference.values()]),

@@ -17,7 +17,6 @@ from reporting.laboratory import (
     Basis,
     Comparison,
     Laboratory,
-    Question,
     Stage,
     Values,
 )
@@ -73,7 +72,7 @@ def _results(laboratory: Laboratory, metric: str, stage: Stage, axes: Sequence[B
         cells = [arm, values, f"{statistics.fmean(last):.{digits}f}{spread}", *length, f"{minutes:.1f}"]
         for against in question.references(arm) or [""]:
             own = question.axes(arm, against) if against else ()
-            compared = [_describe(found.get((arm, against, axis)), question, digits) for axis in own]
+            compared = [_describe(found.get((arm, against, axis)), digits) for axis in own]
             yield [*cells, against, *compared, *[""] * (len(axes) - len(own))]
             cells = [""] * len(cells)
 
@@ -90,7 +89,7 @@ def _decimals(laboratory: Laboratory, metric: str) -> int:
     return min(max(2, 3 - math.floor(math.log10(largest))), 12) if largest else 2
 
 
-def _describe(item: Comparison | None, question: Question, digits: int) -> str:
+def _describe(item: Comparison | None, digits: int) -> str:
     """Return the difference of means, its interval and the verdict."""
     if item is None:
         return "no comparison"
@@ -98,7 +97,7 @@ def _describe(item: Comparison | None, question: Question, digits: int) -> str:
     places: dict[Basis, str] = {
         "kimg": "",
         "minutes": f" at {item.at:.3g} minutes",
-        "end": f" at {question.length(item.arm)} and {question.length(item.against)} kimg",
+        "end": f" at {item.at:g} and {item.reference_at:g} kimg",
     }
     return f"{estimate} [{low}, {high}]{places[item.axis]} {item.verdict}"
 

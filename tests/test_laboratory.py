@@ -266,7 +266,8 @@ def test_arms_of_different_lengths_are_compared_at_their_ends() -> None:
     laboratory = unequal(stage="confirm")
     found = {item.axis: item for item in laboratory.comparisons(FD)}
     assert [*found] == ["kimg", "minutes", "end"]
-    assert {axis: item.at for axis, item in found.items()} == {"kimg": 40, "minutes": 80, "end": 40}
+    positions = {axis: (item.at, item.reference_at) for axis, item in found.items()}
+    assert positions == {"kimg": (40, 40), "minutes": (80, 80), "end": (40, 80)}
     ends = found["end"]
     assert ends.values == {100: 19, 101: 20, 102: 21}
     assert ends.reference == {100: 24, 101: 25, 102: 26}

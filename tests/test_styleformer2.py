@@ -341,12 +341,13 @@ def test_training_with_several_heads_resumes_bit_for_bit(objective: str, shapes3
     assert digest(saved_state(resumed)) == digest(saved_state(trainer))
 
 
-def test_the_preset_is_cifar_with_smaller_latents_and_batches() -> None:
+def test_the_preset_is_cifar_with_this_generator_and_recipe() -> None:
     config, cifar = (
         resolve(PRESETS[name], Environment(img_shape=(3, 32, 32), c_dim=0)) for name in ("styleformer2", "cifar")
     )
     assert config.generator == Styleformer2Config(z_dim=64, w_dim=128)
-    expected = {"preset": "styleformer2", "batch_size": 8, "run.batch_gpu": 8, "discriminator.mbstd_group_size": 8}
+    batch = {"batch_size": 8, "run.batch_gpu": 8, "discriminator.mbstd_group_size": 8}
+    expected = {"preset": "styleformer2", "loss.n_critic": 2, **batch}
     assert dataclasses.replace(config, generator=cifar.generator) == override(cifar, expected)
 
 

@@ -287,10 +287,10 @@ def _styleformer(
 
 
 def _styleformer2(cifar: TrainConfig) -> TrainConfig:
-    """Styleformer2 in place of Styleformer, with smaller latents and batches (docs/styleformer2.md)."""
+    """Styleformer2 in place of Styleformer, smaller latents and batches, and two D steps per G step."""
     generator = Styleformer2Config(z_dim=64, w_dim=128, **Styleformer2Config.AUTO)
-    smaller = {"preset": "styleformer2", "batch_size": 8, "discriminator.mbstd_group_size": 8}
-    return override(replace(cifar, generator=generator), smaller)
+    recipe = {"preset": "styleformer2", "batch_size": 8, "discriminator.mbstd_group_size": 8, "loss.n_critic": 2}
+    return override(replace(cifar, generator=generator), recipe)
 
 
 def _compositional(stylegan2: TrainConfig) -> TrainConfig:
