@@ -28,7 +28,7 @@ PRESETS = {  # their values are in training/config.py
     "cifar": "Styleformer for CIFAR-10",
     "cifar-large": "the paper's model for CIFAR-10",
     "cifar-stylegan2": "StyleGAN2-ADA for CIFAR-10",
-    "styleformer2": "cifar with Styleformer2, small batches, two D steps per G step",
+    "styleformer2": "cifar with Styleformer2 and its recipe",
     "stl10-medium": "the paper's model for STL-10, 48x48",
     "celeba64-l": "Styleformer-L for CelebA, 64x64",
     "church128-l": "Styleformer-L for LSUN Church, 128x128",
