@@ -40,6 +40,7 @@ from training.config import DatasetConfig
 from training.resume import open_dataset
 
 FRESH = 100  # first seed of the confirming stage
+CONDITION_NAMES = {"data_hash": "dataset", "detector_sha256": "detector", "noise_mode": "--noise-mode"}
 
 
 @click.command(cls=Script, help=__doc__)
@@ -49,6 +50,8 @@ FRESH = 100  # first seed of the confirming stage
 @option("--metrics", type=NameList(), help="Metrics; the first one decides. [fid10k_full with a detector, then swd500]")
 @option("--detector", "detectors", type=NameList(), default="", metavar="FILE,...",
         help="Feature network or weight file, as in train.py.")  # fmt: skip
+@option("--noise-mode", type=click.Choice(["const", "random"]), default="const", show_default=True,
+        help="Noise of the generator in metrics, as in calc_metrics.py.")  # fmt: skip
 @option("--screen", metavar="N", type=click.IntRange(0, FRESH), default=3, show_default=True,
         help="Seeds of every arm; 0: no screening, all arms are confirmed.")  # fmt: skip
 @option("--confirm", metavar="N", type=click.IntRange(min=0), default=5, show_default=True,
@@ -62,6 +65,7 @@ def main(
     data: Path,
     metrics: tuple[str, ...] | None,
     detectors: tuple[str, ...],
+    noise_mode: str,
     screen: int,
     confirm: int,
     arms: tuple[str, ...] | None,
@@ -85,11 +89,12 @@ def main(
     outdir.mkdir(parents=True, exist_ok=True)
     with FolderLock() as lock:
         lock.acquire(outdir)
-        expected = expected_conditions(names, setup, data)
+        expected = expected_conditions(names, setup, data, noise_mode)
         laboratory = open_laboratory(outdir, asked, expected)
         devices, threads = choose_devices(device, jobs)
+        options = [*(f"--detector={file}" for file in detectors), f"--noise-mode={noise_mode}"]
         runner = TrialRunner(
-            asked, outdir, data.resolve(), detectors, devices=devices, threads=threads, expected=expected
+            asked, outdir, data.resolve(), options, devices=devices, threads=threads, expected=expected
         )
         laboratory, failures = runner.run(laboratory, [(arm, seed) for seed in seeds["screen"] for arm in asked.arms])
         default = laboratory.promising() if screen else [*asked.arms]
@@ -125,14 +130,17 @@ def choose_devices(requested: str | None, jobs: int | None) -> tuple[list[torch.
     return [gpus[i % len(gpus)] for i in range(jobs)], max(cores // jobs, 1)
 
 
-def expected_conditions(names: Sequence[str], setup: DetectorSetup, data: Path) -> dict[str, dict[str, str | None]]:
-    """Return the dataset and the detector of each metric, as in its records."""
+def expected_conditions(
+    names: Sequence[str], setup: DetectorSetup, data: Path, noise_mode: str
+) -> dict[str, dict[str, str | None]]:
+    """Return the dataset, the detector and the noise of each metric, as in its records."""
     dataset = open_dataset(DatasetConfig(path=str(data)))
     roles = {name: find(name, setup)[0].roles for name in names}
     return {
         name: {
             "data_hash": dataset.content_hash,
             "detector_sha256": setup.identity(own[0])["detector_sha256"] if own else None,
+            "noise_mode": noise_mode,
         }
         for name, own in roles.items()
     }
@@ -141,7 +149,7 @@ def expected_conditions(names: Sequence[str], setup: DetectorSetup, data: Path) 
 def open_laboratory(outdir: Path, question: Question, expected: dict[str, dict[str, str | None]]) -> Laboratory:
     """Return the laboratory in a folder with its question replaced, or a new one.
 
-    Raises UserError if the trials in the folder were made with other options, other data or another detector.
+    Raises UserError if its trials were made with other options, other data, another detector or another kind of noise.
     """
     if not (outdir / LABORATORY_FILE).exists():
         return Laboratory(question=question)
@@ -158,7 +166,7 @@ def open_laboratory(outdir: Path, question: Question, expected: dict[str, dict[s
                 if known.get(key, value) != value:
                     raise UserError(
                         f"--outdir={outdir}: {name} of {trial.arm}, seed {trial.seed}, was computed with another "
-                        f"{'dataset' if key == 'data_hash' else 'detector'}: choose another folder"
+                        f"{CONDITION_NAMES[key]}: choose another folder"
                     )
     return laboratory
 

@@ -33,7 +33,8 @@ OPTIONS_FILE = "options.txt"
 class TrialRunner:
     """Runner of the trials of a question in the folder `outdir`, one at a time on each entry of `devices`.
 
-    `expected` are conditions of all records of metrics, by metric; `threads` is the number of CPU threads of a trial.
+    `metric_options` are options of calc_metrics.py for all trials; `expected` are conditions of all records, by metric;
+    `threads` is the number of CPU threads of a trial.
     """
 
     def __init__(
@@ -41,13 +42,13 @@ class TrialRunner:
         question: Question,
         outdir: Path,
         data: Path,
-        detectors: Sequence[str],
+        metric_options: Sequence[str],
         *,
         devices: Sequence[torch.device],
         threads: int,
         expected: dict[str, dict[str, str | None]],
     ) -> None:
-        self.question, self.outdir, self.data, self.detectors = question, outdir, data, detectors
+        self.question, self.outdir, self.data, self.metric_options = question, outdir, data, metric_options
         self.devices, self.threads, self.expected = devices, threads, expected
         self.free: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
         for device in devices:
@@ -138,8 +139,7 @@ class TrialRunner:
             names = [name for name in self.question.metrics if not self._is_measured(run, snapshot, name)]
             if names:
                 options = [f"--network={snapshot}", f"--metrics={','.join(names)}", f"--data={self.data}", "--mirror=0"]
-                options += [f"--detector={file}" for file in self.detectors]
-                self._run_script(label, folder, "calc_metrics.py", options)
+                self._run_script(label, folder, "calc_metrics.py", [*options, *self.metric_options])
         return read_trial(run, arm, seed, self.question, self.devices, self.threads)
 
     def _check_options(self, folder: Path, arm: str) -> None:

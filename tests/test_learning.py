@@ -510,6 +510,16 @@ def test_other_data_are_refused(lab: Path, fake: FakeScripts, shapes32_zip: Path
     assert fake.calls == []
 
 
+def test_the_noise_of_metrics_is_a_condition(lab: Path, fake: FakeScripts) -> None:
+    run_learning(lab, "--noise-mode=random")
+    assert {options[-1] for _, script, options in fake.calls if script == "calc_metrics.py"} == {"--noise-mode=random"}
+    fake.calls.clear()
+    result = run_learning(lab)
+    assert result.exit_code == 2
+    assert "was computed with another --noise-mode: choose another folder" in result.stderr
+    assert fake.calls == []
+
+
 def test_trials_of_a_gpu_and_a_cpu_are_not_compared(lab: Path, fake: FakeScripts) -> None:
     run_learning(lab)
     laboratory = read_laboratory(lab)
