@@ -50,7 +50,14 @@ def result_tables(laboratory: Laboratory) -> Iterator[tuple[str, Table]]:
             rows = list(_results(laboratory, metric, stage, axes))
             if rows:
                 seeds = ", ".join(map(str, question.seeds[stage]))
-                yield f"{metric} {place}, {SEEDS[stage]} {seeds}{NOTES[stage]}", [head, *rows]
+                noise = _noise(laboratory, metric)
+                yield f"{metric} {place}{noise}, {SEEDS[stage]} {seeds}{NOTES[stage]}", [head, *rows]
+
+
+def _noise(laboratory: Laboratory, metric: str) -> str:
+    """Return ", random noise" if the images of a metric were generated with it instead of the constant noise."""
+    conditions = [trial.metrics[metric].conditions for trial in laboratory.trials if metric in trial.metrics]
+    return ", random noise" if conditions and conditions[0].get("noise_mode") == "random" else ""
 
 
 def _results(laboratory: Laboratory, metric: str, stage: Stage, axes: Sequence[Basis]) -> Iterator[list[str]]:

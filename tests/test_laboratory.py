@@ -741,6 +741,14 @@ def test_the_title_of_a_table_has_the_length_of_all_arms() -> None:
     assert "at their ends" not in rows[0]
 
 
+def test_the_title_of_a_table_states_random_noise() -> None:
+    trials = [make_trial("other", 0, (20, 10), conditions={"noise_mode": mode}) for mode in ("random", "const")]
+    titles = [
+        title for own in trials for title, _ in result_tables(Laboratory(question=make_question(), trials=(own,)))
+    ]
+    assert [title.partition(", ")[2].startswith("random noise, ") for title in titles] == [True, False]
+
+
 def test_arms_of_equal_length_have_no_cell_of_their_ends() -> None:
     laboratory = with_long_arm(unequal())
     trials = tuple(trial for trial in laboratory.trials if trial.arm != "other" or trial.seed == 0)
