@@ -262,7 +262,8 @@ class Laboratory:
         else:
             positions = [getattr(run, axis) for run in (*ours.values(), *theirs.values())]
             at = reference_at = min(own[-1] for own in positions)
-            if at < max(own[0] for own in positions):
+            # A run reaches 10 kimg with its first whole batch from there on, e.g. at 10.016 kimg.
+            if at < max(math.floor(own[0]) if axis == "kimg" else own[0] for own in positions):
                 return None
             values = {seed: run.at(axis, at) for seed, run in ours.items()}
             reference = {seed: run.at(axis, at) for seed, run in theirs.items()}

@@ -169,6 +169,20 @@ def slow_laboratory(first: float = 20.0, device: str = "cpu") -> Laboratory:
     return Laboratory(question=make_question(), trials=tuple(trials))
 
 
+def test_whole_batches_do_not_prevent_a_comparison_at_one_age() -> None:
+    question = make_question(["baseline", "other"], evaluate=(10,))
+    ages = {"baseline": 10.0, "other": 10.016}
+    trials = [
+        make_trial(arm, seed, (value,), kimg=(kimg,), minutes=(2.0,))
+        for arm, kimg in ages.items()
+        for seed, value in zip(question.seeds["confirm"], HIGH if arm == "other" else LOW, strict=True)
+    ]
+    found = compare(Laboratory(question=question, trials=tuple(trials)))
+    assert found.at == 10.0
+    assert [*found.values.values()] == pytest.approx(HIGH)
+    assert [*found.reference.values()] == pytest.approx(LOW)
+
+
 def test_arms_are_compared_at_equal_minutes() -> None:
     """The slow runs have a distance of 90 after 20 minutes and 45 after 40: 1800 / minutes, which is 75 after 24."""
     laboratory = slow_laboratory()
