@@ -243,7 +243,8 @@ class Laboratory:
 
         None if either arm has fewer than two runs, if a run has no value at or before this position, along minutes if
         the runs were made on different devices, and along `end` if both arms have the same last age. Along `end`, only
-        runs that have reached the last age count.
+        runs that have reached the last age count. Along kimg, a value at 10.016 kimg also counts as one at 10: runs are
+        evaluated after the first whole batch.
         """
         ours, theirs = self.values(arm, metric, stage), self.values(against, metric, stage)
         devices = {trial.device for name in (arm, against) for trial in self._trials_of(name, stage)}
@@ -262,7 +263,6 @@ class Laboratory:
         else:
             positions = [getattr(run, axis) for run in (*ours.values(), *theirs.values())]
             at = reference_at = min(own[-1] for own in positions)
-            # A run reaches 10 kimg with its first whole batch from there on, e.g. at 10.016 kimg.
             if at < max(math.floor(own[0]) if axis == "kimg" else own[0] for own in positions):
                 return None
             values = {seed: run.at(axis, at) for seed, run in ours.items()}
