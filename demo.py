@@ -16,15 +16,22 @@ import time
 from pathlib import Path
 
 import click
+import numpy as np
+from PIL import Image
 
 from dnnlib.cli import Script
 from dnnlib.config import UserError
 from dnnlib.util import format_time, read_metric_records
+from exploration.output import save_pixels
+from exploration.sheets import arranged, enlarged, in_rows, sheet, titled
 from torch_utils.distributed import choose_device
 
 ROOT = Path(__file__).resolve().parent
 OUTDIR = ROOT / "out" / "demo"
 METRIC = "swd500"
+PIXELS = 32  # side of the images
+TILE = 64  # side of the images on the overview
+SIDE, STRIP = 6, 11  # images per side of each half of the overview, and per row of its progress
 # Networks this small gain little from a second thread. On a busy machine, or one that grants a process fewer cores than
 # it reports, several threads are much slower than one.
 THREADS = "1"
@@ -63,8 +70,11 @@ def main(outdir: Path | None, device: str | None) -> None:
 
     untrained, *_, trained = read_results(run_dir, METRIC)
     floor = read_results(run_dir, f"{METRIC}_floor")[-1]
+    overview = outdir / "overview.png"
+    save_pixels(draw_overview(run_dir, images), overview)
     print(f"\nSliced Wasserstein distance to the data: untrained {untrained:.1f}, trained {trained:.1f}")
     print(f"(two halves of the data are {floor:.1f} apart: no generator can do better)\n")
+    print(f"Real and generated:    {overview}{hint(overview)}")
     print(f"Generated images:      {images / 'grid.png'}")
     print(f"The data:              {run_dir / 'reals.png'}")
     print(f"Progress as images:    {run_dir}/fakes*.png")
@@ -92,6 +102,40 @@ def run(*command: str) -> None:
     code = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, check=False).returncode
     if code:
         sys.exit(code)
+
+
+def draw_overview(run_dir: Path, images: Path) -> np.ndarray:
+    """Draw real beside generated images, and below them the progress of training: one row per snapshot."""
+    real = [tile for row in tiles_of_grid(run_dir / "reals.png")[:SIDE] for tile in row[:SIDE]]
+    made = [pixels_of(images / f"seed{seed:04d}.png") for seed in range(SIDE**2)]
+    halves = {"Real images": real, f"Generated images, seeds 0 to {SIDE**2 - 1}": made}
+    top = [titled(sheet(in_rows([enlarged(tile, TILE) for tile in tiles])), title) for title, tiles in halves.items()]
+    grids = [run_dir / "fakes_init.png", *sorted(run_dir.glob("fakes0*.png"))]
+    rows = [[enlarged(tile, TILE) for tile in tiles_of_grid(path)[0][:STRIP]] for path in grids]
+    ages = ["0 kimg", *(f"{int(path.stem.removeprefix('fakes'))} kimg" for path in grids[1:])]
+    strip = titled(sheet(rows, row_captions=ages), "Progress: the same latents after each thousand real images (kimg)")
+    return arranged([top, [strip]])
+
+
+def tiles_of_grid(path: Path) -> list[list[np.ndarray]]:
+    """Split a grid of images of SIZE x SIZE pixels into its rows."""
+    grid = pixels_of(path)
+    rows, columns = (length // PIXELS for length in grid.shape[:2])
+    return [[grid[PIXELS * r :, PIXELS * c :][:PIXELS, :PIXELS] for c in range(columns)] for r in range(rows)]
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    """Return an RGB image (H, W, 3)."""
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def hint(path: Path) -> str:
+    """Return how to open a file, or nothing on a machine without a display."""
+    viewer = {"darwin": "open", "win32": "start"}.get(sys.platform, "xdg-open")
+    if viewer == "xdg-open" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        return ""
+    return f"   (open it: {viewer} {shlex.quote(str(path))})"
 
 
 def read_results(run_dir: Path, metric: str) -> list[float]:

@@ -28,7 +28,7 @@ from dnnlib.config import UserError
 from exploration.model import Model, check_seeds, gather_styles, save_arrays
 from exploration.opening import is_mapping, open_model
 from exploration.output import counted, make_outdir, save_pixels
-from exploration.sheets import enlarged, marked, overlay, sheet, to_rgb
+from exploration.sheets import caption_of, enlarged, marked, overlay, sheet, to_rgb
 from torch_utils.images import to_uint8
 from training.networks.attention import Attention, SelfAttention
 from training.networks.generator import Grid
@@ -260,25 +260,27 @@ def attention_maps(records: Sequence[BlockRecord], image: int, pixels: Tensor, i
     return AttentionMaps(pixels=pixels.cpu().numpy(), maps=maps, projected=projected, rolled=rolled)
 
 
-def draw_blocks(pixels: np.ndarray, found: AttentionMaps) -> np.ndarray:
+def draw_blocks(pixels: np.ndarray, found: AttentionMaps, caption: str) -> np.ndarray:
     """Draw two rows per query over an image (H, W, 3): maps of all blocks, averaged over heads, and the rollout."""
     image, size = enlarged(pixels), pixels.shape[:2]
-    rows = []
+    rows, row_captions = [], []
     for query, (x, y) in enumerate(found.pixels):
         position = marked(image, x, y, size)
         rows.append([position, *(overlay(image, maps.mean(axis=0)[query]) for maps in found.maps.values())])
         rows.append([position, *(overlay(image, relevance[query]) for relevance in found.rolled.values())])
-    return sheet(rows, ["attention, rollout", *found.maps])
+        row_captions += [f"pixel ({x}, {y}): attention", "rollout"]
+    return sheet(rows, [caption, *found.maps], row_captions)
 
 
-def draw_heads(pixels: np.ndarray, found: AttentionMaps, block: str) -> np.ndarray:
+def draw_heads(pixels: np.ndarray, found: AttentionMaps, caption: str, block: str) -> np.ndarray:
     """Draw one row per query over an image (H, W, 3): the maps of all heads of a block."""
     image, size = enlarged(pixels), pixels.shape[:2]
     rows = [
         [marked(image, x, y, size), *(overlay(image, maps[query]) for maps in found.maps[block])]
         for query, (x, y) in enumerate(found.pixels)
     ]
-    return sheet(rows, [block, *(f"head {head}" for head in range(len(found.maps[block])))])
+    heads = [f"{block}, head {head}" for head in range(len(found.maps[block]))]
+    return sheet(rows, [caption, *heads], [f"pixel ({x}, {y})" for x, y in found.pixels])
 
 
 def draw_attention(
@@ -299,9 +301,9 @@ def draw_attention(
     found_maps = (found for part in ws.split(model.batch) for found in maps_of(model, part, queries))
     for name, (pixels, found) in zip(tqdm(names, unit="img"), found_maps, strict=True):
         save_arrays(outdir / f"{name}-attention.npz", found.arrays())
-        save_pixels(draw_blocks(pixels, found), outdir / f"{name}-attention.png")
+        save_pixels(draw_blocks(pixels, found, caption_of(name)), outdir / f"{name}-attention.png")
         for block in found.maps if heads else ():
-            save_pixels(draw_heads(pixels, found, block), outdir / f"{name}-{block}.png")
+            save_pixels(draw_heads(pixels, found, caption_of(name), block), outdir / f"{name}-{block}.png")
     click.echo(
         f"{counted(len(names), 'sheet')} in {outdir}, blocks {', '.join(found.maps)}; the values are in the .npz files"
     )

@@ -28,7 +28,7 @@ from exploration.model import (
 )
 from exploration.opening import open_model
 from exploration.output import counted, make_outdir, save_pixels
-from exploration.sheets import sheet, tiles_of
+from exploration.sheets import caption_of, sheet, tiles_of
 from training.networks.layers import FullyConnected
 from training.snapshots.exchange import read_tensors
 
@@ -281,7 +281,8 @@ def draw_directions(
     for index in tqdm(range(len(found.directions)), unit="direction"):
         moved = found.edit(ws.repeat_interleave(steps, dim=0), index, strengths.repeat(len(ws)))
         rows = [tiles_of(images) for images in model.images(moved).split(steps)]
-        save_pixels(sheet(rows, [signed(value) for value in strengths.tolist()]), outdir / f"direction{index:02d}.png")
+        captions = [signed(value) for value in strengths.tolist()]
+        save_pixels(sheet(rows, captions, list(map(caption_of, names))), outdir / f"direction{index:02d}.png")
     click.echo(
         f"{counted(len(found.directions), 'direction')} for styles {format_ranges(chosen)} in {save}; "
         f"{counted(len(names), 'image')} edited along each direction in {outdir}"

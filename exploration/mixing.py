@@ -16,7 +16,7 @@ from dnnlib.config import UserError
 from exploration.model import check_seeds, gather_styles
 from exploration.opening import open_model
 from exploration.output import counted, make_outdir, save_batches, save_pixels
-from exploration.sheets import sheet, tiles_of
+from exploration.sheets import caption_of, sheet, tiles_of
 
 
 def choose_styles(text: str, num_ws: int, groups: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
@@ -66,11 +66,14 @@ def mix(rows: Tensor, cols: Tensor, styles: Sequence[int]) -> Tensor:
     return mixed
 
 
-def mixing_sheet(rows: Tensor, cols: Tensor, mixed: Tensor) -> np.ndarray:
+def mixing_sheet(
+    rows: Tensor, cols: Tensor, mixed: Tensor, row_names: Sequence[str], col_names: Sequence[str]
+) -> np.ndarray:
     """Draw a sheet of uint8 images: row images (R, C, H, W) on the left, column images on top, mixtures inside."""
     lines = [[left, *tiles_of(mixtures)] for left, mixtures in zip(tiles_of(rows), mixed, strict=True)]
     corner = np.full_like(lines[0][0], 255)
-    return sheet([[corner, *tiles_of(cols)], *lines], has_frame=True)
+    captions, row_captions = (["", *map(caption_of, names)] for names in (col_names, row_names))
+    return sheet([[corner, *tiles_of(cols)], *lines], captions, row_captions, has_frame=True)
 
 
 def make_mixtures(
@@ -94,7 +97,8 @@ def make_mixtures(
     names = [f"{row}-{col}" for row in row_names for col in cols]
     made = torch.cat(save_batches(model.render(mixed.flatten(0, 1)), names, outdir, keep=True))
     left, top = model.images(torch.cat([row_ws, col_ws])).split([len(row_ws), len(col_ws)])
-    save_pixels(mixing_sheet(left, top, made.unflatten(0, (len(row_ws), len(col_ws)))), outdir / "grid.png")
+    made = made.unflatten(0, (len(row_ws), len(col_ws)))
+    save_pixels(mixing_sheet(left, top, made, row_names, [str(col) for col in cols]), outdir / "grid.png")
     click.echo(
         f"{counted(len(names), 'mixture')} in {outdir}, with styles {format_ranges(chosen)} of the column "
         "images; grid.png shows all mixtures"

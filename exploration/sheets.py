@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,10 @@ from torch import Tensor
 MIN_TILE = 96
 GAP = 2  # pixels between tiles
 FRAME_GAP = 10  # pixels between the header row and column of a sheet and the rest
+MARGIN = 16  # pixels around the parts of `arranged`
+TEXT_SIZE = 13
+TITLE_SIZE = 16
+INK = (32, 32, 32)
 
 
 def to_rgb(pixels: np.ndarray) -> np.ndarray:
@@ -27,9 +32,9 @@ def upscale_factor(size: Sequence[int], min_side: int) -> int:
     return -(-min_side // max(size))
 
 
-def enlarged(pixels: np.ndarray) -> np.ndarray:
-    """Upscale (H, W, ...) by an integer factor, until the longer side is at least MIN_TILE."""
-    factor = upscale_factor(pixels.shape[:2], MIN_TILE)
+def enlarged(pixels: np.ndarray, min_side: int = MIN_TILE) -> np.ndarray:
+    """Upscale (H, W, ...) by an integer factor, until the longer side is at least `min_side` pixels."""
+    factor = upscale_factor(pixels.shape[:2], min_side)
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
@@ -56,29 +61,92 @@ def marked(image: np.ndarray, x: int, y: int, size: tuple[int, int]) -> np.ndarr
     return np.array(canvas)
 
 
-def sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = (), *, has_frame: bool = False) -> np.ndarray:
-    """Arrange tiles (H, W, 3) of equal size in rows on white, with a centred caption above each column.
+def caption_of(name: str) -> str:
+    """Return the caption of an image by its file name: "seed0004" and "4" become "seed 4", others are kept."""
+    match = re.fullmatch(r"(?:seed)?(\d+)", name)
+    return f"seed {int(match[1])}" if match else name
 
-    With `has_frame`, a wider gap separates the first row and the first column from the rest.
+
+def sheet(
+    rows: Sequence[Sequence[np.ndarray]],
+    captions: Sequence[str] = (),
+    row_captions: Sequence[str] = (),
+    *,
+    has_frame: bool = False,
+) -> np.ndarray:
+    """Arrange tiles (H, W, 3) of equal size in rows on white; the last row may be shorter.
+
+    A caption is centred above each column, a row caption left of each row. With `has_frame`, a wider gap separates the
+    first row and the first column from the rest.
     """
     H, W, _ = rows[0][0].shape
-    size = _text_size(captions, H, W) if captions else 0
-    top = math.ceil(1.4 * size)
+    size = _text_size(captions, (H, W), W)
+    top = math.ceil(1.4 * size) if captions else 0
+    side_size = _text_size(row_captions, (H, W), 2 * W)
+    left = math.ceil(max((_width(caption, side_size) + side_size for caption in row_captions), default=0))
     apart = FRAME_GAP - GAP if has_frame else 0
-    xs = [c * (W + GAP) + apart * (c > 0) for c in range(len(rows[0]))]
+    xs = [left + c * (W + GAP) + apart * (c > 0) for c in range(len(rows[0]))]
     ys = [top + r * (H + GAP) + apart * (r > 0) for r in range(len(rows))]
     canvas = Image.new("RGB", (xs[-1] + W, ys[-1] + H), "white")
+    draw = ImageDraw.Draw(canvas)
     for y, row in zip(ys, rows, strict=True):
-        for x, tile in zip(xs, row, strict=True):
+        for x, tile in zip(xs, row, strict=False):
             canvas.paste(Image.fromarray(np.ascontiguousarray(tile)), (x, y))
     for x, caption in zip(xs, captions, strict=False):
         anchor = (x + W / 2, top - 0.35 * size)  # centre of the baseline
-        ImageDraw.Draw(canvas).text(anchor, caption, fill="black", font_size=size, anchor="ms")
+        draw.text(anchor, caption, fill=INK, font_size=size, anchor="ms")
+    for y, caption in zip(ys, row_captions, strict=False):
+        draw.text((left - side_size / 2, y + H / 2), caption, fill=INK, font_size=side_size, anchor="rm")
     return np.array(canvas)
 
 
-def _text_size(captions: Sequence[str], height: int, width: int) -> float:
-    """Return the font size: an eighth of the longer side, or smaller if a caption would exceed the width."""
-    measure = ImageFont.load_default(100)
-    widest = max(measure.getlength(caption) / 100 for caption in captions)  # at size 1
-    return min(max(height, width) / 8, width / widest)
+def captioned(tile: np.ndarray, caption: str) -> np.ndarray:
+    """Return a tile (H, W, 3) above a centred caption."""
+    H, W, _ = tile.shape
+    size = _text_size([caption], (H, W), W)
+    canvas = Image.new("RGB", (W, H + math.ceil(1.5 * size)), "white")
+    canvas.paste(Image.fromarray(np.ascontiguousarray(tile)), (0, 0))
+    ImageDraw.Draw(canvas).text((W / 2, H + size), caption, fill=INK, font_size=size, anchor="ms")
+    return np.array(canvas)
+
+
+def in_rows(tiles: Sequence[np.ndarray], columns: int | None = None) -> list[list[np.ndarray]]:
+    """Split tiles into rows, by default of ceil(sqrt(n)) tiles."""
+    columns = columns or math.ceil(math.sqrt(len(tiles)))
+    return [list(tiles[start : start + columns]) for start in range(0, len(tiles), columns)]
+
+
+def titled(pixels: np.ndarray, title: str) -> np.ndarray:
+    """Return an image (H, W, 3) below a title."""
+    H, W, _ = pixels.shape
+    size = min(TITLE_SIZE, W / _width(title, 1))
+    canvas = Image.new("RGB", (W, H + 2 * TITLE_SIZE), "white")
+    canvas.paste(Image.fromarray(pixels), (0, 2 * TITLE_SIZE))
+    ImageDraw.Draw(canvas).text((0, 1.4 * TITLE_SIZE), title, fill=INK, font_size=size, anchor="ls")
+    return np.array(canvas)
+
+
+def arranged(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Arrange images (H, W, 3) of any size in rows on white, with a margin around each."""
+    heights = [max(len(image) for image in row) + MARGIN for row in rows]
+    width = max(sum(image.shape[1] + MARGIN for image in row) for row in rows)
+    canvas = np.full((MARGIN + sum(heights), MARGIN + width, 3), 255, np.uint8)
+    y = MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        x = MARGIN
+        for image in row:
+            H, W, _ = image.shape
+            canvas[y : y + H, x : x + W] = image
+            x += W + MARGIN
+        y += height
+    return canvas
+
+
+def _text_size(captions: Sequence[str], tile: tuple[int, int], width: int) -> float:
+    """Return the font size of captions for a tile size: TEXT_SIZE or larger, unless a caption would exceed `width`."""
+    widest = max((_width(caption, 1) for caption in captions), default=0)
+    return min(max(TEXT_SIZE, max(tile) / 12), 0.92 * width / max(widest, 1e-6))
+
+
+def _width(text: str, size: float) -> float:
+    return ImageFont.load_default(100).getlength(text) / 100 * size

@@ -16,7 +16,7 @@ from dnnlib.config import UserError, WriteError
 from exploration.attention_maps import record
 from exploration.directions import factorise, sampled_w
 from exploration.model import Model, read_styles, save_styles, seed_latents
-from exploration.sheets import sheet
+from exploration.sheets import arranged, caption_of, sheet, titled
 from training.networks.mapping import MappingNetwork
 
 
@@ -94,6 +94,35 @@ def test_captions_are_centred_above_their_columns(height: int, width: int) -> No
         assert abs((dark.min() + dark.max() + 1) / 2 - width / 2) <= 2
     gaps = [drawn[:top, (column + 1) * (width + 2) - 2 :][:, :2] for column in range(2)]
     assert min(gap.min() for gap in gaps) > 200
+
+
+def test_row_captions_are_left_of_their_rows() -> None:
+    tile = np.full((96, 96, 3), 200, np.uint8)
+    drawn = sheet([[tile] * 2, [tile]], ["one", "two"], ["seed 0", "a longer caption"])
+    height, width, _ = drawn.shape
+    left, top = width - 2 * 96 - 2, height - 2 * 96 - 2
+    assert (drawn[top + 98 :, left + 98 :] == 255).all()  # the missing tile
+    for row, y in enumerate((top, top + 98)):
+        assert (drawn[y : y + 96, left : left + 96] == 200).all()
+        dark = np.argwhere(drawn[y : y + 96, :left].max(axis=2) < 128)
+        assert abs((dark[:, 0].min() + dark[:, 0].max()) / 2 - 48) < 6, row
+        assert left - dark[:, 1].max() > 5
+
+
+def test_captions_name_seeds() -> None:
+    names = ["seed0004", "12", "proj00", "0-4", "seedling", "seed"]
+    assert [caption_of(name) for name in names] == ["seed 4", "seed 12", "proj00", "0-4", "seedling", "seed"]
+
+
+def test_images_are_arranged_at_their_own_size() -> None:
+    small, wide = np.zeros((10, 20, 3), np.uint8), np.full((5, 90, 3), 100, np.uint8)
+    drawn = arranged([[small, small], [wide]])
+    assert drawn.shape == (16 + 10 + 16 + 5 + 16, 16 + 90 + 16, 3)
+    assert (drawn[16:26, 16:36] == 0).all()
+    assert (drawn[16:26, 52:72] == 0).all()
+    assert (drawn[42:47, 16:106] == 100).all()
+    assert (drawn == 255).sum() == drawn.size - 2 * small.size - wide.size
+    assert (titled(wide, "a title")[-5:] == wide).all()
 
 
 def test_a_single_style_per_image_is_used_for_all_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import generate
 from dnnlib.config import override
 from exploration import seed_images
 from exploration.commands.options import PRECISIONS
+from exploration.sheets import to_rgb
 from training.networks import execution
 from training.snapshots.snapshot import load_network, save_network
 
@@ -103,10 +104,13 @@ def test_images_of_any_channels_and_grids_are_written(
     result = run(f"--network={network}", "--seeds=0-4", f"--outdir={tmp_path / 'out'}", "--grid")
     assert result.exit_code == 0, result.output
     with Image.open(tmp_path / "out" / "grid.png") as grid, Image.open(tmp_path / "out" / "seed0004.png") as image:
-        assert (grid.mode, image.mode) == (mode, mode)
-        assert (grid.size, image.size) == ((48, 32), (16, 16))  # 5 images as 3 x 2
-        assert np.array_equal(np.asarray(grid)[16:32, 16:32], np.asarray(image))
-        assert (np.asarray(grid)[16:, 32:] == 255).all()
+        assert (grid.mode, image.mode) == ("RGB", mode)
+        assert image.size == (16, 16)
+        tile = to_rgb(np.asarray(image).reshape(16, 16, channels)).repeat(6, axis=0).repeat(6, axis=1)
+        below = grid.height // 2 + 1  # 5 images as 3 x 2, each above its seed
+        assert np.array_equal(np.asarray(grid)[below : below + 96, 98:194], tile)
+        assert (np.asarray(grid)[below + 96 :, 98:194] < 100).any()
+        assert (np.asarray(grid)[below:, 196:] == 255).all()
 
 
 def test_unsupported_numbers_of_channels_are_refused(shapes_zip: Path, tmp_path: Path) -> None:
