@@ -17,35 +17,28 @@ from pathlib import Path
 
 import click
 import numpy as np
-from PIL import Image
 
 from dnnlib.cli import Script
 from dnnlib.config import UserError
 from dnnlib.util import format_time, read_metric_records
 from exploration.output import save_pixels
 from exploration.sheets import arranged, enlarged, in_rows, sheet, titled
+from reporting.progress import TILE, progress_sheet, tiles_of_grid
+from reporting.run_reader import read_run
 from torch_utils.distributed import choose_device
+from torch_utils.misc import available_cores
 
 ROOT = Path(__file__).resolve().parent
 OUTDIR = ROOT / "out" / "demo"
 METRIC = "swd500"
-PIXELS = 32  # side of the images
-TILE = 64  # side of the images on the overview
-SIDE, STRIP = 6, 11  # images per side of each half of the overview, and per row of its progress
-# Networks this small gain little from a second thread. On a busy machine, or one that grants a process fewer cores than
-# it reports, several threads are much slower than one.
-THREADS = "1"
-CPU_OPTIONS = ["--kimg=11"]
+IMG_SIZE = (32, 32)
+SIDE, STRIP = 6, 9  # images per side of each half of the overview, and per row of its progress
+# Networks this small do not gain from more than two threads.
+THREADS = str(min(2, available_cores()))
+CPU_OPTIONS = ["--kimg=18", "--snap=6"]
 GPU_OPTIONS = [
-    *("--kimg=200", "--tick=10", "--batch=32", "--g_dict=256,128,64", "--num_layers=1,2,2", "--linformer=0"),
-    *(
-        "--cbase=4096",
-        "--set=discriminator.channel_max=256",
-        "--glr=0.002",
-        "--dlr=0.0025",
-        "--ema-kimg=10",
-        "--set=augment.ada_kimg=500",
-    ),
+    *("--kimg=200", "--tick=10", "--snap=5", "--batch=32", "--g_dict=256,128,64", "--num_layers=1,2,2"),
+    *("--linformer=0", "--cbase=2048", "--set=discriminator.channel_max=256"),
 ]
 
 
@@ -106,28 +99,15 @@ def run(*command: str) -> None:
 
 def draw_overview(run_dir: Path, images: Path) -> np.ndarray:
     """Draw real beside generated images, and below them the progress of training: one row per snapshot."""
-    real = [tile for row in tiles_of_grid(run_dir / "reals.png")[:SIDE] for tile in row[:SIDE]]
-    made = [pixels_of(images / f"seed{seed:04d}.png") for seed in range(SIDE**2)]
+    real = [row[:SIDE] for row in tiles_of_grid(run_dir / "reals.png", IMG_SIZE)[:SIDE]]
+    made = in_rows([tiles_of_grid(images / f"seed{seed:04d}.png", IMG_SIZE)[0][0] for seed in range(SIDE**2)])
     halves = {"Real images": real, f"Generated images, seeds 0 to {SIDE**2 - 1}": made}
-    top = [titled(sheet(in_rows([enlarged(tile, TILE) for tile in tiles])), title) for title, tiles in halves.items()]
-    grids = [run_dir / "fakes_init.png", *sorted(run_dir.glob("fakes0*.png"))]
-    rows = [[enlarged(tile, TILE) for tile in tiles_of_grid(path)[0][:STRIP]] for path in grids]
-    ages = ["0 kimg", *(f"{int(path.stem.removeprefix('fakes'))} kimg" for path in grids[1:])]
-    strip = titled(sheet(rows, row_captions=ages), "Progress: the same latents after each thousand real images (kimg)")
-    return arranged([top, [strip]])
-
-
-def tiles_of_grid(path: Path) -> list[list[np.ndarray]]:
-    """Split a grid of images of SIZE x SIZE pixels into its rows."""
-    grid = pixels_of(path)
-    rows, columns = (length // PIXELS for length in grid.shape[:2])
-    return [[grid[PIXELS * r :, PIXELS * c :][:PIXELS, :PIXELS] for c in range(columns)] for r in range(rows)]
-
-
-def pixels_of(path: Path) -> np.ndarray:
-    """Return an RGB image (H, W, 3)."""
-    with Image.open(path) as image:
-        return np.asarray(image)
+    top = [
+        titled(sheet([[enlarged(tile, TILE) for tile in row] for row in tiles]), title)
+        for title, tiles in halves.items()
+    ]
+    strip = progress_sheet(read_run(run_dir, run_dir.name), IMG_SIZE, columns=STRIP, metric=METRIC)
+    return arranged([top, [titled(strip, "Progress: images of the same latents during training")]])
 
 
 def hint(path: Path) -> str:

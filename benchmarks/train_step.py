@@ -9,6 +9,7 @@ that is due every k steps is timed separately and weighted by 1/k.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import sys
 import tempfile
@@ -169,9 +170,21 @@ class CountOperations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         count = flop_registry.get(function.overloadpacket)
-        if count is not None:
+        if function.overloadpacket is torch.ops.aten.convolution_backward:
+            self.flop += convolution_backward_flop(*args)
+        elif count is not None:
             self.flop += count(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+def convolution_backward_flop(grad: Tensor, x: Tensor, weight: Tensor, *settings: Any) -> int:
+    """Count the FLOP of a convolution's gradients, each as many as the forward pass has.
+
+    PyTorch's formula counts the weight gradient of a grouped convolution as if it had one group.
+    """
+    *_, is_transposed, _, _, (needs_x, needs_weight, _) = settings
+    positions = (x if is_transposed else grad).shape
+    return 2 * positions[0] * math.prod(positions[2:]) * weight.numel() * (needs_x + needs_weight)
 
 
 def gflop_per_image(config: TrainConfig, env: Environment) -> float:

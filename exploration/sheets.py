@@ -82,7 +82,7 @@ def sheet(
     H, W, _ = rows[0][0].shape
     size = _text_size(captions, (H, W), W)
     top = math.ceil(1.4 * size) if captions else 0
-    side_size = _text_size(row_captions, (H, W), 2 * W)
+    side_size = _text_size(row_captions, (H, W), 4 * W)
     left = math.ceil(max((_width(caption, side_size) + side_size for caption in row_captions), default=0))
     apart = FRAME_GAP - GAP if has_frame else 0
     xs = [left + c * (W + GAP) + apart * (c > 0) for c in range(len(rows[0]))]
