@@ -21,12 +21,12 @@ import numpy as np
 from dnnlib.cli import Script
 from dnnlib.config import UserError
 from dnnlib.util import format_time, read_metric_records
-from exploration.output import save_pixels
-from exploration.sheets import arranged, enlarged, in_rows, sheet, titled
 from reporting.progress import TILE, progress_sheet, tiles_of_grid
 from reporting.run_reader import read_run
 from torch_utils.distributed import choose_device
+from torch_utils.images import save_pixels
 from torch_utils.misc import available_cores
+from torch_utils.sheets import arranged, enlarged, in_rows, sheet, titled
 
 ROOT = Path(__file__).resolve().parent
 OUTDIR = ROOT / "out" / "demo"

@@ -1,9 +1,12 @@
-"""Generate docs/gallery.md and its images from a snapshot: every image with the command that produces it.
+"""Generate the pictures of the documentation from a snapshot and the run that trained it.
 
-python docs/make_gallery.py --network=docs/shapes.pkl
+python docs/make_gallery.py --network=docs/shapes.pkl --run=runs/00000-shapes-tiny-linformer-gpus1-batch8
 
-The commands run in a temporary folder; the images of the page are copied from there and reduced in size. Sections that
-the network does not support (for example attention maps without attention) are skipped.
+gallery.md shows every picture with the command that produces it. The commands run in a temporary folder; the images
+are copied from there. Sections that the network does not support (for example attention maps without attention) are
+skipped. The picture of the browser page requires Chromium.
+
+The figures of README.md are images/samples.png and, with --run, images/progress.png.
 """
 
 from __future__ import annotations
@@ -11,14 +14,18 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import click
+import numpy as np
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -27,16 +34,21 @@ sys.path.insert(0, str(ROOT))
 import generate  # noqa: E402
 from dnnlib.cli import Script  # noqa: E402
 from dnnlib.config import UserError  # noqa: E402
-from dnnlib.images import open_image  # noqa: E402
 from exploration.attention_maps import has_attention  # noqa: E402
 from exploration.directions import style_layers  # noqa: E402
 from exploration.mixing import format_ranges  # noqa: E402
-from exploration.sheets import enlarged, sheet, to_rgb  # noqa: E402
+from exploration.opening import build_model  # noqa: E402
+from exploration.play import HOST, Player, open_server  # noqa: E402
+from exploration.seed_images import seed_images  # noqa: E402
+from reporting.progress import progress_sheet  # noqa: E402
+from reporting.run_reader import read_run  # noqa: E402
+from torch_utils.images import save_pixels  # noqa: E402
+from torch_utils.sheets import enlarged, labelled_grid, sheet, to_rgb  # noqa: E402
 from training.data_sources.codec import decode_image  # noqa: E402
 from training.snapshots.snapshot import Snapshot, load_network  # noqa: E402
 
-WIDTH = 780  # maximum width of an image on the page in pixels; small images are enlarged by an integer factor
 MAX_BYTES = 1_500_000  # total size of the images
+COLUMNS = 8  # images per row of README's figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +61,20 @@ class Entry:
     images: tuple[tuple[str, str], ...]
 
 
+BROWSER_PAGE = Entry(
+    title="Browser page",
+    text="Images by seed and truncation, style mixing, and the attention of a clicked pixel.",
+    commands=("play",),
+    images=(("", "play.png"),),
+)
+
+
 def entries(G: Any) -> Iterator[Entry]:
     """Yield the sections that a network supports."""
     yield Entry(
         title="Images",
-        text="Seeds 0 to 35, with slight truncation.",
-        commands=("--seeds=0-35 --trunc=0.8 --outdir=out --grid",),
+        text="Seeds 0 to 35, neither truncated nor selected.",
+        commands=("--seeds=0-35 --outdir=out --grid",),
         images=(("out/grid.png", "images.png"),),
     )
     for name, styles in G.style_groups.items():
@@ -101,9 +121,10 @@ def entries(G: Any) -> Iterator[Entry]:
 
 @click.command(cls=Script)
 @click.option("--network", required=True, type=click.Path(path_type=Path), help="Snapshot.")
+@click.option("--run", "run_dir", type=click.Path(path_type=Path), help="Folder of the run, for progress.png.")
 @click.option("--outdir", type=click.Path(path_type=Path), default=ROOT / "docs", help="Folder for gallery.md.")
-def main(network: Path, outdir: Path) -> None:
-    """Generate gallery.md and the folder gallery beside it."""
+def main(network: Path, run_dir: Path | None, outdir: Path) -> None:
+    """Generate gallery.md, the folder gallery beside it, and the figures of README.md in the folder images."""
     network, outdir = network.resolve(), outdir.resolve()
     snapshot = load_network(network)
     shown = network.relative_to(ROOT).as_posix() if network.is_relative_to(ROOT) else network.name
@@ -115,9 +136,14 @@ def main(network: Path, outdir: Path) -> None:
         new.mkdir()
         for entry in entries(snapshot.G_ema):
             make_images(entry, network, new)
+        photograph_page(snapshot, new / "play.png")
         shutil.rmtree(images, ignore_errors=True)
         shutil.copytree(new, images)
     (outdir / "gallery.md").write_text(page(snapshot, shown))
+    (outdir / "images").mkdir(exist_ok=True)
+    save_pixels(samples(snapshot), outdir / "images" / "samples.png")
+    if run_dir is not None:
+        save_pixels(progress(run_dir, snapshot.G_ema.img_shape[1:]), outdir / "images" / "progress.png")
     size = sum(path.stat().st_size for path in images.iterdir())
     click.echo(f"{len(list(images.iterdir()))} images, {size} bytes, in {images}")
     if size > MAX_BYTES:
@@ -129,7 +155,7 @@ def make_images(entry: Entry, network: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_all(entry.commands, network, Path(folder))
         for file, name in entry.images:
-            shrink(Path(folder) / file, target / name)
+            shutil.copy(Path(folder) / file, target / name)
 
 
 def run_all(commands: tuple[str, ...], network: Path, folder: Path) -> None:
@@ -160,23 +186,43 @@ def pair_up(folder: Path) -> None:
     Image.fromarray(sheet(tiles)).save(folder / "pairs.png")
 
 
-def shrink(source: Path, target: Path) -> None:
-    """Copy an image in 256 colours, scaled to at most WIDTH."""
-    if source.suffix == ".gif":
-        shutil.copy(source, target)
-        return
-    with open_image(source.read_bytes()) as opened:
-        image = opened.convert("RGB")
-    if image.width > WIDTH:
-        image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)
-    factor = WIDTH // image.width
-    image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
-    image.quantize(dither=Image.Dither.NONE).save(target, optimize=True)
+def photograph_page(snapshot: Snapshot, target: Path) -> None:
+    """Write a picture of the browser page in Chromium. Raises UserError without Chromium."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        raise UserError("the picture of the browser page requires Chromium; install it, for example as chromium")
+    c = torch.zeros(1, snapshot.G_ema.c_dim)
+    cpu = torch.device("cpu")
+    model = build_model(snapshot, cpu, c, noise_mode="const", batch=24, precision="fp32", trunc=1.0)
+    server = open_server(Player(model), port=0)
+    Thread(target=server.serve_forever, daemon=True).start()
+    flags = ("--headless", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=20000", "--window-size=1280,690")
+    url = f"http://{HOST}:{server.server_port}/"
+    subprocess.run([browser, *flags, f"--screenshot={target}", url], check=True, capture_output=True)
+    server.shutdown()
+
+
+def samples(snapshot: Snapshot) -> np.ndarray:
+    """Draw images of the first seeds, enlarged and labelled."""
+    G = snapshot.G_ema
+    with torch.no_grad():
+        made = seed_images(G, tuple(range(4 * COLUMNS)), torch.zeros(1, G.c_dim))
+    return labelled_grid(made, [f"seed {seed}" for seed in range(len(made))], COLUMNS)
+
+
+def progress(run_dir: Path, img_size: tuple[int, int]) -> np.ndarray:
+    """Draw images at the start, at 1/32, 1/16, ... 1/2 of the run, and at its end."""
+    run = read_run(run_dir, run_dir.name)
+    ages = np.array([grid.kimg for grid in run.grids])
+    targets = [0.0, *(ages.max() / 2**k for k in range(5, -1, -1))]
+    chosen = [ages[np.abs(ages - target).argmin()] for target in targets]
+    return progress_sheet(run, img_size, columns=COLUMNS, metric="swd500", kimg=chosen)
 
 
 def page(snapshot: Snapshot, shown: str) -> str:
     """Return the page; `shown` is the path of the network in the commands."""
-    return "\n".join([head(snapshot, shown), *(section(entry, shown) for entry in entries(snapshot.G_ema))])
+    sections = [*entries(snapshot.G_ema), BROWSER_PAGE]
+    return "\n".join([head(snapshot, shown), *(section(entry, shown) for entry in sections)])
 
 
 def head(snapshot: Snapshot, shown: str) -> str:

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from dnnlib.config import UserError
 from exploration.model import Model, check_seeds, gather_styles, save_arrays
 from exploration.opening import is_mapping, open_model
-from exploration.output import counted, make_outdir, save_pixels
-from exploration.sheets import caption_of, enlarged, marked, overlay, sheet, to_rgb
-from torch_utils.images import to_uint8
+from exploration.output import counted, make_outdir
+from torch_utils.images import save_pixels, to_uint8
+from torch_utils.sheets import caption_of, enlarged, marked, overlay, sheet, to_rgb
 from training.networks.attention import Attention, SelfAttention
 from training.networks.generator import Grid
 from training.networks.layers import Resampling

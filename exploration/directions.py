@@ -27,8 +27,9 @@ from exploration.model import (
     save_arrays,
 )
 from exploration.opening import open_model
-from exploration.output import counted, make_outdir, save_pixels
-from exploration.sheets import caption_of, sheet, tiles_of
+from exploration.output import counted, make_outdir
+from torch_utils.images import save_pixels
+from torch_utils.sheets import caption_of, sheet, tiles_of
 from training.networks.layers import FullyConnected
 from training.snapshots.exchange import read_tensors
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from dnnlib.config import UserError
 from exploration.model import check_seeds, gather_styles
 from exploration.opening import open_model
-from exploration.output import counted, make_outdir, save_batches, save_pixels
-from exploration.sheets import caption_of, sheet, tiles_of
+from exploration.output import counted, make_outdir, save_batches
+from torch_utils.images import save_pixels
+from torch_utils.sheets import caption_of, sheet, tiles_of
 
 
 def choose_styles(text: str, num_ws: int, groups: Mapping[str, Sequence[int]]) -> tuple[int, ...]:

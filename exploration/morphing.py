@@ -19,9 +19,9 @@ from exploration.directions import Directions, check_strength, read_direction
 from exploration.model import Model, check_seeds, gather_styles, label_of, seed_latents
 from exploration.opening import is_mapping, open_model
 from exploration.output import counted, make_outdir
-from exploration.sheets import to_rgb, upscale_factor
 from exploration.video import MIN_FRAME, check_encoder, open_video
 from torch_utils.interpolation import linear_weights, slerp, spline_weights
+from torch_utils.sheets import to_rgb, upscale_factor
 
 Interpolation = Literal["w", "z", "spline"]
 StylesAt = Callable[[Tensor], Tensor]  # times (T,) -> (T, cells, num_ws, w_dim)

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,11 +41,6 @@ def finish(jobs: Iterable[Future[None]]) -> None:
     """Wait for all jobs. Re-raises the exception of a failed job."""
     for job in jobs:
         job.result()
-
-
-def save_pixels(pixels: np.ndarray, path: Path) -> None:
-    """Write an image (H, W, 3)."""
-    save_image(torch.from_numpy(pixels).permute(2, 0, 1), path)
 
 
 def counted(number: int, noun: str) -> str:

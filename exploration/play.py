@@ -32,7 +32,7 @@ from exploration.attention_maps import BlockRecord, has_attention, record, token
 from exploration.mixing import choose_styles, format_ranges, mix
 from exploration.model import Model, label_of, seed_latents
 from exploration.opening import build_model, choose_label, open_network
-from exploration.sheets import enlarged, marked, overlay, to_rgb
+from torch_utils.sheets import enlarged, marked, overlay, to_rgb
 
 HOST = "127.0.0.1"
 PATHS = ("/images", "/attention")

@@ -24,12 +24,12 @@ from exploration.directions import sampled_w
 from exploration.model import Model, save_styles
 from exploration.opening import open_model
 from exploration.output import counted, make_outdir
-from exploration.sheets import to_rgb, upscale_factor
 from exploration.video import MIN_FRAME, check_encoder, open_video
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.perceptual import feature_distance, lpips_distance
 from torch_utils.images import DistanceTo, save_image, to_uint8
 from torch_utils.misc import derive_seed
+from torch_utils.sheets import to_rgb, upscale_factor
 from training.data_sources.codec import decode_image
 from training.data_sources.convert import Conversion
 from training.data_sources.files import open_store, read_image_file

@@ -15,11 +15,11 @@ from dnnlib.config import UserError
 from exploration.directions import check_strength, edited
 from exploration.model import BATCH_MULTIPLE, check_seeds, pad_batch, seed_latents, style_batches
 from exploration.opening import build_model, choose_label, execution_of, is_mapping, open_network
-from exploration.output import counted, make_outdir, save_batches, save_pixels
-from exploration.sheets import caption_of, captioned, in_rows, sheet, tiles_of
+from exploration.output import counted, make_outdir, save_batches
 from torch_utils.graphs import GraphPool
-from torch_utils.images import to_uint8
+from torch_utils.images import save_pixels, to_uint8
 from torch_utils.misc import compiled
+from torch_utils.sheets import caption_of, labelled_grid
 from training.networks import execution
 
 
@@ -119,6 +119,5 @@ def make_images(
     with torch.no_grad(), execution.using(execution_of(snapshot, precision)):
         made = save_batches(batches, names, outdir, keep=grid)
     if grid:
-        tiles = [captioned(tile, caption_of(name)) for tile, name in zip(tiles_of(torch.cat(made)), names, strict=True)]
-        save_pixels(sheet(in_rows(tiles)), outdir / "grid.png")
+        save_pixels(labelled_grid(torch.cat(made), list(map(caption_of, names))), outdir / "grid.png")
     click.echo(f"{counted(len(names), 'image')} in {outdir}")

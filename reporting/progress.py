@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from dnnlib.util import format_time
-from exploration.sheets import enlarged, sheet
 from reporting.run_reader import Curve, Run
+from torch_utils.sheets import enlarged, sheet
 
 TILE = 64  # side of a tile in pixels, at least
 

@@ -20,7 +20,7 @@ from dnnlib.config import UserError
 from exploration import attention_maps as attention
 from exploration.attention_maps import attention_maps, choose_pixels, most_attended, record, tokens_of
 from exploration.model import Model
-from exploration.sheets import overlay, sheet
+from torch_utils.sheets import overlay, sheet
 from training.networks.styleformer import StyleformerConfig
 from training.networks.transgan import TransGANConfig
 

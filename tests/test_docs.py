@@ -233,6 +233,7 @@ def test_the_gallery_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         entry for entry in gallery.entries(load_network(ROOT / "docs" / "shapes.pkl").G_ema) if "coarse" in entry.title
     ]
     monkeypatch.setattr(gallery, "entries", lambda G: some)
+    monkeypatch.setattr(gallery, "photograph_page", lambda snapshot, target: target.touch())
     arguments = [f"--network={ROOT / 'docs' / 'shapes.pkl'}", f"--outdir={tmp_path}"]
     images = tmp_path / "gallery"
     images.mkdir()
@@ -246,7 +247,8 @@ def test_the_gallery_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (images / "mine.png").exists()
     result = CliRunner().invoke(gallery.main, arguments)
     assert result.exit_code == 0, result.output
-    assert [path.name for path in images.iterdir()] == ["mix-coarse.png"]
+    assert {path.name for path in images.iterdir()} == {"mix-coarse.png", "play.png"}
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["samples.png"]
     assert "--styles=coarse" in (tmp_path / "gallery.md").read_text()
 
 

@@ -16,7 +16,7 @@ from dnnlib.config import UserError, WriteError
 from exploration.attention_maps import record
 from exploration.directions import factorise, sampled_w
 from exploration.model import Model, read_styles, save_styles, seed_latents
-from exploration.sheets import arranged, caption_of, sheet, titled
+from torch_utils.sheets import arranged, caption_of, sheet, titled
 from training.networks.mapping import MappingNetwork
 
 

@@ -16,7 +16,7 @@ import generate
 from dnnlib.config import override
 from exploration import seed_images
 from exploration.commands.options import PRECISIONS
-from exploration.sheets import to_rgb
+from torch_utils.sheets import to_rgb
 from training.networks import execution
 from training.snapshots.snapshot import load_network, save_network
 

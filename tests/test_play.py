@@ -30,7 +30,7 @@ from exploration.attention_maps import attention_maps, record
 from exploration.mixing import mix
 from exploration.model import Model, label_of, seed_latents
 from exploration.play import MAX_SEED, Player, open_server
-from exploration.sheets import enlarged, overlay
+from torch_utils.sheets import enlarged, overlay
 from training.networks.stylegan2 import StyleGAN2Config
 
 
@@ -365,7 +365,7 @@ def test_a_browser_shows_mixing_and_attention() -> None:
         large.onclick({clientX: box.left + box.width / 2, clientY: box.top + 1});
         await until(() => document.querySelectorAll("#maps img").length);
         large.onkeydown(new KeyboardEvent("keydown", {key: "ArrowDown"}));
-        await until(() => !("maps" in waiting));
+        await until(() => !("maps" in queued));
         const maps = document.querySelectorAll("#maps img").length;
         return [maps, pixel, $("caption").textContent, $("problem").textContent];"""
     maps, pixel, caption, problem = run_in_browser(make_model(), script)
@@ -380,7 +380,7 @@ def test_a_browser_hides_mixing_without_styles() -> None:
         $("after").click();
         await until(() => first == 48);
         cells[2].onclick({shiftKey: true});
-        await until(() => !("large" in waiting));
+        await until(() => !("large" in queued));
         return [$("caption").textContent, other, cells[2].className];"""
     caption, other, kind = run_in_browser(model_of(TRANSGAN), script)
     assert (caption.partition(".")[0], other, kind) == ("Seed 50", None, "chosen")

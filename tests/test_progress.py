@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 import demo
-from exploration.sheets import enlarged
 from reporting.progress import progress_sheet, tiles_of_grid
 from reporting.run_reader import Run, read_run
+from torch_utils.sheets import enlarged
 
 
 def tile(number: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -42,9 +43,9 @@ def save_image(img: Tensor, path: Path) -> None:
         raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG; see `make_grid`."""
-    save_image(make_grid(images, columns), path)
+def save_pixels(pixels: np.ndarray, path: Path) -> None:
+    """Write uint8 pixels (H, W, 3) as PNG, atomically. Raises WriteError."""
+    save_image(torch.from_numpy(pixels).permute(2, 0, 1), path)
 
 
 def make_grid(images: Tensor, columns: int | None = None) -> Tensor:

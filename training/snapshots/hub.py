@@ -22,7 +22,8 @@ import torch
 from dnnlib.config import UserError, to_json
 from dnnlib.download import sha256_of_file
 from dnnlib.util import read_metric_records
-from torch_utils.images import save_grid, to_uint8
+from torch_utils.images import save_pixels, to_uint8
+from torch_utils.sheets import labelled_grid
 from training.config import TrainConfig
 from training.snapshots.exchange import load_folder, new_folder, write_folder
 from training.snapshots.snapshot import Snapshot
@@ -54,7 +55,8 @@ class HubModel(ModelHubMixin, library_name="styleformer", pipeline_tag="uncondit
     def _save_pretrained(self, save_directory: Path) -> None:
         config, labels = without_paths(self.snapshot.config), self.snapshot.label_kind()
         write_folder(save_directory, replace(self.snapshot, G=None, D=None, config=config, labels=labels))
-        save_grid(sample_images(self.snapshot), save_directory / SAMPLES)
+        images, captions = sample_images(self.snapshot)
+        save_pixels(labelled_grid(images, captions), save_directory / SAMPLES)
 
     @classmethod
     def _from_pretrained(
@@ -115,16 +117,17 @@ def num_samples(G: Any) -> int:
     return 16 if max(G.img_shape[1:]) <= 256 else 4
 
 
-def sample_images(snapshot: Snapshot) -> torch.Tensor:
-    """Return uint8 images for seeds 0, 1, ..., cycling through the classes, or with zero label vectors."""
+def sample_images(snapshot: Snapshot) -> tuple[torch.Tensor, list[str]]:
+    """Return uint8 images and captions for seeds 0, 1, ..., cycling through the classes, or with zero label vectors."""
     G = snapshot.G_ema
     device, count = next(G.parameters()).device, num_samples(G)
     z = np.concatenate([np.random.RandomState(seed).randn(1, G.z_dim) for seed in range(count)])
-    c = torch.zeros(count, G.c_dim, device=device)
+    c, captions = torch.zeros(count, G.c_dim, device=device), [f"seed {seed}" for seed in range(count)]
     if G.c_dim and snapshot.label_kind() != "vectors":
         c = torch.eye(G.c_dim, device=device)[torch.arange(count) % G.c_dim]
+        captions = [f"{caption}, class {seed % G.c_dim}" for seed, caption in enumerate(captions)]
     with torch.no_grad():
-        return to_uint8(G(torch.from_numpy(z).float().to(device), c))
+        return to_uint8(G(torch.from_numpy(z).float().to(device), c)), captions
 
 
 def read_records(snapshot: Path) -> Iterator[dict[str, Any]]:

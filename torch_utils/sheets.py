@@ -110,6 +110,12 @@ def captioned(tile: np.ndarray, caption: str) -> np.ndarray:
     return np.array(canvas)
 
 
+def labelled_grid(images: Tensor, captions: Sequence[str], columns: int | None = None) -> np.ndarray:
+    """Draw uint8 images (n, C, h, w) in rows, enlarged, each above its caption; see `in_rows`."""
+    tiles = [captioned(tile, caption) for tile, caption in zip(tiles_of(images), captions, strict=True)]
+    return sheet(in_rows(tiles, columns))
+
+
 def in_rows(tiles: Sequence[np.ndarray], columns: int | None = None) -> list[list[np.ndarray]]:
     """Split tiles into rows, by default of ceil(sqrt(n)) tiles."""
     columns = columns or math.ceil(math.sqrt(len(tiles)))
