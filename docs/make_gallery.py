@@ -26,7 +26,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -43,7 +42,7 @@ from exploration.seed_images import seed_images  # noqa: E402
 from reporting.progress import progress_sheet  # noqa: E402
 from reporting.run_reader import read_run  # noqa: E402
 from torch_utils.images import save_pixels  # noqa: E402
-from torch_utils.sheets import enlarged, labelled_grid, sheet, to_rgb  # noqa: E402
+from torch_utils.sheets import caption_of, enlarged, labelled_grid, sheet, to_rgb  # noqa: E402
 from training.data_sources.codec import decode_image  # noqa: E402
 from training.snapshots.snapshot import Snapshot, load_network  # noqa: E402
 
@@ -110,7 +109,7 @@ def entries(G: Any) -> Iterator[Entry]:
     )
     yield Entry(
         title="Projection",
-        text="Top: generated images. Bottom: their projections, by a pixel loss.",
+        text="Generated images, and their projections by a pixel loss.",
         commands=(
             "--seeds=40-45 --outdir=out/targets",
             "project --target=out/targets --loss=pixels --num-steps=300 --outdir=out",
@@ -183,7 +182,8 @@ def pair_up(folder: Path) -> None:
     """Write pairs.png: the targets in a row, their projections below."""
     rows = [sorted((folder / "targets").glob("*.png")), sorted(folder.glob("proj*.png"))]
     tiles = [[enlarged(to_rgb(decode_image(path.read_bytes()))) for path in row] for row in rows]
-    Image.fromarray(sheet(tiles)).save(folder / "pairs.png")
+    captions = [caption_of(path.stem) for path in rows[0]]
+    save_pixels(sheet(tiles, captions, ["target", "projection"]), folder / "pairs.png")
 
 
 def photograph_page(snapshot: Snapshot, target: Path) -> None:
