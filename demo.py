@@ -27,14 +27,16 @@ from torch_utils.distributed import choose_device
 from torch_utils.images import save_pixels
 from torch_utils.misc import available_cores
 from torch_utils.sheets import arranged, enlarged, in_rows, sheet, titled
+from training.data_sources.codec import decode_image
 
 ROOT = Path(__file__).resolve().parent
 OUTDIR = ROOT / "out" / "demo"
 METRIC = "swd500"
 IMG_SIZE = (32, 32)
 SIDE, STRIP = 6, 9  # images per side of each half of the overview, and per row of its progress
-# Networks this small do not gain from more than two threads.
-THREADS = str(min(2, available_cores()))
+# Networks this small do not gain from more than two threads. Set OMP_NUM_THREADS=1 in a container that grants fewer
+# cores than it reports.
+THREADS = os.environ.get("OMP_NUM_THREADS") or str(min(2, available_cores()))
 CPU_OPTIONS = ["--kimg=18", "--snap=6"]
 GPU_OPTIONS = [
     *("--kimg=200", "--tick=10", "--snap=5", "--batch=32", "--g_dict=256,128,64", "--num_layers=1,2,2"),
@@ -100,7 +102,7 @@ def run(*command: str) -> None:
 def draw_overview(run_dir: Path, images: Path) -> np.ndarray:
     """Draw real beside generated images, and below them the progress of training: one row per snapshot."""
     real = [row[:SIDE] for row in tiles_of_grid(run_dir / "reals.png", IMG_SIZE)[:SIDE]]
-    made = in_rows([tiles_of_grid(images / f"seed{seed:04d}.png", IMG_SIZE)[0][0] for seed in range(SIDE**2)])
+    made = in_rows([decode_image((images / f"seed{seed:04d}.png").read_bytes()) for seed in range(SIDE**2)])
     halves = {"Real images": real, f"Generated images, seeds 0 to {SIDE**2 - 1}": made}
     top = [
         titled(sheet([[enlarged(tile, TILE) for tile in row] for row in tiles]), title)
@@ -112,8 +114,8 @@ def draw_overview(run_dir: Path, images: Path) -> np.ndarray:
 
 def hint(path: Path) -> str:
     """Return how to open a file, or nothing on a machine without a display."""
-    viewer = {"darwin": "open", "win32": "start"}.get(sys.platform, "xdg-open")
-    if viewer == "xdg-open" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+    viewer = {"darwin": "open", "linux": "xdg-open"}.get(sys.platform)
+    if viewer is None or (viewer == "xdg-open" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
         return ""
     return f"   (open it: {viewer} {shlex.quote(str(path))})"
 

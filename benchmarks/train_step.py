@@ -178,7 +178,7 @@ class CountOperations(TorchDispatchMode):
 
 
 def convolution_backward_flop(grad: Tensor, x: Tensor, weight: Tensor, *settings: Any) -> int:
-    """Count the FLOP of a convolution's gradients, each as many as the forward pass has.
+    """Return the FLOP of a convolution's gradients; each costs as much as the forward pass.
 
     PyTorch's formula counts the weight gradient of a grouped convolution as if it had one group.
     """

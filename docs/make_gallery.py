@@ -1,10 +1,10 @@
-"""Generate the pictures of the documentation from a snapshot and the run that trained it.
+"""Generate the images of the documentation from a snapshot and the run that trained it.
 
 python docs/make_gallery.py --network=docs/shapes.pkl --run=runs/00000-shapes-tiny-linformer-gpus1-batch8
 
-gallery.md shows every picture with the command that produces it. The commands run in a temporary folder; the images
+gallery.md shows every image with the command that produces it. The commands run in a temporary folder; the images
 are copied from there. Sections that the network does not support (for example attention maps without attention) are
-skipped. The picture of the browser page requires Chromium.
+skipped. The screenshot of the browser page requires Chromium.
 
 The figures of README.md are images/samples.png and, with --run, images/progress.png.
 """
@@ -40,13 +40,13 @@ from exploration.opening import build_model  # noqa: E402
 from exploration.play import HOST, Player, open_server  # noqa: E402
 from exploration.seed_images import seed_images  # noqa: E402
 from reporting.progress import progress_sheet  # noqa: E402
-from reporting.run_reader import read_run  # noqa: E402
+from reporting.run_reader import Run, read_run  # noqa: E402
 from torch_utils.images import save_pixels  # noqa: E402
 from torch_utils.sheets import caption_of, enlarged, labelled_grid, sheet, to_rgb  # noqa: E402
 from training.data_sources.codec import decode_image  # noqa: E402
 from training.snapshots.snapshot import Snapshot, load_network  # noqa: E402
 
-MAX_BYTES = 1_500_000  # total size of the images
+MAX_BYTES = 1_500_000  # total size of the images in the repository
 COLUMNS = 8  # images per row of README's figures
 
 
@@ -62,7 +62,7 @@ class Entry:
 
 BROWSER_PAGE = Entry(
     title="Browser page",
-    text="Images by seed and truncation, style mixing, and the attention of a clicked pixel.",
+    text="Images by seed and truncation. Click an image to mix styles or to show attention maps.",
     commands=("play",),
     images=(("", "play.png"),),
 )
@@ -125,7 +125,11 @@ def entries(G: Any) -> Iterator[Entry]:
 def main(network: Path, run_dir: Path | None, outdir: Path) -> None:
     """Generate gallery.md, the folder gallery beside it, and the figures of README.md in the folder images."""
     network, outdir = network.resolve(), outdir.resolve()
-    snapshot = load_network(network)
+    snapshot, browser, run = load_network(network), find_browser(), None
+    if run_dir is not None:
+        run = read_run(run_dir, run_dir.name)
+        if not run.grids:
+            raise UserError(f"--run={run_dir}: no images of a run; specify the folder with its fakes_init.png")
     shown = network.relative_to(ROOT).as_posix() if network.is_relative_to(ROOT) else network.name
     images = outdir / "gallery"
     if any(images.glob("*")) and not (outdir / "gallery.md").is_file():
@@ -135,18 +139,15 @@ def main(network: Path, run_dir: Path | None, outdir: Path) -> None:
         new.mkdir()
         for entry in entries(snapshot.G_ema):
             make_images(entry, network, new)
-        photograph_page(snapshot, new / "play.png")
+        save_screenshot(snapshot, browser, new / BROWSER_PAGE.images[0][1])
         shutil.rmtree(images, ignore_errors=True)
         shutil.copytree(new, images)
     (outdir / "gallery.md").write_text(page(snapshot, shown))
     (outdir / "images").mkdir(exist_ok=True)
     save_pixels(samples(snapshot), outdir / "images" / "samples.png")
-    if run_dir is not None:
-        save_pixels(progress(run_dir, snapshot.G_ema.img_shape[1:]), outdir / "images" / "progress.png")
-    size = sum(path.stat().st_size for path in images.iterdir())
-    click.echo(f"{len(list(images.iterdir()))} images, {size} bytes, in {images}")
-    if size > MAX_BYTES:
-        raise UserError(f"{images}: {size} bytes exceed the limit of {MAX_BYTES}: show fewer or smaller images")
+    if run is not None:
+        save_pixels(progress(run, snapshot.G_ema.img_shape[1:]), outdir / "images" / "progress.png")
+    click.echo(f"{len(list(images.iterdir()))} images in {images}")
 
 
 def make_images(entry: Entry, network: Path, target: Path) -> None:
@@ -186,20 +187,30 @@ def pair_up(folder: Path) -> None:
     save_pixels(sheet(tiles, captions, ["target", "projection"]), folder / "pairs.png")
 
 
-def photograph_page(snapshot: Snapshot, target: Path) -> None:
-    """Write a picture of the browser page in Chromium. Raises UserError without Chromium."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        raise UserError("the picture of the browser page requires Chromium; install it, for example as chromium")
-    c = torch.zeros(1, snapshot.G_ema.c_dim)
-    cpu = torch.device("cpu")
+def find_browser() -> str:
+    """Return the path of Chromium. Raises UserError if it is not installed."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        path = shutil.which(name)
+        if path:
+            return path
+    raise UserError("the screenshot of the browser page requires Chromium; install it, for example as chromium")
+
+
+def save_screenshot(snapshot: Snapshot, browser: str, target: Path) -> None:
+    """Write a screenshot of the browser page. Raises UserError if Chromium fails."""
+    cpu, c = torch.device("cpu"), torch.zeros(1, snapshot.G_ema.c_dim)
     model = build_model(snapshot, cpu, c, noise_mode="const", batch=24, precision="fp32", trunc=1.0)
     server = open_server(Player(model), port=0)
     Thread(target=server.serve_forever, daemon=True).start()
     flags = ("--headless", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=20000", "--window-size=1280,690")
-    url = f"http://{HOST}:{server.server_port}/"
-    subprocess.run([browser, *flags, f"--screenshot={target}", url], check=True, capture_output=True)
-    server.shutdown()
+    command = [browser, *flags, f"--screenshot={target}", f"http://{HOST}:{server.server_port}/"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    finally:
+        server.shutdown()
+        server.server_close()
+    if not target.is_file():
+        raise UserError(f"{browser} wrote no screenshot: {done.stderr[-500:]}")
 
 
 def samples(snapshot: Snapshot) -> np.ndarray:
@@ -210,12 +221,11 @@ def samples(snapshot: Snapshot) -> np.ndarray:
     return labelled_grid(made, [f"seed {seed}" for seed in range(len(made))], COLUMNS)
 
 
-def progress(run_dir: Path, img_size: tuple[int, int]) -> np.ndarray:
+def progress(run: Run, img_size: tuple[int, int]) -> np.ndarray:
     """Draw images at the start, at 1/32, 1/16, ... 1/2 of the run, and at its end."""
-    run = read_run(run_dir, run_dir.name)
-    ages = np.array([grid.kimg for grid in run.grids])
-    targets = [0.0, *(ages.max() / 2**k for k in range(5, -1, -1))]
-    chosen = [ages[np.abs(ages - target).argmin()] for target in targets]
+    kimg = np.array([grid.kimg for grid in run.grids])
+    targets = [0.0, *(kimg.max() / 2**k for k in range(5, -1, -1))]
+    chosen = [kimg[np.abs(kimg - target).argmin()] for target in targets]
     return progress_sheet(run, img_size, columns=COLUMNS, metric="swd500", kimg=chosen)
 
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from dnnlib.config import UserError
+from dnnlib.images import open_image
 from dnnlib.util import format_time
 from reporting.run_reader import Curve, Run
-from torch_utils.sheets import enlarged, sheet
+from torch_utils.sheets import enlarged, sheet, to_rgb
 
 TILE = 64  # side of a tile in pixels, at least
 
@@ -18,7 +19,7 @@ TILE = 64  # side of a tile in pixels, at least
 def progress_sheet(
     run: Run, img_size: tuple[int, int], *, columns: int, metric: str, kimg: Sequence[float] = ()
 ) -> np.ndarray:
-    """Draw a row of images per snapshot, or per age in `kimg`, of the same latents, with training time and metric.
+    """Draw one row per snapshot, or per value in `kimg`: images of the same latents, training time and metric.
 
     `img_size` is (height, width) of the images in pixels.
     """
@@ -28,23 +29,29 @@ def progress_sheet(
 
 
 def tiles_of_grid(path: Path, img_size: tuple[int, int]) -> list[list[np.ndarray]]:
-    """Split the grid of images in a file into rows of RGB tiles (H, W, 3)."""
+    """Split the grid of images in a file into rows of RGB tiles (H, W, 3). Raises UserError for another image size."""
     H, W = img_size
-    with Image.open(path) as image:
-        grid = np.asarray(image.convert("RGB"))
+    with open_image(path.read_bytes()) as image:
+        grid = to_rgb(np.asarray(image.convert("RGBA")))
     rows, columns = grid.shape[0] // H, grid.shape[1] // W
+    if grid.shape[:2] != (rows * H, columns * W):
+        raise UserError(f"{path}: not a grid of images of {W}x{H} pixels")
     return [[grid[r * H :, c * W :][:H, :W] for c in range(columns)] for r in range(rows)]
 
 
 def _caption(run: Run, metric: str, kimg: float) -> str:
-    """Return the age, and if they are known the training time and the value of a metric."""
+    """Return kimg, and the training time and the value of a metric if they are known."""
     time, value = _value_at(run.ticks.get("Timing/total_sec"), kimg), _value_at(run.metrics.get(metric), kimg)
     parts = [f"{kimg:g} kimg"]
     parts += [] if time is None else [format_time(time)]
-    parts += [] if value is None else [f"{metric} {value:.0f}"]
+    parts += [] if value is None else [f"{metric} {value:.3g}"]
     return ", ".join(parts)
 
 
 def _value_at(curve: Curve | None, kimg: float) -> float | None:
-    """Return the value of a curve at an age; None if it is unknown there."""
-    return None if curve is None else next(iter(curve.finite().values[curve.finite().kimg == kimg].tolist()), None)
+    """Return the first value of a curve in a kimg, by which image files are named; None if there is none."""
+    if curve is None:
+        return None
+    known = curve.finite()
+    found = known.values[np.floor(known.kimg) == kimg]
+    return float(found[0]) if len(found) else None

@@ -16,7 +16,7 @@ ALLOWED = {
     "metrics": {"dnnlib", "torch_utils", "metrics"},
     "training": {"dnnlib", "torch_utils", "metrics", "training"},
     "exploration": {"dnnlib", "torch_utils", "metrics", "training", "exploration"},
-    "reporting": {"dnnlib", "metrics", "reporting"},
+    "reporting": {"dnnlib", "torch_utils", "metrics", "reporting"},
 }
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 ALLOWED["styleformer"] = {*ALLOWED, *SCRIPTS, "styleformer"}

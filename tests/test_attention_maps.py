@@ -260,6 +260,23 @@ def test_overlays_show_the_weights() -> None:
     assert sheet([[image, drawn]] * 3).shape == (3 * 6 - 2, 2 * 6 - 2, 3)
 
 
+def test_sheets_name_seed_pixels_and_maps(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[str]] = []
+
+    def draw(rows: list[list[np.ndarray]], *captions: list[str]) -> np.ndarray:
+        found.extend(captions)
+        return rows[0][0]
+
+    monkeypatch.setattr(attention, "sheet", draw)
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
+    run_ok("attention", f"--network={network}", "--seeds=7", "--query=3,5", "--heads", f"--outdir={tmp_path}")
+    assert found[0][0] == "seed 7"
+    assert found[1] == ["pixel (3, 5): attention", "rollout"]
+    block = found[0][1]
+    assert found[2][:2] == ["seed 7", f"{block}, head 0"]
+    assert found[3] == ["pixel (3, 5)"]
+
+
 def test_the_command_draws_the_attention_of_transgan(shapes_zip: Path, tmp_path: Path) -> None:
     network = save_untrained(tmp_path / "n.pkl", shapes_zip, TRANSGAN)
     run_ok("attention", f"--network={network}", "--query=20,20", "--seeds=4", f"--outdir={tmp_path / 'out'}")

@@ -96,6 +96,18 @@ def test_train_step_counts_operations() -> None:
     assert row["tflop_per_s"] == pytest.approx(row["gflop_per_image"] * row["img_per_s"] / 1000, abs=1e-3)
 
 
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_gradients_of_grouped_convolutions_cost_as_much_as_the_convolution(is_transposed: bool) -> None:
+    """Three groups map 2 channels each to 2 channels: 4 products of 9 weights per position of the input, and group."""
+    convolve = torch.conv_transpose2d if is_transposed else torch.conv2d
+    x, weight = torch.randn(2, 6, 5, 5, requires_grad=True), torch.randn(6, 2, 3, 3, requires_grad=True)
+    y = convolve(x, weight, padding=1, groups=3).sum()
+    with train_step.CountOperations() as counter:
+        y.backward()
+    forward = 2 * (2 * 25) * (3 * 4 * 9)
+    assert counter.flop == 2 * forward
+
+
 def test_train_step_requires_a_resolution_for_open_presets() -> None:
     outcome = CliRunner().invoke(train_step.main, ["--preset=auto", "--device=cpu"])
     assert outcome.exit_code == 2

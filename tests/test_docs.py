@@ -233,7 +233,8 @@ def test_the_gallery_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         entry for entry in gallery.entries(load_network(ROOT / "docs" / "shapes.pkl").G_ema) if "coarse" in entry.title
     ]
     monkeypatch.setattr(gallery, "entries", lambda G: some)
-    monkeypatch.setattr(gallery, "photograph_page", lambda snapshot, target: target.touch())
+    monkeypatch.setattr(gallery, "save_screenshot", lambda snapshot, browser, target: target.touch())
+    monkeypatch.setattr(gallery, "find_browser", lambda: "chromium")
     arguments = [f"--network={ROOT / 'docs' / 'shapes.pkl'}", f"--outdir={tmp_path}"]
     images = tmp_path / "gallery"
     images.mkdir()

@@ -16,7 +16,7 @@ from dnnlib.config import UserError, WriteError
 from exploration.attention_maps import record
 from exploration.directions import factorise, sampled_w
 from exploration.model import Model, read_styles, save_styles, seed_latents
-from torch_utils.sheets import arranged, caption_of, sheet, titled
+from torch_utils.sheets import arranged, caption_of, labelled_grid, sheet, titled
 from training.networks.mapping import MappingNetwork
 
 
@@ -107,6 +107,30 @@ def test_row_captions_are_left_of_their_rows() -> None:
         dark = np.argwhere(drawn[y : y + 96, :left].max(axis=2) < 128)
         assert abs((dark[:, 0].min() + dark[:, 0].max()) / 2 - 48) < 6, row
         assert left - dark[:, 1].max() > 5
+
+
+def test_captions_and_tiles_that_do_not_fit_are_refused() -> None:
+    tile = np.zeros((9, 9, 3), np.uint8)
+    with pytest.raises(ValueError, match="a row has more tiles than the first"):
+        sheet([[tile], [tile] * 2])
+    for captions, row_captions in ((["a", "b"], []), ([], ["a", "b"])):
+        with pytest.raises(ValueError, match="zip"):
+            sheet([[tile]], captions, row_captions)
+
+
+def test_tiles_of_a_grid_have_one_size_for_captions_of_any_length() -> None:
+    images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    short, long = (labelled_grid(images, captions, 2) for captions in (["0"] * 3, ["0", "1", "seed 4294967295"]))
+    assert [image.shape[1] for image in (short, long)] == [194, 194]
+    assert (long[:96, :96] == 0).all()
+    below = long.shape[0] // 2 + 1
+    assert (long[below : below + 96, :96] == 0).all()
+    assert (long[below:, 96:] == 255).all()
+
+
+def test_a_grid_of_very_many_images_is_not_enlarged() -> None:
+    images = torch.zeros(1089, 3, 4, 4, dtype=torch.uint8)
+    assert labelled_grid(images, [""] * 1089).shape[1] == 33 * (4 + 2) - 2
 
 
 def test_captions_name_seeds() -> None:

@@ -16,7 +16,7 @@ import generate
 from dnnlib.config import override
 from exploration import seed_images
 from exploration.commands.options import PRECISIONS
-from torch_utils.sheets import to_rgb
+from torch_utils.sheets import captioned, to_rgb
 from training.networks import execution
 from training.snapshots.snapshot import load_network, save_network
 
@@ -109,7 +109,9 @@ def test_images_of_any_channels_and_grids_are_written(
         tile = to_rgb(np.asarray(image).reshape(16, 16, channels)).repeat(6, axis=0).repeat(6, axis=1)
         below = grid.height // 2 + 1  # 5 images as 3 x 2, each above its seed
         assert np.array_equal(np.asarray(grid)[below : below + 96, 98:194], tile)
-        assert (np.asarray(grid)[below + 96 :, 98:194] < 100).any()
+        named = captioned(tile, "seed 4", 13)
+        assert np.array_equal(np.asarray(grid)[below:, 98:194], named)
+        assert not np.array_equal(named, captioned(tile, "seed 3", 13))
         assert (np.asarray(grid)[below:, 196:] == 255).all()
 
 

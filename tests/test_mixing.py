@@ -13,6 +13,7 @@ from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run
 
 import style_mixing
 from dnnlib.config import UserError
+from exploration import mixing
 from exploration.mixing import choose_styles, format_ranges, mix
 from exploration.model import save_styles
 from training.networks.styleformer_c import StyleformerCConfig
@@ -83,7 +84,7 @@ def test_the_command_writes_mixtures_and_a_grid(family: str, shapes_zip: Path, t
     assert "6 mixtures" in output
     grid = pixels(out / "grid.png")
     top, left = grid.shape[0] - (3 * 96 + 10 + 2), grid.shape[1] - (4 * 96 + 10 + 2 * 2)  # captions
-    assert min(grid[:top].min(), grid[:, :left].min()) < 100
+    assert max(grid[:top].min(), grid[:, :left].min()) < 100
     grid = grid[top:, left:]  # each pixel is enlarged to 3 x 3
     places = (0, 106, 204, 302)
     tiles = [[grid[y : y + 96 : 3, x : x + 96 : 3] for x in places] for y in places[:3]]
@@ -101,6 +102,19 @@ def test_the_command_writes_mixtures_and_a_grid(family: str, shapes_zip: Path, t
     expected = (G.synthesis(ws)[0] * 127.5 + 128).clamp(0, 255).floor().permute(1, 2, 0).numpy()
     assert np.abs(pixels(out / "1-8.png") - expected).max() <= 1
     assert len(list(out.iterdir())) == 7
+
+
+def test_the_table_names_its_seeds(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[str]] = []
+
+    def draw(rows: list[list[np.ndarray]], *captions: list[str], has_frame: bool) -> np.ndarray:
+        found.extend(captions)
+        return rows[0][0]
+
+    monkeypatch.setattr(mixing, "sheet", draw)
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
+    run_ok("mix", f"--network={network}", "--rows=1,2", "--cols=7-9", f"--outdir={tmp_path}")
+    assert found == [["", "seed 7", "seed 8", "seed 9"], ["", "seed 1", "seed 2"]]
 
 
 def test_mixing_all_styles_reproduces_the_image_of_the_column(shapes_zip: Path, tmp_path: Path) -> None:

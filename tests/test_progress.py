@@ -30,7 +30,7 @@ def write_grid(path: Path, first: int, *, side: int, size: tuple[int, int] = (32
 def run(tmp_path: Path) -> Run:
     """Return a run with snapshots at 0, 4 and 8 kimg and metric values at 0 and 8."""
     lines: dict[str, list[dict[str, object]]] = {
-        "stats.jsonl": [{"Progress/kimg": k, "Timing/total_sec": 30.0 * k} for k in (0.0, 4.0, 8.0)],
+        "stats.jsonl": [{"Progress/kimg": k, "Timing/total_sec": 30.0 * k} for k in (0.0, 4.016, 8.0)],
         "metric-swd500.jsonl": [{"kimg": k, "results": {"swd500": 100.0 - k}} for k in (0.0, 8.0)],
     }
     for name, records in lines.items():
@@ -90,6 +90,7 @@ def test_the_overview_of_the_demo_shows_reals_and_images_of_seeds(run: Run, tmp_
         ("linux", {"DISPLAY": ":0"}, "xdg-open 'a b.png'"),
         ("linux", {"WAYLAND_DISPLAY": "wayland-0"}, "xdg-open 'a b.png'"),
         ("darwin", {}, "open 'a b.png'"),
+        ("win32", {}, ""),
     ],
 )
 def test_a_display_adds_how_to_open_the_sheet(

@@ -99,6 +99,12 @@ def test_positions_equal_the_reference(grid: tuple[int, int], channels: int) -> 
     np.testing.assert_allclose(PlaneWaves(grid, channels)(), ref_positions(*grid, channels), rtol=1e-5, atol=1e-5)
 
 
+def test_a_generator_is_built_on_the_device_of_the_context() -> None:
+    with torch.device("meta"):
+        G = Styleformer2Config(widths=(8, 8), layers=(1, 1), base=(4, 4)).build()
+    assert {tensor.device.type for tensor in (*G.parameters(), *G.buffers())} == {"meta"}
+
+
 def test_the_first_waves_have_the_longest_wavelengths() -> None:
     """Wave numbers written out, and orthogonality over the period of two sides."""
     assert wave_numbers(6).tolist() == [[0, 1], [1, 0], [1, -1], [1, 1], [0, 2], [2, 0]]

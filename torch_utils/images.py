@@ -34,7 +34,11 @@ def to_uint8(img: Tensor) -> Tensor:
 
 def save_image(img: Tensor, path: Path) -> None:
     """Write one uint8 image (C, H, W) of 1, 3 or 4 channels as PNG, atomically. Raises WriteError."""
-    pixels = img.permute(1, 2, 0).cpu().numpy()  # (H, W, C)
+    save_pixels(img.permute(1, 2, 0).cpu().numpy(), path)
+
+
+def save_pixels(pixels: np.ndarray, path: Path) -> None:
+    """Write uint8 pixels (H, W, C) of 1, 3 or 4 channels as PNG, atomically. Raises WriteError."""
     encoded = io.BytesIO()
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(encoded, "PNG")
     try:
@@ -43,18 +47,13 @@ def save_image(img: Tensor, path: Path) -> None:
         raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def save_pixels(pixels: np.ndarray, path: Path) -> None:
-    """Write uint8 pixels (H, W, 3) as PNG, atomically. Raises WriteError."""
-    save_image(torch.from_numpy(pixels).permute(2, 0, 1), path)
-
-
-def make_grid(images: Tensor, columns: int | None = None) -> Tensor:
+def make_grid(images: Tensor) -> Tensor:
     """Tile uint8 images (N, C, H, W) row by row into one image (C, rows H, columns W).
 
-    By default the grid has ceil(sqrt(N)) columns. Unused cells are white.
+    The grid has ceil(sqrt(N)) columns. Unused cells are white.
     """
     N, C, H, W = images.shape
-    columns = columns or math.ceil(math.sqrt(N))
+    columns = math.ceil(math.sqrt(N))
     rows = -(-N // columns)
     padded = images.new_full([rows * columns, C, H, W], 255)
     padded[:N] = images

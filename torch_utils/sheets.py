@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 MIN_TILE = 96
+MAX_ENLARGED = 1024  # images in a grid; a larger grid would take gigabytes
 GAP = 2  # pixels between tiles
 FRAME_GAP = 10  # pixels between the header row and column of a sheet and the rest
 MARGIN = 16  # pixels around the parts of `arranged`
@@ -38,9 +40,9 @@ def enlarged(pixels: np.ndarray, min_side: int = MIN_TILE) -> np.ndarray:
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def tiles_of(images: Tensor) -> list[np.ndarray]:
-    """Convert uint8 images (n, C, h, w) to RGB tiles (H, W, 3)."""
-    return [enlarged(to_rgb(pixels)) for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
+def tiles_of(images: Tensor, min_side: int = MIN_TILE) -> list[np.ndarray]:
+    """Convert uint8 images (n, C, h, w) to RGB tiles (H, W, 3), enlarged to `min_side`."""
+    return [enlarged(to_rgb(pixels), min_side) for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -80,6 +82,8 @@ def sheet(
     first row and the first column from the rest.
     """
     H, W, _ = rows[0][0].shape
+    if any(len(row) > len(rows[0]) for row in rows):
+        raise ValueError("a row has more tiles than the first")
     size = _text_size(captions, (H, W), W)
     top = math.ceil(1.4 * size) if captions else 0
     side_size = _text_size(row_captions, (H, W), 4 * W)
@@ -92,18 +96,17 @@ def sheet(
     for y, row in zip(ys, rows, strict=True):
         for x, tile in zip(xs, row, strict=False):
             canvas.paste(Image.fromarray(np.ascontiguousarray(tile)), (x, y))
-    for x, caption in zip(xs, captions, strict=False):
+    for x, caption in zip(xs, captions, strict=True) if captions else ():
         anchor = (x + W / 2, top - 0.35 * size)  # centre of the baseline
         draw.text(anchor, caption, fill=INK, font_size=size, anchor="ms")
-    for y, caption in zip(ys, row_captions, strict=False):
+    for y, caption in zip(ys, row_captions, strict=True) if row_captions else ():
         draw.text((left - side_size / 2, y + H / 2), caption, fill=INK, font_size=side_size, anchor="rm")
     return np.array(canvas)
 
 
-def captioned(tile: np.ndarray, caption: str) -> np.ndarray:
-    """Return a tile (H, W, 3) above a centred caption."""
+def captioned(tile: np.ndarray, caption: str, size: float) -> np.ndarray:
+    """Return a tile (H, W, 3) above a centred caption of a font size."""
     H, W, _ = tile.shape
-    size = _text_size([caption], (H, W), W)
     canvas = Image.new("RGB", (W, H + math.ceil(1.5 * size)), "white")
     canvas.paste(Image.fromarray(np.ascontiguousarray(tile)), (0, 0))
     ImageDraw.Draw(canvas).text((W / 2, H + size), caption, fill=INK, font_size=size, anchor="ms")
@@ -111,9 +114,11 @@ def captioned(tile: np.ndarray, caption: str) -> np.ndarray:
 
 
 def labelled_grid(images: Tensor, captions: Sequence[str], columns: int | None = None) -> np.ndarray:
-    """Draw uint8 images (n, C, h, w) in rows, enlarged, each above its caption; see `in_rows`."""
-    tiles = [captioned(tile, caption) for tile, caption in zip(tiles_of(images), captions, strict=True)]
-    return sheet(in_rows(tiles, columns))
+    """Draw uint8 images (n, C, h, w) in rows, each above its caption; up to MAX_ENLARGED images are enlarged."""
+    tiles = tiles_of(images, MIN_TILE if len(images) <= MAX_ENLARGED else 1)
+    size = _text_size(captions, tiles[0].shape[:2], tiles[0].shape[1])
+    named = [captioned(tile, caption, size) for tile, caption in zip(tiles, captions, strict=True)]
+    return sheet(in_rows(named, columns))
 
 
 def in_rows(tiles: Sequence[np.ndarray], columns: int | None = None) -> list[list[np.ndarray]]:
@@ -125,7 +130,7 @@ def in_rows(tiles: Sequence[np.ndarray], columns: int | None = None) -> list[lis
 def titled(pixels: np.ndarray, title: str) -> np.ndarray:
     """Return an image (H, W, 3) below a title."""
     H, W, _ = pixels.shape
-    size = min(TITLE_SIZE, W / _width(title, 1))
+    size = min(TITLE_SIZE, W / max(_width(title, 1), 1e-6))
     canvas = Image.new("RGB", (W, H + 2 * TITLE_SIZE), "white")
     canvas.paste(Image.fromarray(pixels), (0, 2 * TITLE_SIZE))
     ImageDraw.Draw(canvas).text((0, 1.4 * TITLE_SIZE), title, fill=INK, font_size=size, anchor="ls")
@@ -155,4 +160,9 @@ def _text_size(captions: Sequence[str], tile: tuple[int, int], width: int) -> fl
 
 
 def _width(text: str, size: float) -> float:
-    return ImageFont.load_default(100).getlength(text) / 100 * size
+    return _font().getlength(text) / 100 * size
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(100)

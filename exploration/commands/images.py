@@ -29,7 +29,7 @@ from exploration.commands.options import BATCH, CLASS, DEVICE, EMA, LABEL, NETWO
 )
 @option("--direction", metavar="FILE:INDEX", help="Edit the images along a direction found by `directions`.")
 @option("--strength", type=float, help="Strength of the edit, in standard deviations of w.  [default: 1]")
-@option("--grid", is_flag=True, help="Also write a grid of all images, grid.png.")
+@option("--grid", is_flag=True, help="Also write grid.png: all images, enlarged, with their seeds.")
 @BATCH
 @PRECISION
 @switch("--compile", "use_compile", help="Compile the generator; worthwhile for thousands of images.")

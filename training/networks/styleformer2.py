@@ -202,6 +202,7 @@ class PlaneWaves(nn.Module):
         for name, numbers, side, shape in (("rows", a, grid[0], (-1, 1)), ("columns", b, grid[1], (1, -1))):
             phases = np.pi * np.arange(side)[:, None] / side * numbers  # (side, pairs)
             axis = np.stack([np.cos(phases), np.sin(phases)], axis=2).astype(np.float32)
+            # Unlike from_numpy, tensor() follows torch.device("meta").
             self.register_buffer(name, torch.tensor(axis.reshape(*shape, *axis.shape[1:])), persistent=False)
 
     def forward(self) -> Tensor:
