@@ -24,7 +24,7 @@ from dnnlib.config import ConfigError, did_you_mean
 
 PRESETS = {  # their values are in training/config.py
     "auto": "chosen by the resolution of the images",
-    "tiny": "Styleformer2, 32x32, minutes on a CPU",
+    "tiny": "32x32 on a CPU, minutes",
     "cifar": "Styleformer for CIFAR-10",
     "cifar-large": "the paper's model for CIFAR-10",
     "cifar-stylegan2": "StyleGAN2-ADA for CIFAR-10",

@@ -97,7 +97,7 @@ def test_train_step_counts_operations() -> None:
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_gradients_of_grouped_convolutions_cost_as_much_as_the_convolution(is_transposed: bool) -> None:
+def test_gradients_of_grouped_convolutions_cost_like_the_forward(is_transposed: bool) -> None:
     """Three groups map 2 channels each to 2 channels: 4 products of 9 weights per position of the input, and group."""
     convolve = torch.conv_transpose2d if is_transposed else torch.conv2d
     x, weight = torch.randn(2, 6, 5, 5, requires_grad=True), torch.randn(6, 2, 3, 3, requires_grad=True)

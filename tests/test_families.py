@@ -76,7 +76,7 @@ def test_a_stylegan2_preset_accepts_a_styleformer_generator(preset: str) -> None
     assert (resolved.widths, resolved.layers, resolved.linformer) == ((512, 256, 128, 64), (1, 2, 1, 1), True)
 
 
-@pytest.mark.parametrize("preset", ["auto", "cifar"])
+@pytest.mark.parametrize("preset", ["auto", "cifar", "tiny"])
 def test_other_presets_use_a_styleformer(preset: str) -> None:
     assert type(PRESETS[preset].generator) is StyleformerConfig
 
@@ -84,7 +84,7 @@ def test_other_presets_use_a_styleformer(preset: str) -> None:
 def test_changing_the_family_keeps_the_shared_fields() -> None:
     config = override(PRESETS["tiny"], {"generator.family": "stylegan2", "generator.w_dim": 32})
     assert config.generator == StyleGAN2Config(z_dim=64, w_dim=32, resolutions=None, channel_base=0)
-    assert override(PRESETS["tiny"], {"generator.family": "styleformer2"}) == PRESETS["tiny"]
+    assert override(PRESETS["tiny"], {"generator.family": "styleformer"}) == PRESETS["tiny"]
 
 
 def test_unknown_families_are_refused() -> None:

@@ -68,7 +68,7 @@ def test_captions_give_age_time_and_metric(run: Run, monkeypatch: pytest.MonkeyP
     assert captions == ["0 kimg, 0s, swd500 100", "4 kimg, 2m 00s", "8 kimg, 4m 00s, swd500 92"]
 
 
-def test_the_overview_of_the_demo_shows_reals_and_images_of_seeds(run: Run, tmp_path: Path) -> None:
+def test_the_overview_of_the_demo_shows_reals_and_seeds(run: Run, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for seed in range(36):

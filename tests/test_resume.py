@@ -91,7 +91,7 @@ def test_run_settings_may_change_on_resume(new: Callable[..., RunRequest]) -> No
 @pytest.mark.parametrize(
     ("texts", "preset", "change"),
     [
-        ({"loss.r1_gamma": "3"}, "tiny", "loss.r1_gamma: 2.0 -> 3.0"),
+        ({"loss.r1_gamma": "3"}, "tiny", "loss.r1_gamma: 0.5 -> 3.0"),
         ({"generator.widths": "64,16"}, None, "generator.widths: [32, 16] -> [64, 16]"),
         ({"loss.objective": "hinge"}, None, "loss.objective: 'logistic' -> 'hinge'"),
         ({"data.mirror": "true"}, None, "data.mirror: False -> True"),

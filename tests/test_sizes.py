@@ -100,7 +100,7 @@ def test_the_size_of_a_preset_equals_the_size_in_its_name() -> None:
         ({"family": "transgan"}, (178, 218), "which the generator of --cfg=tiny with --gen=transgan does not support"),
         ({"family": "r3gan"}, (48, 48), "--cfg=tiny with --gen=r3gan does not support: rebuild the "
          "dataset with --width=32 --height=32, or give --base=12"),
-        ({"family": "styleformer"}, (50, 38), "--cfg=tiny with --gen=styleformer does not support: rebuild the "
+        ({"family": "styleformer2"}, (50, 38), "--cfg=tiny with --gen=styleformer2 does not support: rebuild the "
          "dataset with --width=32 --height=32"),
         ({"family": "styleformer-c"}, (32, 32), "with --width=64 --height=64, or give --set generator.handover=16"),
         ({"family": "transgan", "base": (12, 12)}, (32, 32), "base=(12, 12): cannot be doubled to"),
@@ -250,7 +250,7 @@ def test_a_built_dataset_of_wrong_size_should_be_rebuilt(tmp_path: Path) -> None
     for resume in ([], ["--resume=latest"]):
         assert train_error(f"--data={path}", "--cfg=tiny", *resume) == (
             f"Error: --data={path}: images of 64x64, and --cfg=tiny is for 32x32: rebuild the dataset with --width=32 "
-            "--height=32, or give --cfg=auto --gen=styleformer2"
+            "--height=32, or give --cfg=auto"
         )
     assert train_error(f"--data={path}", "--cfg=tiny", "--g_dict=16,16", "--num_layers=1,1").startswith(
         "Error: --g_dict=16,16"
