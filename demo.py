@@ -2,7 +2,7 @@
 
 Each step prints a command of this project and runs it. Users can repeat the commands with other options.
 The demo fails unless the generator has learned: its distance to the data must be at most 0.6 of the untrained value.
-(Three runs reached 0.38, 0.45 and 0.48. Another processor rounds differently, which acts like another seed.)
+(One run reached 0.22. Another processor rounds differently, which acts like another seed.)
 """
 
 from __future__ import annotations

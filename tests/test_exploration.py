@@ -118,7 +118,7 @@ def test_captions_and_tiles_that_do_not_fit_are_refused() -> None:
             sheet([[tile]], captions, row_captions)
 
 
-def test_tiles_of_a_grid_have_one_size_for_captions_of_any_length() -> None:
+def test_tiles_have_one_size_for_captions_of_any_length() -> None:
     images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     short, long = (labelled_grid(images, captions, 2) for captions in (["0"] * 3, ["0", "1", "seed 4294967295"]))
     assert [image.shape[1] for image in (short, long)] == [194, 194]
