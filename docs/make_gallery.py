@@ -1,6 +1,6 @@
 """Generate the images of the documentation from a snapshot and the run that trained it.
 
-python docs/make_gallery.py --network=docs/shapes.pkl --run=runs/00000-shapes-tiny-linformer-gpus1-batch8
+python docs/make_gallery.py --network=docs/shapes.pkl --run=RUN
 
 gallery.md shows every image with the command that produces it. The commands run in a temporary folder; the images
 are copied from there. Sections that the network does not support (for example attention maps without attention) are
