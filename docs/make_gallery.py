@@ -206,6 +206,8 @@ def save_screenshot(snapshot: Snapshot, browser: str, target: Path) -> None:
     command = [browser, *flags, f"--screenshot={target}", f"http://{HOST}:{server.server_port}/"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{browser} did not finish in {error.timeout:g} s") from None
     finally:
         server.shutdown()
         server.server_close()

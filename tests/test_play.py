@@ -8,7 +8,6 @@ import http.client
 import io
 import json
 import re
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -328,11 +327,8 @@ def test_the_command_serves_until_ctrl_c_and_names_a_port_in_use(
     assert (result.exit_code, f"--port={port}: cannot be used" in result.output) == (2, True)
 
 
-def run_in_browser(model: Model, script: str) -> Any:
+def run_in_browser(browser: str, model: Model, script: str) -> Any:
     """Run a script on the loaded page and return the result; the script can wait with `until(predicate)`."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("requires Chromium")
     probe = """<script>
       const until = async done => { while (!done()) await new Promise(go => setTimeout(go, 20)); };
       (async () => {
@@ -355,7 +351,7 @@ def run_in_browser(model: Model, script: str) -> Any:
     return json.loads(html.unescape(found[1]))
 
 
-def test_a_browser_shows_mixing_and_attention() -> None:
+def test_a_browser_shows_mixing_and_attention(chromium: str) -> None:
     script = """
         const large = $("large"), before = large.src;
         $("pick").click();
@@ -368,12 +364,12 @@ def test_a_browser_shows_mixing_and_attention() -> None:
         await until(() => !("maps" in queued));
         const maps = document.querySelectorAll("#maps img").length;
         return [maps, pixel, $("caption").textContent, $("problem").textContent];"""
-    maps, pixel, caption, problem = run_in_browser(make_model(), script)
+    maps, pixel, caption, problem = run_in_browser(chromium, make_model(), script)
     assert (maps, pixel, problem) == (5, [16, 1], "")  # the query position, and four blocks
     assert "with styles coarse of seed 2" in caption
 
 
-def test_a_browser_hides_mixing_without_styles() -> None:
+def test_a_browser_hides_mixing_without_styles(chromium: str) -> None:
     """TransGAN has one style, so a shift-click selects like a click. Two clicks on the arrow advance two pages."""
     script = """
         $("after").click();
@@ -382,5 +378,5 @@ def test_a_browser_hides_mixing_without_styles() -> None:
         cells[2].onclick({shiftKey: true});
         await until(() => !("large" in queued));
         return [$("caption").textContent, other, cells[2].className];"""
-    caption, other, kind = run_in_browser(model_of(TRANSGAN), script)
+    caption, other, kind = run_in_browser(chromium, model_of(TRANSGAN), script)
     assert (caption.partition(".")[0], other, kind) == ("Seed 50", None, "chosen")

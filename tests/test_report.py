@@ -473,10 +473,7 @@ def test_a_repeated_warning_is_listed_by_its_last_occurrence(tmp_path: Path) -> 
     assert shown == [*(f"Warning: {i}" for i in range(6, 25)), "Warning: 0 (3 times)"]
 
 
-def test_a_browser_shows_every_chart_and_reacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("requires Chromium")
+def test_a_browser_shows_every_chart_and_reacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chromium: str) -> None:
     run = make_run(tmp_path / "run", ticks=3)
     monkeypatch.setattr(drawing, "draw_png", lambda chart: b"")  # the page uses SVG
     assert run_report(run).exit_code == 0
@@ -496,7 +493,7 @@ def test_a_browser_shows_every_chart_and_reacts(tmp_path: Path, monkeypatch: pyt
     page = tmp_path / "probe.html"
     page.write_text((run / "report" / "report.html").read_text().replace("</body>", probe))
     options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom")
-    command = [browser, *options, page.as_uri()]
+    command = [chromium, *options, page.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     found = re.search(r'data-found="([^"]*)"', dom.stdout)
     assert found
