@@ -67,13 +67,20 @@ def ref_normalize(x: Array) -> Array:
 
 
 def ref_mapping(
-    z: Array, c: Array | None, state: State, num_ws: int, num_layers: int, psi: float = 1.0, cutoff: int | None = None
+    z: Array,
+    c: Array | None,
+    state: State,
+    num_ws: int,
+    num_layers: int,
+    psi: float = 1.0,
+    cutoff: int | None = None,
+    multiplier: float = 0.01,
 ) -> Array:
     x = ref_normalize(z)
     if c is not None:
         x = np.concatenate([x, ref_normalize(ref_fc(c, below(state, "embed.")))], axis=1)
     for i in range(num_layers):
-        x = ref_fc(x, below(state, f"layers.{i}."), multiplier=0.01, lrelu=True)
+        x = ref_fc(x, below(state, f"layers.{i}."), multiplier=multiplier, lrelu=True)
     ws = np.stack([x] * num_ws, axis=1)
     ws[:, :cutoff] = state["w_avg"] + psi * (ws[:, :cutoff] - state["w_avg"])
     return ws

@@ -75,6 +75,8 @@ VARIANTS = {
     "no convolution": dataclasses.replace(TINY, mlp_kernel=1),
     "large kernel": dataclasses.replace(TINY, mlp_kernel=5),
     "no qk norm": dataclasses.replace(TINY, qk_norm=False),
+    "no noise": dataclasses.replace(TINY, noise=False),
+    "fast mapping": dataclasses.replace(TINY, mapping_lr=0.5),
     "one head": dataclasses.replace(TINY, multi_level=False),
 }
 
@@ -85,13 +87,21 @@ def test_generator_equals_the_reference(name: str, noise_mode: Any) -> None:
     config = VARIANTS[name]
     G, (z, c) = build(config), inputs(config)
     labels = None if c is None else c.numpy()
-    ws = ref_mapping(z.numpy(), labels, state_of(G.mapping), config.num_ws, config.mapping_layers)
+    count, multiplier = config.mapping_layers, config.mapping_lr
+    ws = ref_mapping(z.numpy(), labels, state_of(G.mapping), config.num_ws, count, multiplier=multiplier)
     images = ref_styleformer2(ws, state_of(G.synthesis), config, noise=noise_mode == "const")
     close(G(z, c, noise_mode=noise_mode), images[0])
     with execution.using(all_rgb_heads=True):
         stack = G(z, c, noise_mode=noise_mode)
     close(stack, np.concatenate(images, axis=1) if config.multi_level else images[0])
     assert stack.shape[1] == config.num_rgb_heads * config.img_channels
+
+
+def test_without_noise_all_noise_modes_are_equal() -> None:
+    config = VARIANTS["no noise"]
+    G, (z, c) = config.build(), inputs(config)
+    assert torch.equal(G(z, c, noise_mode="random"), G(z, c, noise_mode="none"))
+    assert not any(name.endswith("noise_strength") for name, _ in G.named_parameters())
 
 
 @pytest.mark.parametrize(("grid", "channels"), [((2, 3), 8), ((5, 4), 13), ((1, 2), 1)])

@@ -827,6 +827,8 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "generator.style_attention": True,
     "generator.residual": True,
     "generator.attention_noise": False,
+    "generator.mapping_lr": 0.01,
+    "generator.noise": True,
     "discriminator.attention_noise": False,
     "augment.color_strength": 1.0,
     "augment.policy": None,

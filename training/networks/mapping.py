@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from training.networks.layers import FullyConnected, check_labels, normalize_2nd_moment
 
-LR_MULTIPLIER = 0.01  # learning rate multiplier of all mapping layers; StyleGAN, appendix C
+LR_MULTIPLIER = 0.01  # learning rate multiplier of mapping layers; StyleGAN, appendix C
 
 
-def _mapping_layers(in_features: int, width: int, num_layers: int) -> nn.Sequential:
-    """Build an MLP of `num_layers` leaky ReLU layers, in_features -> width -> ... -> width, with LR_MULTIPLIER."""
+def _mapping_layers(in_features: int, width: int, num_layers: int, multiplier: float = LR_MULTIPLIER) -> nn.Sequential:
+    """Build an MLP of `num_layers` leaky ReLU layers, in_features -> width -> ... -> width."""
     sizes = [in_features, *[width] * num_layers][:num_layers]
-    return nn.Sequential(*(FullyConnected(size, width, activation="lrelu", multiplier=LR_MULTIPLIER) for size in sizes))
+    return nn.Sequential(*(FullyConnected(size, width, activation="lrelu", multiplier=multiplier) for size in sizes))
 
 
 class StyleMapping(nn.Module, ABC):
@@ -62,10 +62,19 @@ class StyleMapping(nn.Module, ABC):
 class MappingNetwork(StyleMapping):
     """StyleGAN2-ADA's mapping network: an MLP on z and the embedded label, each normalised to unit mean square."""
 
-    def __init__(self, *, z_dim: int, c_dim: int, w_dim: int, num_ws: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        *,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        num_ws: int,
+        num_layers: int,
+        lr_multiplier: float = LR_MULTIPLIER,
+    ) -> None:
         super().__init__(z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, num_ws=num_ws)
         self.embed = FullyConnected(c_dim, w_dim) if c_dim else None
-        self.layers = _mapping_layers(z_dim + (w_dim if c_dim else 0), w_dim, num_layers)
+        self.layers = _mapping_layers(z_dim + (w_dim if c_dim else 0), w_dim, num_layers, lr_multiplier)
 
     def style(self, z: Tensor, c: Tensor | None) -> Tensor:
         x = normalize_2nd_moment(z)

@@ -20,6 +20,7 @@ from training.networks.attention import NormalizedSelfAttention, SelfAttention
 from training.networks.convolution import conv2d
 from training.networks.generator import Generator, Grid, NoiseMode
 from training.networks.layers import FullyConnected, to_map, to_tokens
+from training.networks.mapping import LR_MULTIPLIER, MappingNetwork
 from training.networks.modulation import Reader, read_styles
 from training.networks.styleformer import EncoderConfig, StyleformerStage, StyleformerSynthesis
 from training.networks.styleformer_block import EncoderBlock, Modulation, project
@@ -45,6 +46,10 @@ class Styleformer2Config(EncoderConfig):
     lr_width: int = setting(
         128, "Width at which G's blocks use the learning rate unchanged; it is proportional to 1 / width.", at_least=1
     )
+    mapping_lr: float = setting(
+        LR_MULTIPLIER, "Learning rate of the mapping network / G's (StyleGAN, appendix C).", above=0, at_most=100
+    )
+    noise: bool = setting(True, "Noise per token, with a learned strength per block.")
     multi_level: bool = setting(False, "Images of all resolutions, with noise, as the input of D.")
 
     def __post_init__(self) -> None:
@@ -86,6 +91,9 @@ class Styleformer2Block(EncoderBlock):
 
     def __init__(self, config: Styleformer2Config, grid: Grid, width: int) -> None:
         super().__init__(config, grid, width, width)
+        if not config.noise:
+            del self.noise_strength
+            self.register_buffer("noise_strength", torch.zeros(()))  # not learned
 
     def build_styles(self, config: Any, width: int) -> None:
         self.has_mlp = config.mlp_ratio > 0
@@ -302,6 +310,16 @@ class Styleformer2Synthesis(StyleformerSynthesis):
 
 class Styleformer2Generator(Generator):
     """Mapping network and Styleformer2 synthesis network."""
+
+    def build_mapping(self, config: Styleformer2Config) -> MappingNetwork:
+        return MappingNetwork(
+            z_dim=config.z_dim,
+            c_dim=config.c_dim,
+            w_dim=config.w_dim,
+            num_ws=config.num_ws,
+            num_layers=config.mapping_layers,
+            lr_multiplier=config.mapping_lr,
+        )
 
     def build_synthesis(self, config: Styleformer2Config) -> Styleformer2Synthesis:
         return Styleformer2Synthesis(config)
