@@ -183,7 +183,7 @@ def test_texts_are_parsed_by_the_type_of_the_field(texts: dict[str, str], values
         ("windw", "8", "did you mean generator.window"),
         ("run", "8", "did you mean run.total_kimg"),
         ("loss.objective.name", "8", "did you mean loss.objective"),
-        ("nonsense", "8", "docs/configuration.md"),
+        ("quux", "8", "docs/configuration.md"),
         ("run.total_kimg", "long", "expected a number"),
         ("run.total_kimg", "nan", "expected a number"),
         ("run.total_kimg", "1e39", "expected a number"),
