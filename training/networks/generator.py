@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dnnlib.config import ConfigError, bounds_of, check_bounds, field_names, parse_size, setting
 from training.networks import execution
 from training.networks.layers import ImageShape, NoiseMode, check_limits
-from training.networks.mapping import MappingNetwork, StyleMapping
+from training.networks.mapping import LR_MULTIPLIER, MappingNetwork, StyleMapping
 
 Grid = tuple[int, int]  # (height, width)
 
@@ -224,7 +224,12 @@ class Generator(nn.Module, ImageShape, ABC):
             w_dim=config.w_dim,
             num_ws=config.num_ws,
             num_layers=config.mapping_layers,
+            lr_multiplier=self.mapping_lr(config),
         )
+
+    def mapping_lr(self, config: Any) -> float:
+        """Return the learning rate multiplier of the mapping network; a family may override this method."""
+        return LR_MULTIPLIER
 
     @abstractmethod
     def build_synthesis(self, config: Any) -> nn.Module:

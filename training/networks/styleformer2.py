@@ -20,7 +20,7 @@ from training.networks.attention import NormalizedSelfAttention, SelfAttention
 from training.networks.convolution import conv2d
 from training.networks.generator import Generator, Grid, NoiseMode
 from training.networks.layers import FullyConnected, to_map, to_tokens
-from training.networks.mapping import LR_MULTIPLIER, MappingNetwork
+from training.networks.mapping import LR_MULTIPLIER
 from training.networks.modulation import Reader, read_styles
 from training.networks.styleformer import EncoderConfig, StyleformerStage, StyleformerSynthesis
 from training.networks.styleformer_block import EncoderBlock, Modulation, project
@@ -91,13 +91,16 @@ class Styleformer2Block(EncoderBlock):
 
     def __init__(self, config: Styleformer2Config, grid: Grid, width: int) -> None:
         super().__init__(config, grid, width, width)
-        if not config.noise:
-            del self.noise_strength
-            self.register_buffer("noise_strength", torch.zeros(()))  # not learned
 
     def build_styles(self, config: Any, width: int) -> None:
         self.has_mlp = config.mlp_ratio > 0
         self.affine = style_affine(config, (3 if self.has_mlp else 2) * width)
+
+    def build_noise(self, config: Any) -> None:
+        if config.noise:
+            super().build_noise(config)
+        else:
+            self.register_buffer("noise_strength", torch.zeros(()))
 
     def build_weight(self, config: Any, out_features: int, in_features: int) -> nn.Parameter:
         return scaled_weight(out_features, in_features, config.lr_width)
@@ -311,15 +314,8 @@ class Styleformer2Synthesis(StyleformerSynthesis):
 class Styleformer2Generator(Generator):
     """Mapping network and Styleformer2 synthesis network."""
 
-    def build_mapping(self, config: Styleformer2Config) -> MappingNetwork:
-        return MappingNetwork(
-            z_dim=config.z_dim,
-            c_dim=config.c_dim,
-            w_dim=config.w_dim,
-            num_ws=config.num_ws,
-            num_layers=config.mapping_layers,
-            lr_multiplier=config.mapping_lr,
-        )
+    def mapping_lr(self, config: Styleformer2Config) -> float:
+        return config.mapping_lr
 
     def build_synthesis(self, config: Styleformer2Config) -> Styleformer2Synthesis:
         return Styleformer2Synthesis(config)

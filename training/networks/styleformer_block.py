@@ -51,6 +51,7 @@ class EncoderBlock(nn.Module):
     """
 
     noise_const: Tensor
+    noise_strength: Tensor
 
     def __init__(self, config: EncoderConfig, grid: tuple[int, int], width: int, out_width: int) -> None:
         super().__init__()
@@ -62,13 +63,17 @@ class EncoderBlock(nn.Module):
         self.qkv_weight = self.build_weight(config, 3 * width, width)
         self.attention = self.build_attention(config, width, config.linformer_k if use_linformer else None)
         self.build_output(config, width, out_width)
-        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.build_noise(config)
         self.bias = nn.Parameter(torch.zeros(out_width))
         self.register_buffer("noise_const", torch.randn(N, 1))
 
     def build_styles(self, config: Any, width: int) -> None:
         """Create the parameters that `split_style` uses."""
         self.affine = FullyConnected(config.w_dim, 2 * width, bias_init=1.0)
+
+    def build_noise(self, config: Any) -> None:
+        """Create the strength of the noise, a scalar that is initially 0."""
+        self.noise_strength = nn.Parameter(torch.zeros(()))
 
     def build_weight(self, config: Any, out_features: int, in_features: int) -> nn.Parameter:
         """Return the initial weight (out, in) of a demodulated linear map."""
