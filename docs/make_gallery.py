@@ -86,8 +86,8 @@ def entries(G: Any) -> Iterator[Entry]:
     if has_attention(G.synthesis):
         yield Entry(
             title="Attention",
-            text="Attention maps of the two pixels that receive most attention (framed): for each pixel, the maps of "
-            "every block, averaged over heads, and below them the rollout.",
+            text="Attention maps of the two pixels that receive most attention (framed), in every block: on the left "
+            "averaged over heads, on the right the rollout.",
             commands=("attention --seeds=0 --query=most:2 --outdir=out",),
             images=(("out/seed0000-attention.png", "attention.png"),),
         )
@@ -104,7 +104,7 @@ def entries(G: Any) -> Iterator[Entry]:
     yield Entry(
         title="Video",
         text="Spline interpolation through four seeds, as a loop.",
-        commands=("video --seeds=0-3 --interpolation=spline --frames=8 --fps=10 --output=out/morph.gif",),
+        commands=("video --seeds=0-3 --interpolation=spline --frames=10 --fps=10 --output=out/morph.gif",),
         images=(("out/morph.gif", "morph.gif"),),
     )
     yield Entry(
