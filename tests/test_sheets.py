@@ -93,6 +93,13 @@ def test_color_scales_run_from_0_to_the_peak_of_their_row() -> None:
     assert not np.array_equal(scales[98:194], scales[196:])  # the numbers differ
 
 
+def test_color_scales_of_flat_tiles_do_not_overlap() -> None:
+    tile = filled(8, 96)
+    drawn = sheet([[tile]] * 2, peaks=[0.5, 0.25])[:, 96:]
+    (dark,) = np.nonzero(ink(drawn[:, 28:]).any(axis=1))
+    assert len(np.flatnonzero(np.diff(dark) > 1)) == 3  # four separate numbers
+
+
 def test_titles_are_above_images_and_never_cut() -> None:
     image = filled(5, 90, 100)
     drawn = titled(image, "a title that is wider than the image")

@@ -106,19 +106,19 @@ def sheet(
 ) -> np.ndarray:
     """Arrange tiles (H, W, 3) of equal size in rows on white; the last row may be shorter.
 
-    A caption is centred above each column, which is widened to its text, and a row caption is left of each row. The
-    colour scale of `overlay` is right of each row whose peak is not None. With `has_frame`, a wider gap separates the
-    first row and the first column from the rest.
+    A caption is centred above each column, which is widened to its text, a row caption is left of each row, and the
+    title is above all. The colour scale of `overlay` is right of each row whose peak is not None. With `has_frame`, a
+    wider gap separates the first row and the first column from the rest.
     """
     H, W, _ = rows[0][0].shape
     if any(len(row) > len(rows[0]) for row in rows):
         raise ValueError("a row has more tiles than the first")
     size, apart = text_size(H, W), FRAME_GAP - GAP if has_frame else 0
-    cell = column_width(W, captions, size)
+    cell, line = column_width(W, captions, size), max(H, 3 * size) if peaks else H  # a scale needs three lines of text
     top = math.ceil(1.4 * size) if captions else 0
     left = math.ceil(widest(row_captions, size) + size) if row_captions else 0
     xs = [left + c * (cell + GAP) + apart * (c > 0) for c in range(len(rows[0]))]
-    ys = [top + r * (H + GAP) + apart * (r > 0) for r in range(len(rows))]
+    ys = [top + r * (line + GAP) + apart * (r > 0) for r in range(len(rows))]
     tiles = [
         (tile, (x + (cell - W) // 2, y))
         for y, row in zip(ys, rows, strict=True)
@@ -129,10 +129,10 @@ def sheet(
         texts += [Text(c, (x + cell / 2, top - 0.35 * size), size, "ms") for x, c in zip(xs, captions, strict=True)]
     if row_captions:
         texts += [Text(c, (left - size / 2, y + H / 2), size, "rm") for y, c in zip(ys, row_captions, strict=True)]
-    drawn = drawing((xs[-1] + cell, ys[-1] + H), tiles, texts)
+    drawn = drawing((xs[-1] + cell, ys[-1] + line), tiles, texts)
     if peaks:
         scales = {y: peak for y, peak in zip(ys, peaks, strict=True) if peak is not None}
-        drawn = np.concatenate([drawn, color_scales(scales, len(drawn), H, size)], axis=1)
+        drawn = np.concatenate([drawn, color_scales(scales, len(drawn), line, size)], axis=1)
     return titled(drawn, title, size + TITLE_SIZE - TEXT_SIZE, size / 2 if row_captions else 0) if title else drawn
 
 
