@@ -26,7 +26,7 @@ from reporting.run_reader import read_run
 from torch_utils.distributed import choose_device
 from torch_utils.images import save_pixels
 from torch_utils.misc import available_cores
-from torch_utils.sheets import arranged, enlarged, in_rows, sheet, titled
+from torch_utils.sheets import arranged, in_rows, sheet, tile_of, titled
 from training.data_sources.codec import decode_image
 
 ROOT = Path(__file__).resolve().parent
@@ -110,7 +110,7 @@ def draw_overview(run_dir: Path, images: Path) -> np.ndarray:
     made = in_rows([decode_image((images / f"seed{seed:04d}.png").read_bytes()) for seed in range(SIDE**2)])
     halves = {"Real images": real, f"Generated images, seeds 0 to {SIDE**2 - 1}": made}
     top = [
-        titled(sheet([[enlarged(tile, TILE) for tile in row] for row in tiles]), title)
+        titled(sheet([[tile_of(tile, TILE) for tile in row] for row in tiles]), title)
         for title, tiles in halves.items()
     ]
     strip = progress_sheet(read_run(run_dir, run_dir.name), IMG_SIZE, columns=STRIP, metric=METRIC)

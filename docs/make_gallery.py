@@ -42,7 +42,7 @@ from exploration.seed_images import seed_images  # noqa: E402
 from reporting.progress import progress_sheet  # noqa: E402
 from reporting.run_reader import Run, read_run  # noqa: E402
 from torch_utils.images import save_pixels  # noqa: E402
-from torch_utils.sheets import caption_of, enlarged, labelled_grid, sheet, to_rgb  # noqa: E402
+from torch_utils.sheets import caption_of, labelled_grid, sheet, tile_of, to_rgb  # noqa: E402
 from training.data_sources.codec import decode_image  # noqa: E402
 from training.snapshots.snapshot import Snapshot, load_network  # noqa: E402
 
@@ -86,8 +86,8 @@ def entries(G: Any) -> Iterator[Entry]:
     if has_attention(G.synthesis):
         yield Entry(
             title="Attention",
-            text="Attention maps of the two pixels that receive most attention (framed): for each pixel, the maps of "
-            "every block, averaged over heads, and below them the rollout.",
+            text="Attention maps of the two pixels that receive most attention (framed), in every block: on the left "
+            "averaged over heads, on the right the rollout.",
             commands=("attention --seeds=0 --query=most:2 --outdir=out",),
             images=(("out/seed0000-attention.png", "attention.png"),),
         )
@@ -104,7 +104,7 @@ def entries(G: Any) -> Iterator[Entry]:
     yield Entry(
         title="Video",
         text="Spline interpolation through four seeds, as a loop.",
-        commands=("video --seeds=0-3 --interpolation=spline --frames=8 --fps=10 --output=out/morph.gif",),
+        commands=("video --seeds=0-3 --interpolation=spline --frames=10 --fps=10 --output=out/morph.gif",),
         images=(("out/morph.gif", "morph.gif"),),
     )
     yield Entry(
@@ -182,7 +182,7 @@ def with_network(command: str, network: str) -> list[str]:
 def pair_up(folder: Path) -> None:
     """Write pairs.png: the targets in a row, their projections below."""
     rows = [sorted((folder / "targets").glob("*.png")), sorted(folder.glob("proj*.png"))]
-    tiles = [[enlarged(to_rgb(decode_image(path.read_bytes()))) for path in row] for row in rows]
+    tiles = [[tile_of(to_rgb(decode_image(path.read_bytes()))) for path in row] for row in rows]
     captions = [caption_of(path.stem) for path in rows[0]]
     save_pixels(sheet(tiles, captions, ["target", "projection"]), folder / "pairs.png")
 

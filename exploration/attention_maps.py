@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,17 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dnnlib.config import UserError
+from dnnlib.util import counted
 from exploration.model import Model, check_seeds, gather_styles, save_arrays
 from exploration.opening import is_mapping, open_model
-from exploration.output import counted, make_outdir
+from exploration.output import make_outdir
 from torch_utils.images import save_pixels, to_uint8
-from torch_utils.sheets import caption_of, enlarged, marked, overlay, sheet, to_rgb
+from torch_utils.sheets import arranged, caption_of, marked, overlay, sheet, tile_of, to_rgb
 from training.networks.attention import Attention, SelfAttention
 from training.networks.generator import Grid
 from training.networks.layers import Resampling
+
+MAX_SIDE = 128  # longer side in pixels of the images in a sheet, which has a row for each block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +249,10 @@ class AttentionMaps:
         found = {f"{kind}_{block}": array for kind, arrays in named.items() for block, array in arrays.items()}
         return {"queries": self.pixels, **found}
 
+    def titles(self) -> dict[str, str]:
+        """Return block name -> title, e.g. 16x16_0 -> "block 3, 16x16"."""
+        return {name: block_title(number, maps.shape[2:]) for number, (name, maps) in enumerate(self.maps.items())}
+
 
 def attention_maps(records: Sequence[BlockRecord], image: int, pixels: Tensor, img_size: Grid) -> AttentionMaps:
     """Compute the maps of all blocks, and their rollout, for pixels (Q, 2) of an image."""
@@ -260,27 +267,42 @@ def attention_maps(records: Sequence[BlockRecord], image: int, pixels: Tensor, i
     return AttentionMaps(pixels=pixels.cpu().numpy(), maps=maps, projected=projected, rolled=rolled)
 
 
-def draw_blocks(pixels: np.ndarray, found: AttentionMaps, caption: str) -> np.ndarray:
-    """Draw two rows per query over an image (H, W, 3): maps of all blocks, averaged over heads, and the rollout."""
-    image, size = enlarged(pixels), pixels.shape[:2]
-    rows, row_captions = [], []
-    for query, (x, y) in enumerate(found.pixels):
-        position = marked(image, x, y, size)
-        rows.append([position, *(overlay(image, maps.mean(axis=0)[query]) for maps in found.maps.values())])
-        rows.append([position, *(overlay(image, relevance[query]) for relevance in found.rolled.values())])
-        row_captions += [f"pixel ({x}, {y}): attention", "rollout"]
-    return sheet(rows, [caption, *found.maps], row_captions)
+def block_title(number: int, grid: Sequence[int]) -> str:
+    """Return a readable name of the `number`-th block of the network, e.g. "block 3, 16x16" (height x width)."""
+    return f"block {number}, {grid[0]}x{grid[1]}"
 
 
-def draw_heads(pixels: np.ndarray, found: AttentionMaps, caption: str, block: str) -> np.ndarray:
-    """Draw one row per query over an image (H, W, 3): the maps of all heads of a block."""
-    image, size = enlarged(pixels), pixels.shape[:2]
-    rows = [
-        [marked(image, x, y, size), *(overlay(image, maps[query]) for maps in found.maps[block])]
-        for query, (x, y) in enumerate(found.pixels)
+def draw_blocks(pixels: np.ndarray, found: AttentionMaps, name: str) -> np.ndarray:
+    """Draw one row per block over an image (H, W, 3): on the left its maps, averaged over heads, and the rollout."""
+    titles = found.titles().values()
+    maps = {f"{title}, all heads": maps.mean(axis=0) for title, maps in zip(titles, found.maps.values(), strict=True)}
+    rolled = {f"input of {title}": maps for title, maps in zip(titles, found.rolled.values(), strict=True)}
+    panels = {"Attention, mean of all heads": maps, "Rollout": rolled}
+    return arranged([[heat_sheet(pixels, found.pixels, name, rows, title) for title, rows in panels.items()]])
+
+
+def draw_heads(pixels: np.ndarray, found: AttentionMaps, name: str, block: str) -> np.ndarray:
+    """Draw one row per head of a block over an image (H, W, 3)."""
+    title = found.titles()[block]
+    rows = {f"{title}, head {head}": maps for head, maps in enumerate(found.maps[block])}
+    return arranged([[heat_sheet(pixels, found.pixels, name, rows, "Attention of single heads")]])
+
+
+def heat_sheet(
+    pixels: np.ndarray, queries: np.ndarray, name: str, rows: Mapping[str, np.ndarray], title: str
+) -> np.ndarray:
+    """Draw a column per query (Q, 2): the query in an image (H, W, 3), and in each row a map of (Q, h, w) over it.
+
+    The maps of a row share a colour scale.
+    """
+    tile, size = tile_of(pixels, max_side=MAX_SIDE), pixels.shape[:2]
+    peaks = [max(float(maps.max()), 0.0) for maps in rows.values()]
+    tiles = [[marked(tile, x, y, size) for x, y in queries]]
+    tiles += [
+        [overlay(tile, weights, peak) for weights in maps] for maps, peak in zip(rows.values(), peaks, strict=True)
     ]
-    heads = [f"{block}, head {head}" for head in range(len(found.maps[block]))]
-    return sheet(rows, [caption, *heads], [f"pixel ({x}, {y})" for x, y in found.pixels])
+    captions = [f"query ({x}, {y})" for x, y in queries]
+    return sheet(tiles, captions, [name, *rows], title=title, peaks=[None, *peaks])
 
 
 def draw_attention(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dnnlib.config import UserError
-from dnnlib.util import import_extra
-from exploration.mixing import choose_styles, format_ranges
+from dnnlib.util import counted, import_extra
+from exploration.mixing import choose_styles, describe_styles
 from exploration.model import (
     MAPPING_BATCH,
     Model,
@@ -27,7 +27,7 @@ from exploration.model import (
     save_arrays,
 )
 from exploration.opening import open_model
-from exploration.output import counted, make_outdir
+from exploration.output import make_outdir
 from torch_utils.images import save_pixels
 from torch_utils.sheets import caption_of, sheet, tiles_of
 from training.networks.layers import FullyConnected
@@ -270,7 +270,8 @@ def draw_directions(
     for flag, given in (("--seeds", seeds), ("--positive", positive), ("--negative", negative)):
         check_seeds(flag, given)
     names, ws = gather_styles(model, seeds, projected_w)
-    chosen = choose_styles(styles, model.G.num_ws, getattr(model.G, "style_groups", {}))
+    groups = getattr(model.G, "style_groups", {})
+    chosen = choose_styles(styles, model.G.num_ws, groups)
     if positive and negative:
         has, lacks = (model.styles_of(group)[:, 0] for group in (positive, negative))
         found = direction_between(has, lacks, sampled_w(model, samples), chosen, linear=method == "linear")
@@ -279,13 +280,16 @@ def draw_directions(
     make_outdir(outdir)
     save_directions(save, found)
     strengths = torch.arange(1 - steps, steps, 2) * (strength / (steps - 1))
+    captions = [signed(value) for value in strengths.tolist()]
+    described = describe_styles(chosen, model.G.num_ws, groups)
     for index in tqdm(range(len(found.directions)), unit="direction"):
         moved = found.edit(ws.repeat_interleave(steps, dim=0), index, strengths.repeat(len(ws)))
-        rows = [tiles_of(images) for images in model.images(moved).split(steps)]
-        captions = [signed(value) for value in strengths.tolist()]
-        save_pixels(sheet(rows, captions, list(map(caption_of, names))), outdir / f"direction{index:02d}.png")
+        rows = [tiles_of(images, steps) for images in model.images(moved).split(steps)]
+        title = f"Direction {index} ({method}), {described}; strength in standard deviations of w"
+        drawn = sheet(rows, captions, list(map(caption_of, names)), title=title)
+        save_pixels(drawn, outdir / f"direction{index:02d}.png")
     click.echo(
-        f"{counted(len(found.directions), 'direction')} for styles {format_ranges(chosen)} in {save}; "
+        f"{counted(len(found.directions), 'direction')} for {described} in {save}; "
         f"{counted(len(names), 'image')} edited along each direction in {outdir}"
     )
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import UserError
+from dnnlib.util import counted
 from exploration.model import check_seeds, gather_styles
 from exploration.opening import open_model
-from exploration.output import counted, make_outdir, save_batches
+from exploration.output import make_outdir, save_batches
 from torch_utils.images import save_pixels
 from torch_utils.sheets import caption_of, sheet, tiles_of
 
@@ -57,6 +58,14 @@ def format_ranges(indices: Sequence[int]) -> str:
     return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
 
 
+def describe_styles(chosen: Sequence[int], num_ws: int, groups: Mapping[str, Sequence[int]]) -> str:
+    """Return e.g. "style 0 (coarse)", "styles 1,4-5" or "all styles"."""
+    if len(chosen) == num_ws:
+        return "all styles"
+    names = [f" ({name})" for name, indices in groups.items() if tuple(indices) == tuple(chosen)]
+    return f"style{'s' * (len(chosen) != 1)} {format_ranges(chosen)}{''.join(names[:1])}"
+
+
 def mix(rows: Tensor, cols: Tensor, styles: Sequence[int]) -> Tensor:
     """Combine rows (R, num_ws, w_dim) and cols (C, num_ws, w_dim) into mixtures (R, C, num_ws, w_dim).
 
@@ -68,13 +77,16 @@ def mix(rows: Tensor, cols: Tensor, styles: Sequence[int]) -> Tensor:
 
 
 def mixing_sheet(
-    rows: Tensor, cols: Tensor, mixed: Tensor, row_names: Sequence[str], col_names: Sequence[str]
+    rows: Tensor, cols: Tensor, mixed: Tensor, row_names: Sequence[str], col_names: Sequence[str], title: str
 ) -> np.ndarray:
     """Draw a sheet of uint8 images: row images (R, C, H, W) on the left, column images on top, mixtures inside."""
-    lines = [[left, *tiles_of(mixtures)] for left, mixtures in zip(tiles_of(rows), mixed, strict=True)]
+    columns = 1 + len(cols)
+    lines = [
+        [left, *tiles_of(mixtures, columns)] for left, mixtures in zip(tiles_of(rows, columns), mixed, strict=True)
+    ]
     corner = np.full_like(lines[0][0], 255)
     captions, row_captions = (["", *map(caption_of, names)] for names in (col_names, row_names))
-    return sheet([[corner, *tiles_of(cols)], *lines], captions, row_captions, has_frame=True)
+    return sheet([[corner, *tiles_of(cols, columns)], *lines], captions, row_captions, title=title, has_frame=True)
 
 
 def make_mixtures(
@@ -88,7 +100,8 @@ def make_mixtures(
 ) -> None:
     """Run `generate.py mix`."""
     model = open_model(**options)
-    chosen = choose_styles(styles, model.G.num_ws, getattr(model.G, "style_groups", {}))
+    groups = getattr(model.G, "style_groups", {})
+    chosen = choose_styles(styles, model.G.num_ws, groups)
     check_seeds("--rows", rows)
     check_seeds("--cols", cols)
     row_names, row_ws = gather_styles(model, rows, projected_w, flag="--rows", name="{}")
@@ -99,8 +112,10 @@ def make_mixtures(
     made = torch.cat(save_batches(model.render(mixed.flatten(0, 1)), names, outdir, keep=True))
     left, top = model.images(torch.cat([row_ws, col_ws])).split([len(row_ws), len(col_ws)])
     made = made.unflatten(0, (len(row_ws), len(col_ws)))
-    save_pixels(mixing_sheet(left, top, made, row_names, [str(col) for col in cols]), outdir / "grid.png")
+    described = describe_styles(chosen, model.G.num_ws, groups)
+    title = f"{described.capitalize()} from the column" + ", all others from the row" * (len(chosen) < model.G.num_ws)
+    save_pixels(mixing_sheet(left, top, made, row_names, [str(col) for col in cols], title), outdir / "grid.png")
     click.echo(
-        f"{counted(len(names), 'mixture')} in {outdir}, with styles {format_ranges(chosen)} of the column "
-        "images; grid.png shows all mixtures"
+        f"{counted(len(names), 'mixture')} in {outdir}, with {described} of the column images; grid.png shows all "
+        "mixtures"
     )

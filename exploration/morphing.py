@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,12 @@ from dnnlib.config import UserError
 from exploration.directions import Directions, check_strength, read_direction
 from exploration.model import Model, check_seeds, gather_styles, label_of, seed_latents
 from exploration.opening import is_mapping, open_model
-from exploration.output import counted, make_outdir
-from exploration.video import MIN_FRAME, check_encoder, open_video
+from exploration.output import make_outdir
+from exploration.video import MIN_FRAME, check_encoder, describe_video, open_video
 from torch_utils.interpolation import linear_weights, slerp, spline_weights
 from torch_utils.sheets import to_rgb, upscale_factor
+
+INTERVAL_SECONDS, MIN_SECONDS = 2, 4  # default durations of a keyframe interval, and at least of the whole video
 
 Interpolation = Literal["w", "z", "spline"]
 StylesAt = Callable[[Tensor], Tensor]  # times (T,) -> (T, cells, num_ws, w_dim)
@@ -37,6 +40,19 @@ class Timing:
     num_keys: int
     steps: int
     loop: bool
+
+    @classmethod
+    def paced(cls, num_keys: int, *, frames: int | None, fps: float, loop: bool) -> Timing:
+        """Return a timing of `frames` per interval, or of INTERVAL_SECONDS and at least MIN_SECONDS in total.
+
+        Raises UserError for a single frame.
+        """
+        duration = cls(num_keys=num_keys, steps=1, loop=loop).duration
+        default = math.ceil(fps * max(INTERVAL_SECONDS, MIN_SECONDS / duration))
+        timing = cls(num_keys=num_keys, steps=frames or default, loop=loop)
+        if timing.num_frames == 1:
+            raise UserError(f"--frames={frames}: one frame is not a video; specify more frames or more keyframes")
+        return timing
 
     @property
     def duration(self) -> int:
@@ -147,7 +163,7 @@ def make_video(
     output: Path,
     interpolation: Interpolation,
     grid: tuple[int, int],
-    frames: int,
+    frames: int | None,
     fps: float,
     loop: bool,
     classes: tuple[int, ...] | None,
@@ -170,11 +186,13 @@ def make_video(
     check_seeds("--seeds", seeds)
     psi = model.truncation_psi if trunc_to is None else 1.0
     cells = grid[0] * grid[1]
+    paced = partial(Timing.paced, frames=frames, fps=fps, loop=loop)
     if projected_w is None and seeds is not None:
-        path, timing = _between_seeds(model, seeds, classes, psi, cells, interpolation, steps=frames, loop=loop)
+        timing = paced(keys_per_cell(len(seeds), cells, classes))
+        path = _between_seeds(model, seeds, classes, interpolation, timing, cells, psi)
     else:
         names, ws = gather_styles(model, seeds, projected_w)
-        timing = Timing(num_keys=keys_per_cell(len(names), cells, None), steps=frames, loop=loop)
+        timing = paced(keys_per_cell(len(names), cells, None))
         path = through_styles(ws.unflatten(0, (cells, -1)), interpolation, timing)
     if trunc_to is not None:
         path = sweep_truncation(path, model.G.mapping.w_avg, model.truncation_psi, trunc_to, timing)
@@ -183,29 +201,27 @@ def make_video(
         path = sweep_direction(path, found, index, 3.0 if strength is None else strength, timing)
     scale = scale or upscale_factor(model.G.img_shape[1:], MIN_FRAME)
     make_outdir(output.parent, flag=f"--output={output}")
+    click.echo(describe_video(output, timing.num_frames, fps))
     with open_video(output, fps) as add, tqdm(total=timing.num_frames, unit="frame") as progress:
         for frame in render_frames(model, path, timing, grid, scale):
             add(frame)
             progress.update()
-    click.echo(f"{counted(timing.num_frames, 'frame')} in {output}, {timing.num_frames / fps:.1f} s")
+    click.echo(f"{output}: {output.stat().st_size / 1000:,.0f} kB")
 
 
 def _between_seeds(
     model: Model,
     seeds: tuple[int, ...],
     classes: tuple[int, ...] | None,
-    psi: float,
-    cells: int,
     interpolation: Interpolation,
-    *,
-    steps: int,
-    loop: bool,
-) -> tuple[StylesAt, Timing]:
-    """Return the path through seeds and its timing. Keyframes have the label of the model, or `classes`."""
-    timing = Timing(num_keys=keys_per_cell(len(seeds), cells, classes), steps=steps, loop=loop)
+    timing: Timing,
+    cells: int,
+    psi: float,
+) -> StylesAt:
+    """Return the path through seeds. Keyframes have the label of the model, or `classes`."""
     labels = [label_of(model.G.c_dim, index, "--classes") for index in classes or ()]
     c = torch.cat(labels or [model.c] * timing.num_keys).to(model.device)  # (keys, c_dim)
-    return through_seeds(model, seeds, c, interpolation, timing, cells, psi), timing
+    return through_seeds(model, seeds, c, interpolation, timing, cells, psi)
 
 
 def check_saved_keyframes(

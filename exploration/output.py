@@ -1,4 +1,4 @@
-"""Output of the commands of generate.py: folders, image files, and counts for the summary line."""
+"""Output of the commands of generate.py: folders and image files."""
 
 from __future__ import annotations
 
@@ -41,8 +41,3 @@ def finish(jobs: Iterable[Future[None]]) -> None:
     """Wait for all jobs. Re-raises the exception of a failed job."""
     for job in jobs:
         job.result()
-
-
-def counted(number: int, noun: str) -> str:
-    """Format a count with its noun: 1 image, 2 images."""
-    return f"{number} {noun}{'s' * (number != 1)}"

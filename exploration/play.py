@@ -28,11 +28,11 @@ from torch import Tensor
 
 from dnnlib.config import UserError
 from dnnlib.util import describe_error
-from exploration.attention_maps import BlockRecord, has_attention, record, tokens_of
+from exploration.attention_maps import BlockRecord, block_title, has_attention, record, tokens_of
 from exploration.mixing import choose_styles, format_ranges, mix
 from exploration.model import Model, label_of, seed_latents
 from exploration.opening import build_model, choose_label, open_network
-from torch_utils.sheets import enlarged, marked, overlay, to_rgb
+from torch_utils.sheets import marked, overlay, tile_of, to_rgb
 
 HOST = "127.0.0.1"
 PATHS = ("/images", "/attention")
@@ -111,12 +111,12 @@ class Player:
             raise UserError("count: attention maps need a single image")
         if self.records is None or self.records[0] != request:
             self.records = request, record(self.model, self._styles(request, [request.seed]))[0]
-        image = enlarged(pixels_of(self._cached_images(request)[0]))
+        image = tile_of(pixels_of(self._cached_images(request)[0]))
         maps = [{"block": "query position", "image": data_uri(marked(image, x, y, (height, width)))}]
-        for block in self.records[1]:
+        for number, block in enumerate(self.records[1]):
             rows = tokens_of(torch.tensor([[x, y]], device=block.q.device), block.grid, (height, width))
             weights = block.maps(0, rows).mean(dim=0).unflatten(1, block.grid)[0].cpu().numpy()
-            maps.append({"block": block.name, "image": data_uri(overlay(image, weights))})
+            maps.append({"block": block_title(number, block.grid), "image": data_uri(overlay(image, weights))})
         return {"maps": maps}
 
     def _parse_request(self, given: dict[str, str]) -> ImageRequest:

@@ -20,10 +20,11 @@ from tqdm import tqdm
 from dnnlib.config import UserError
 from dnnlib.image_files import BrokenImageError
 from dnnlib.images import IMAGE_SUFFIXES
+from dnnlib.util import counted
 from exploration.directions import sampled_w
 from exploration.model import Model, save_styles
 from exploration.opening import open_model
-from exploration.output import counted, make_outdir
+from exploration.output import make_outdir
 from exploration.video import MIN_FRAME, check_encoder, open_video
 from metrics.detectors import DetectorSetup, read_detectors
 from metrics.perceptual import feature_distance, lpips_distance

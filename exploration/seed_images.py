@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import UserError
+from dnnlib.util import counted
 from exploration.directions import check_strength, edited
 from exploration.model import BATCH_MULTIPLE, check_seeds, pad_batch, seed_latents, style_batches
 from exploration.opening import build_model, choose_label, execution_of, is_mapping, open_network
-from exploration.output import counted, make_outdir, save_batches
+from exploration.output import make_outdir, save_batches
 from torch_utils.graphs import GraphPool
 from torch_utils.images import save_pixels, to_uint8
 from torch_utils.misc import compiled

@@ -12,12 +12,13 @@ import numpy as np
 from PIL import Image
 
 from dnnlib.config import UserError, WriteError
-from dnnlib.util import import_extra
+from dnnlib.util import counted, import_extra
 from exploration.model import atomic_write
 
 QUALITY = "16"  # crf of x264: 0 is lossless, losses become visible at about 18
 MIN_FRAME = 128  # minimum longer side of an image in a video; smaller images are upscaled
 GIF_FPS = 50  # browsers play a GIF with a higher rate at 10 fps
+MP4_FPS = 240  # the highest rate of displays
 
 AddFrame = Callable[[np.ndarray], None]  # uint8 (H, W, 3)
 
@@ -27,8 +28,8 @@ def check_encoder(path: Path, fps: float, *, instead: str = "write a .gif") -> N
 
     `instead` is the alternative to a missing encoder that the message suggests.
     """
-    if not fps >= 1:
-        raise UserError(f"--fps={fps:g}: must be at least 1")
+    if not 1 <= fps <= MP4_FPS:
+        raise UserError(f"--fps={fps:g}: must be 1 to {MP4_FPS}")
     if path.suffix == ".mp4":
         _ffmpeg(path, instead)
     elif path.suffix != ".gif":
@@ -37,13 +38,19 @@ def check_encoder(path: Path, fps: float, *, instead: str = "write a .gif") -> N
         raise UserError(f"--fps={fps:g}: browsers show no more than {GIF_FPS} frames of a GIF per second")
 
 
+def describe_video(path: Path, num_frames: int, fps: float) -> str:
+    """Return e.g. "240 frames, 4.0 s at 60 fps, out/morph.mp4"."""
+    return f"{counted(num_frames, 'frame')}, {num_frames / fps:.1f} s at {fps:g} fps, {path}"
+
+
 @contextmanager
 def open_video(path: Path, fps: float) -> Iterator[AddFrame]:
     """Yield a function that appends a frame to a new video. The file appears at `path` on success.
 
     MP4 is H.264 in 4:2:0, for compatibility; odd sides are padded by repeating the last row or column. A GIF loops
     forever and has 256 colours per frame. Its frames last whole hundredths of a second, which match `fps` on average,
-    and are kept in memory until the end, one byte per pixel. Raises WriteError, and UserError like `check_encoder`.
+    and are kept in memory until the end, one byte per pixel. Raises WriteError, UserError like `check_encoder`, and
+    ValueError without a frame.
     """
     check_encoder(path, fps)
     with _gif(path, fps) if path.suffix == ".gif" else _mp4(path, fps) as add:
@@ -68,6 +75,8 @@ def _mp4(path: Path, fps: float) -> Iterator[AddFrame]:
     with atomic_write(path) as temporary:
         try:
             yield add
+            if encoder is None:
+                raise ValueError(f"{path}: a video needs at least one frame")
             _finish(encoder, path)
         finally:
             if encoder is not None and encoder.poll() is None:
@@ -108,6 +117,8 @@ def _gif(path: Path, fps: float) -> Iterator[AddFrame]:
 
     with atomic_write(path) as temporary:
         yield add
+        if not frames:
+            raise ValueError(f"{path}: a video needs at least one frame")
         ends = [round(100 * (index + 1) / fps) for index in range(len(frames))]  # in hundredths of a second
         durations = [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]
         frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=durations, loop=0)

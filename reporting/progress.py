@@ -11,7 +11,7 @@ from dnnlib.config import UserError
 from dnnlib.images import open_image
 from dnnlib.util import format_time
 from reporting.run_reader import Curve, Run
-from torch_utils.sheets import enlarged, sheet, to_rgb
+from torch_utils.sheets import sheet, tile_of, to_rgb
 
 TILE = 64  # side of a tile in pixels, at least
 
@@ -24,7 +24,7 @@ def progress_sheet(
     `img_size` is (height, width) of the images in pixels.
     """
     grids = [grid for grid in run.grids if not kimg or grid.kimg in kimg]
-    rows = [[enlarged(tile, TILE) for tile in tiles_of_grid(grid.path, img_size)[0][:columns]] for grid in grids]
+    rows = [[tile_of(tile, TILE) for tile in tiles_of_grid(grid.path, img_size)[0][:columns]] for grid in grids]
     return sheet(rows, row_captions=[_caption(run, metric, grid.kimg) for grid in grids])
 
 

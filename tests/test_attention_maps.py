@@ -20,7 +20,6 @@ from dnnlib.config import UserError
 from exploration import attention_maps as attention
 from exploration.attention_maps import attention_maps, choose_pixels, most_attended, record, tokens_of
 from exploration.model import Model
-from torch_utils.sheets import overlay, sheet
 from training.networks.styleformer import StyleformerConfig
 from training.networks.transgan import TransGANConfig
 
@@ -250,31 +249,33 @@ def test_queries_are_pixels_or_grids() -> None:
             choose_pixels([query], records, 0, (32, 32))
 
 
-def test_overlays_show_the_weights() -> None:
-    image = np.full((4, 4, 3), 100, np.uint8)
-    drawn = overlay(image, np.array([[0, 1], [0.5, -1]]))
-    assert drawn[0, 0].tolist() == [35, 35, 35]  # the darkened image without an overlay
-    assert drawn[1, 3].tolist() == [200, 200, 200]
-    assert drawn[3, 0].tolist() == [200, int(35 + 0.65 * 127.5), 35]
-    assert drawn[3, 3].tolist() == [35, 35, 35]
-    assert sheet([[image, drawn]] * 3).shape == (3 * 6 - 2, 2 * 6 - 2, 3)
+def test_sheets_name_blocks_queries_and_peaks(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sheets: list[tuple[Any, ...]] = []
 
-
-def test_sheets_name_seed_pixels_and_maps(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[list[str]] = []
-
-    def draw(rows: list[list[np.ndarray]], *captions: list[str]) -> np.ndarray:
-        found.extend(captions)
+    def draw(rows: list[list[np.ndarray]], *captions: list[str], title: str, peaks: list[float | None]) -> np.ndarray:
+        sheets.append((*captions, title, peaks))
         return rows[0][0]
 
     monkeypatch.setattr(attention, "sheet", draw)
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
-    run_ok("attention", f"--network={network}", "--seeds=7", "--query=3,5", "--heads", f"--outdir={tmp_path}")
-    assert found[0][0] == "seed 7"
-    assert found[1] == ["pixel (3, 5): attention", "rollout"]
-    block = found[0][1]
-    assert found[2][:2] == ["seed 7", f"{block}, head 0"]
-    assert found[3] == ["pixel (3, 5)"]
+    queries = ["--query=3,5", "--query=30,8"]
+    run_ok("attention", f"--network={network}", "--seeds=7", *queries, "--heads", f"--outdir={tmp_path}")
+    blocks = ["block 0, 8x8", "block 1, 16x16", "block 2, 16x16", "block 3, 32x32"]
+    with np.load(tmp_path / "seed0007-attention.npz") as arrays:
+        maps = [arrays[f"map_{name}"] for name in ("8x8_0", "16x16_0", "16x16_1", "32x32_0")]
+        rolled = [arrays[f"rollout_{name}"] for name in ("8x8_0", "16x16_0", "16x16_1", "32x32_0")]
+    columns = ["query (3, 5)", "query (30, 8)"]
+    of_blocks, of_rollout, *of_heads = sheets
+    assert of_blocks[:2] == (columns, ["seed 7", *(f"{block}, all heads" for block in blocks)])
+    assert of_blocks[3] == [None, *(pytest.approx(heads.mean(axis=0).max()) for heads in maps)]
+    assert of_rollout[:3] == (columns, ["seed 7", *(f"input of {block}" for block in blocks)], "Rollout")
+    assert of_rollout[3] == [None, *(pytest.approx(relevance.max()) for relevance in rolled)]
+    assert [found[1][-1] for found in of_heads] == [
+        f"{block}, head {len(heads) - 1}" for block, heads in zip(blocks, maps, strict=True)
+    ]
+    assert of_heads[0][3] == [None, *(pytest.approx(head.max()) for head in maps[0])]
 
 
 def test_the_command_draws_the_attention_of_transgan(shapes_zip: Path, tmp_path: Path) -> None:

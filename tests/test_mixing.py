@@ -14,7 +14,7 @@ from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run
 import style_mixing
 from dnnlib.config import UserError
 from exploration import mixing
-from exploration.mixing import choose_styles, format_ranges, mix
+from exploration.mixing import choose_styles, describe_styles, format_ranges, mix
 from exploration.model import save_styles
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.stylegan2 import StyleGAN2Config
@@ -104,17 +104,32 @@ def test_the_command_writes_mixtures_and_a_grid(family: str, shapes_zip: Path, t
     assert len(list(out.iterdir())) == 7
 
 
-def test_the_table_names_its_seeds(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[list[str]] = []
+def test_the_table_names_its_seeds_and_styles(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
 
-    def draw(rows: list[list[np.ndarray]], *captions: list[str], has_frame: bool) -> np.ndarray:
-        found.extend(captions)
+    def draw(rows: list[list[np.ndarray]], *captions: list[str], title: str, has_frame: bool) -> np.ndarray:
+        found.extend((*captions, title))
         return rows[0][0]
 
     monkeypatch.setattr(mixing, "sheet", draw)
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
-    run_ok("mix", f"--network={network}", "--rows=1,2", "--cols=7-9", f"--outdir={tmp_path}")
-    assert found == [["", "seed 7", "seed 8", "seed 9"], ["", "seed 1", "seed 2"]]
+    run_ok("mix", f"--network={network}", "--rows=1,2", "--cols=7-9", "--styles=middle", f"--outdir={tmp_path}")
+    run_ok("mix", f"--network={network}", "--rows=1", "--cols=7", "--styles=all", f"--outdir={tmp_path}")
+    assert found[:2] == [["", "seed 7", "seed 8", "seed 9"], ["", "seed 1", "seed 2"]]
+    assert found[2::3] == [
+        "Styles 1-2 (middle) from the column, all others from the row",
+        "All styles from the column",
+    ]
+
+
+def test_descriptions_of_styles_contain_their_group() -> None:
+    groups = {"coarse": (0,), "fine": (3, 4)}
+    assert describe_styles((0,), 5, groups) == "style 0 (coarse)"
+    assert describe_styles((3, 4), 5, groups) == "styles 3-4 (fine)"
+    assert describe_styles((0, 2, 3), 5, groups) == "styles 0,2-3"
+    assert describe_styles((0,), 1, groups) == "all styles"
 
 
 def test_mixing_all_styles_reproduces_the_image_of_the_column(shapes_zip: Path, tmp_path: Path) -> None:

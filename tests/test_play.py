@@ -29,7 +29,7 @@ from exploration.attention_maps import attention_maps, record
 from exploration.mixing import mix
 from exploration.model import Model, label_of, seed_latents
 from exploration.play import MAX_SEED, Player, open_server
-from torch_utils.sheets import enlarged, overlay
+from torch_utils.sheets import overlay, tile_of
 from training.networks.stylegan2 import StyleGAN2Config
 
 
@@ -122,14 +122,14 @@ def test_the_request_selects_the_class() -> None:
 def test_attention_maps_equal_those_of_the_command() -> None:
     model, size = make_model(), (32, 32)
     records, _ = record(model, model.styles_of([3]))
-    maps = attention_maps(records, 0, torch.tensor([[7, 20]]), size).maps
+    computed = attention_maps(records, 0, torch.tensor([[7, 20]]), size)
     with served(Player(model)) as port:
         position, *found = request_json(port, "attention", seed=3, x=7, y=20)["maps"]
         moved = request_json(port, "attention", seed=4, x=7, y=20)["maps"]
-        sheet = enlarged(decoded(request_json(port, "images", seed=3)["images"][0]))
-    assert [one["block"] for one in found] == list(maps)
-    for one in found:
-        assert np.array_equal(decoded(one["image"]), overlay(sheet, maps[one["block"]].mean(axis=0)[0]))
+        sheet = tile_of(decoded(request_json(port, "images", seed=3)["images"][0]))
+    assert [one["block"] for one in found] == [*computed.titles().values()]
+    for one, maps in zip(found, computed.maps.values(), strict=True):
+        assert np.array_equal(decoded(one["image"]), overlay(sheet, maps.mean(axis=0)[0]))
     assert tuple(decoded(position["image"])[20 * 3 - 2, 7 * 3]) == (0, 255, 255)
     assert moved[1] != found[0]
 

@@ -12,7 +12,7 @@ from PIL import Image
 import demo
 from reporting.progress import progress_sheet, tiles_of_grid
 from reporting.run_reader import Run, read_run
-from torch_utils.sheets import enlarged
+from torch_utils.sheets import tile_of
 
 
 def tile(number: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
@@ -55,7 +55,7 @@ def test_progress_shows_the_same_positions_at_all_ages(run: Run) -> None:
     for row in range(3):
         for column in range(2):
             x, y = width - 130 + 66 * column, 66 * row
-            assert np.array_equal(drawn[y : y + 64, x : x + 64], enlarged(tile(100 * (row + 1) + column), 64))
+            assert np.array_equal(drawn[y : y + 64, x : x + 64], tile_of(tile(100 * (row + 1) + column), 64))
     chosen = progress_sheet(run, (32, 32), columns=2, metric="swd500", kimg=[0, 8])
     assert np.array_equal(chosen[:64], drawn[:64])
     assert np.array_equal(chosen[66:], drawn[132:])
@@ -79,8 +79,8 @@ def test_the_overview_of_the_demo_shows_reals_and_seeds(run: Run, tmp_path: Path
     for row in range(6):
         for column in range(6):
             x, y = 66 * column, top + 66 * row
-            assert np.array_equal(drawn[y : y + 64, left + x :][:, :64], enlarged(tile(9 * row + column), 64))
-            assert np.array_equal(drawn[y : y + 64, right + x :][:, :64], enlarged(tile(1000 + 6 * row + column), 64))
+            assert np.array_equal(drawn[y : y + 64, left + x :][:, :64], tile_of(tile(9 * row + column), 64))
+            assert np.array_equal(drawn[y : y + 64, right + x :][:, :64], tile_of(tile(1000 + 6 * row + column), 64))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from scipy.interpolate import CubicSpline
 from scipy.spatial import geometric_slerp
 
 from dnnlib.config import UserError, WriteError
+from exploration import morphing
 from exploration.directions import save_directions
 from exploration.model import save_styles
 from exploration.morphing import (
@@ -212,7 +213,10 @@ def test_invalid_video_arguments_get_one_message(
         (["--fps=60"], "--fps=60: browsers show no more than 50 frames of a GIF per second"),
         (["--grid=2x1"], "--grid: 3 keyframes cannot be divided evenly among 2 cells"),
         (["--fps=nan"], "'nan' is not a finite number"),
-        (["--fps=0.5"], "--fps=0.5: must be at least 1"),
+        (["--fps=0.5"], "--fps=0.5: must be 1 to 240"),
+        (["--fps=241", "--output=x.mp4"], "--fps=241: must be 1 to 240"),
+        (["--frames=0"], "0 is not in the range x>=1"),
+        (["--seeds=0", "--frames=1"], "--frames=1: one frame is not a video; specify more frames or more keyframes"),
         (["--grid=2x" + "9" * 5000], "is not a number of columns and rows such as 3x2"),
         (["--grid=2"], "is not a number of columns and rows such as 3x2"),
         (["--strength=2"], "specify one with --direction"),
@@ -226,6 +230,44 @@ def test_invalid_video_arguments_get_one_message(
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(UserError, match=r"pip install '.\[video\]'; or write a .gif"):
         check_encoder(tmp_path / "v.mp4", 30)
+
+
+@pytest.mark.parametrize(
+    ("num_keys", "loop", "fps", "steps", "num_frames"),
+    [
+        *((1, True, 30, 120, 120), (2, True, 30, 60, 120), (2, False, 30, 120, 121), (4, True, 60, 120, 480)),
+        *((1, True, 12.5, 50, 50), (3, False, 24.9, 50, 101)),
+    ],
+)
+def test_default_intervals_last_2_s_and_videos_4_s(
+    num_keys: int, loop: bool, fps: float, steps: int, num_frames: int
+) -> None:
+    timing = Timing.paced(num_keys, frames=None, fps=fps, loop=loop)
+    assert (timing.steps, timing.num_frames) == (steps, num_frames)
+    assert Timing.paced(num_keys, frames=7, fps=fps, loop=loop).steps == 7
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif"])
+def test_the_length_is_printed_before_rendering(
+    ending: str, shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, path = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / f"v.{ending}"
+    command = (f"--network={network}", "--seeds=1-3", "--frames=5", "--fps=12.5", f"--output={path}")
+    output = run_ok("video", *command)
+    assert output.startswith(f"15 frames, 1.2 s at 12.5 fps, {path}\n")
+    assert f"{path}: {path.stat().st_size / 1000:,.0f} kB\n" in output
+    monkeypatch.setattr(morphing, "render_frames", lambda *_: 1 / 0)
+    result = run("video", *command)
+    assert isinstance(result.exception, ZeroDivisionError)
+    assert result.output.startswith("15 frames, 1.2 s")
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif"])
+def test_a_video_without_frames_is_an_error(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"v.{ending}"
+    with pytest.raises(ValueError, match="a video needs at least one frame"), open_video(path, 10):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_gifs_keep_the_frame_rate(tmp_path: Path) -> None:

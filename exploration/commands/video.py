@@ -37,7 +37,11 @@ class GridSize(click.ParamType):
     help="Interpolation between keyframes: linear in w, spherical in z, or a cubic spline in w.",
 )
 @option("--grid", type=GridSize(), default="1x1", show_default=True, help="Cells; each shows consecutive keyframes.")
-@option("--frames", type=click.IntRange(min=1), default=60, show_default=True, help="Frames per keyframe interval.")
+@option(
+    "--frames",
+    type=click.IntRange(min=1),
+    help="Frames per keyframe interval.  [default: 2 s, and at least 4 s in total]",
+)
 @option("--fps", type=float, default=30, show_default=True, help="Frames per second.")
 @switch("--loop", default=True, show_default=True, help="Return to the first keyframe at the end.")
 @option("--classes", type=IntRanges(), help="Class labels of the keyframes in a cell, e.g. 0-9.")
