@@ -13,9 +13,10 @@ import torch
 
 from dnnlib.allocator import tune_allocator
 from dnnlib.cli import FileOrURL, FloatList, NameList, Script, option, switch
-from dnnlib.config import UserError, WriteError, override
-from dnnlib.download import cache_dir, is_url
+from dnnlib.config import OPTIONS_FILE, UserError, WriteError, override
+from dnnlib.download import cache_dir
 from dnnlib.util import write_atomically
+from exploration.output import make_outdir
 from metrics.detectors import PROTOCOLS, DetectorSetup, read_detectors
 from metrics.display import ProgressLine, to_table
 from metrics.feature_stats import with_network
@@ -51,7 +52,7 @@ class Job:
     """Requested computation; `changes` {config path: value} overrides the configuration of the snapshot."""
 
     network: Path
-    folder: Path | None  # destination of metric-*.jsonl and plots
+    folder: Path | None  # destination of metric-*.jsonl and plots; None if results are only printed
     changes: dict[str, Any]
     metric_names: tuple[str, ...]
     ema: tuple[float, ...]  # lengths of averages to rebuild; () evaluates the snapshot's G_ema
@@ -103,6 +104,12 @@ def explain(spec: MetricSpec) -> str:
     "network-ema-* beside the snapshot.  [default: the snapshot's G_ema]",
 )
 @option("--data", metavar="PATH", help="Dataset of real images, zip or folder.  [default: the training dataset]")
+@option(
+    "--outdir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder for metric-<name>.jsonl and plots.  [default: the run of the snapshots; otherwise only print]",
+)
 @switch(
     "--mirror",
     help="Include flipped real images, in metrics marked 'counts flips' below.  [default: as in training]",
@@ -117,7 +124,7 @@ def explain(spec: MetricSpec) -> str:
 )
 @option("--protocol", type=click.Choice(PROTOCOLS), default="stylegan", help="Resizing and covariance in FID and KID.")
 @option("--no-cache", is_flag=True, help="Do not read or write cached statistics of the real images.")
-@option("--plot", is_flag=True, help="Plot each metric against kimg: metric-<name>.png in the folder of the snapshots.")
+@option("--plot", is_flag=True, help="Plot each metric against kimg: metric-<name>.png beside metric-<name>.jsonl.")
 @switch("--verbose", default=True, help="Show progress on stderr.")
 @option("--gpus", type=click.IntRange(min=1), default=1, help="Processes on this machine, one per GPU.")
 @option("--device", metavar="NAME", help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
@@ -134,20 +141,21 @@ def main(
     detectors: tuple[str, ...] | None,
     protocol: str,
     ema: tuple[float, ...] | None,
+    outdir: Path | None,
     gpus: int,
     no_cache: bool,
     **options: Any,
 ) -> None:
     """Compute metrics of a network snapshot against its dataset.
 
-    Each result is printed to stdout as one line of JSON, and appended to metric-<name>.jsonl in the snapshot's folder
-    if the snapshot is a local file. A table is printed to stderr.
+    Each result is printed to stdout as one line of JSON, and a table to stderr. Results of the snapshots of a run are
+    appended to metric-<name>.jsonl in the folder of the run; others are saved only with --outdir.
 
     \b
     python calc_metrics.py --network=runs/00000-run/network-snapshot-000200.pkl --metrics=swd5k
     python calc_metrics.py --network=runs/00000-run --metrics=fid50k_full,kid50k_full --plot
     python calc_metrics.py --network=runs/00000-run/network-snapshot-000200.pkl --metrics=swd5k --ema=0.05,0.1,0.15
-    python calc_metrics.py --network=their-images.zip --data=data/mine.zip --metrics=fid10k_full
+    python calc_metrics.py --network=their-images.zip --data=data/mine.zip --metrics=fid10k_full --outdir=results
     """
     setup = read_detectors(detectors or (), protocol)
     if names is None:
@@ -156,17 +164,19 @@ def main(
     names = tuple(resolve(names, setup))
     path = local_file(network)
     subjects = list_subjects(path)
-    folder = None if is_url(network) else path if subjects and path not in subjects else path.parent
+    folder = outdir or find_run(path, subjects)
     if subjects is None and context.params["data"] is None:
         raise UserError(f"--network={network}: is a set of images: specify the real images with --data")
     check_lengths(subjects, ema is not None)
     if options["plot"]:
-        check_plot(subjects, folder)
+        check_plot(network, subjects, folder)
     if not names:
         click.echo("--metrics=none: nothing to compute", err=True)
         return
     for name in names if distributed.launched_rank() == 0 else ():  # one process downloads
         check_available(name, setup)
+    if outdir:
+        make_outdir(outdir)
 
     device = distributed.choose_device(options["device"])
     distributed.check_processes(gpus, options["device"], device)
@@ -204,12 +214,18 @@ def check_lengths(subjects: list[Path] | None, is_given: bool) -> None:
         raise UserError("--ema: a set of images has no moving averages of weights; omit --ema")
 
 
-def check_plot(subjects: list[Path] | None, folder: Path | None) -> None:
+def find_run(path: Path, subjects: list[Path] | None) -> Path | None:
+    """Return the folder of the run that contains the snapshots in `path`; None for other snapshots and images."""
+    folder = path if subjects and path not in subjects else path.parent
+    return folder if subjects and (folder / OPTIONS_FILE).is_file() else None
+
+
+def check_plot(network: Path | str, subjects: list[Path] | None, folder: Path | None) -> None:
     """Raise UserError if --plot cannot draw anything or has no folder to write to."""
     if subjects is None:
         raise UserError("--plot: a set of images has no kimg to plot a metric against; omit --plot")
     if folder is None:
-        raise UserError("--plot: writes to the snapshot's folder, which a URL does not have; download the snapshot")
+        raise UserError(f"--plot: {network} is not in the folder of a run; specify a folder with --outdir")
     check_matplotlib()
 
 
@@ -219,7 +235,8 @@ def run(job: Job) -> None:
     device = distributed.use_device(job.device)
     operators = kernels.prepare(device)
     if distributed.is_main():
-        for line in filter(None, [operators if device.type == "cuda" else None, SLOW_DECODER, uncounted_flips(job)]):
+        notes = [operators if device.type == "cuda" else None, SLOW_DECODER, uncounted_flips(job), unsaved(job)]
+        for line in filter(None, notes):
             click.echo(line, err=True)
     subjects = list_subjects(job.network)
     records, is_complete = [], True
@@ -260,6 +277,13 @@ def uncounted_flips(job: Job) -> str | None:
         return None
     names = [name for name in job.metric_names if not find(name, job.setup)[0].counts_flips]
     return f"--mirror: flips are not counted in {', '.join(names)}, by protocol" if names else None
+
+
+def unsaved(job: Job) -> str | None:
+    """Return a note that results are not saved; None if they are."""
+    if job.folder:
+        return None
+    return "Results are only printed, because --network is not part of a run; --outdir=DIR saves them"
 
 
 def plot(folder: Path, names: set[str]) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 
 import calc_metrics
 import metrics
-from dnnlib.config import override
+from dnnlib.config import OPTIONS_FILE, override
 from metrics import detectors
 from metrics.sampling import random_stream
 from metrics.weights import WeightFile
@@ -63,6 +63,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = folder / "network-snapshot-000003.pkl"
     save_network(path, config=config, G_ema=generator.build(), nimg=3210)
+    (folder / OPTIONS_FILE).touch()
     return path
 
 
@@ -94,6 +95,47 @@ def test_each_metric_prints_and_appends_a_line(calc: CalcMetrics, snapshot: Path
     assert swd["snapshot_sha256"] == hashlib.sha256(snapshot.read_bytes()).hexdigest()
     assert swd["kimg"] == 3.21
     assert swd["mirror"] is True
+
+
+NOT_SAVED = "Results are only printed, because --network is not part of a run; --outdir=DIR saves them\n"
+
+
+def test_results_are_written_only_to_a_run_or_outdir(calc: CalcMetrics, snapshot: Path, tmp_path: Path) -> None:
+    """Snapshots, a folder of snapshots, and images: nothing is written beside those that are not part of a run."""
+    data = load_network(snapshot).config.data.path
+    loose, fakes = tmp_path / "loose", write_images(tmp_path / "fakes", 16, labels=False)
+    loose.mkdir()
+    (loose / snapshot.name).write_bytes(snapshot.read_bytes())
+    for number, network in enumerate((loose / snapshot.name, loose, fakes)):
+        before = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
+        printed = calc("--metrics=swd12,swd13", f"--data={data}", network=network)
+        assert [record["metric"] for record in lines(printed)] == ["swd12", "swd13"]
+        assert printed.stderr.count(NOT_SAVED) == 1
+        assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
+        outdir = tmp_path / "new" / str(number)
+        saved = calc("--metrics=swd12", f"--data={data}", f"--outdir={outdir}", network=network)
+        assert NOT_SAVED not in saved.stderr
+        assert [json.loads((outdir / "metric-swd12.jsonl").read_text())] == lines(saved)
+    kept = snapshot.parent / "metric-swd14.jsonl"
+    lines(calc("--metrics=swd14", f"--outdir={tmp_path}"))
+    assert (tmp_path / kept.name).exists()
+    assert not kept.exists()
+    assert NOT_SAVED not in calc("--metrics=swd14").stderr
+    assert kept.exists()
+
+
+def test_plots_and_results_need_a_writable_folder(calc: CalcMetrics, snapshot: Path, tmp_path: Path) -> None:
+    loose = tmp_path / snapshot.name
+    loose.write_bytes(snapshot.read_bytes())
+    plot = calc("--metrics=swd12", "--plot", network=loose)
+    assert (plot.exit_code, plot.stdout) == (2, "")
+    assert f"--plot: {loose} is not in the folder of a run; specify a folder with --outdir" in plot.stderr
+    outdir = calc("--metrics=swd12", f"--outdir={loose}", network=loose)
+    assert (outdir.exit_code, outdir.stdout) == (2, "")
+    assert f"--outdir={loose}: cannot be written" in outdir.stderr
+    pytest.importorskip("matplotlib")
+    assert calc("--metrics=swd12", "--plot", f"--outdir={tmp_path / 'new'}", network=loose).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["metric-swd12.jsonl", "metric-swd12.png"]
 
 
 def test_kernels_are_prepared_before_the_network_is_loaded(calc: CalcMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +245,7 @@ def test_a_run_folder_gives_one_result_per_snapshot(
     pytest.importorskip("matplotlib")
     run = tmp_path / "00000-run"
     run.mkdir()
+    (run / OPTIONS_FILE).touch()
     first = load_network(snapshot)
     for nimg, strength in ((0, 0.1), (4000, 10.0)):
         for parameter in first.G_ema.synthesis.parameters():
@@ -250,12 +293,12 @@ def test_a_folder_of_images_can_replace_the_network(
     data = load_network(snapshot).config.data.path
     fakes = write_images(tmp_path / "theirs", 16, labels=False)
     arguments = ["--metrics=fid21_full,swd12", bound(detector_program), f"--data={data}"]
-    fid, swd = lines(calc(*arguments, network=fakes))
+    fid, swd = lines(calc(*arguments, f"--outdir={tmp_path / 'new' / 'results'}", network=fakes))
     assert fid["results"]["fid21_full"] == pytest.approx(0, abs=1e-9)  # the images are identical
     assert swd["results"]["swd12"] > 0  # different subsets of twelve
     assert (fid["snapshot"], fid["snapshot_sha256"], fid["kimg"]) == ("theirs", None, None)
     assert fid["fakes_hash"] == ImageDataset(DatasetConfig(path=str(fakes))).content_hash
-    assert (tmp_path / "metric-fid21_full.jsonl").exists()
+    assert (tmp_path / "new" / "results" / "metric-fid21_full.jsonl").exists()
     names = f"--metrics=fid21_full,swd{NUM_IMAGES}"
     full, mirrored = lines(calc(names, bound(detector_program), f"--data={data}", "--mirror", network=fakes))
     assert (full["num_real"], full["num_fake"], full["mirror"]) == (NUM_IMAGES, NUM_IMAGES, False)
@@ -346,7 +389,7 @@ def test_an_unwritable_result_does_not_stop_other_metrics(calc: CalcMetrics, sna
     copy = tmp_path / snapshot.name
     copy.write_bytes(snapshot.read_bytes())
     (tmp_path / "metric-swd12.jsonl").mkdir()
-    result = calc("--metrics=swd12,swd13", network=copy)
+    result = calc("--metrics=swd12,swd13", f"--outdir={tmp_path}", network=copy)
     assert result.exit_code == 1
     assert "Warning: " in result.stderr
     assert "metric-swd12.jsonl: cannot be written" in result.stderr
