@@ -1,4 +1,4 @@
-"""Progress line with the remaining time, and the table of results."""
+"""Progress line with the remaining time, the table of results, and the description of a metric."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dnnlib.util import format_time, redraw
+from metrics.detectors import DetectorSetup
+from metrics.registry import STANDARD, MetricSpec
 from torch_utils import distributed
 
 Record = dict[str, Any]  # as registry.result_to_json returns it
@@ -60,3 +62,24 @@ def _origin(record: Record) -> str:
     detector = f"{record['detector']}, sha256 {record['detector_sha256'][:8]}; " if record["detector"] else ""
     flips = "; flips counted" if record["mirror"] else ""
     return f"{detector}{record['protocol']}{flips}"
+
+
+def describe(spec: MetricSpec, setup: DetectorSetup = STANDARD) -> list[tuple[str, str]]:
+    """Return (heading, text) of everything that a user should know about a metric, in the order of reading."""
+    flips = "counted among the reals with --mirror" if spec.counts_flips else "never counted among the reals"
+    needs, missing = "; ".join(map(setup.needs, spec.roles)), spec.missing(setup)
+    rows = [
+        ("measures", spec.help),
+        ("note", spec.note),
+        ("status", "no result of a network: only reals are compared" if spec.is_floor else ""),
+        ("better", f"{'higher' if spec.higher_is_better else 'lower'} values" if not spec.is_floor else ""),
+        ("values", ", ".join(f"{spec.pattern}{spec.library_suffix}{suffix}" for suffix in spec.values)),
+        ("protocol", spec.protocol),
+        ("--protocol=clean", spec.clean or ""),
+        ("detector", "; ".join(map(setup.describe, spec.roles)) or "none"),
+        ("needs", needs or ("" if missing else "nothing")),
+        ("missing", missing or ""),
+        ("flips", flips),
+        ("paper", spec.paper),
+    ]
+    return [(heading, text) for heading, text in rows if text]

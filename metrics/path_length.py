@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnnlib.config import UserError
-from metrics.detectors import full_float32
+from metrics.detectors import TVGG16, full_float32
 from metrics.registry import Measurement, register_metric
 from metrics.sampling import NUM_IMAGES, MetricContext, cut, gather_rows, own_shard, random_labels, random_rows
 from torch_utils.interpolation import slerp
@@ -122,7 +122,8 @@ def _register(pattern: str, walk: Walk, help: str) -> None:
 
     @register_metric(
         f"{pattern}<N>",
-        help=f"{help}; recorded as {pattern}_tvgg16, not comparable with the vgg16.pt of the StyleGAN family",
+        help=help,
+        note=TVGG16,
         protocol=f"{start}, eps 1e-4, no TF32, {part}, at most 256 px, 1st to 99th percentile; 50,000 steps or <N>",
         paper="Karras et al. 2020a" if pattern == "ppl2_wend" else "Karras et al. 2019",
         roles=("lpips",),

@@ -75,6 +75,10 @@ def _no_plan(context: MetricContext, count: int | None) -> Sequence[StatRequest]
 class MetricSpec:
     """A family of metrics. `<N>` in the pattern is a number of images (`500`, `5k`, or empty for the default).
 
+    help            one line: what the metric measures
+    note            what else a user should know
+    values          suffixes of the values' names, the main value first; `<...>` stands for a level, class or similar
+    is_floor        the metric compares reals with reals: a value to compare with, no result of a network
     roles           the detectors
     plan            returns the requested statistics of their features, so that metrics share passes over images
     counts_flips    include flipped reals under --mirror; in the protocol of the StyleGAN family, metrics with
@@ -92,6 +96,9 @@ class MetricSpec:
     help: str
     protocol: str
     paper: str
+    note: str = ""
+    values: tuple[str, ...] = ("",)
+    is_floor: bool = False
     roles: tuple[Role, ...] = ()
     plan: Plan = _no_plan
     counts_flips: bool = False

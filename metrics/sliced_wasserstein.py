@@ -49,6 +49,7 @@ CHUNK = 64  # images projected at a time
 MAX_PROJECTED = 2**25  # values sorted at a time
 
 PAPER = "Karras et al. 2018, section 5"
+VALUES = ("", "_<side>")  # mean over the levels, then each level
 PROTOCOL = (
     "7x7 patches, 128 per image and level of a Laplacian pyramid down to 16 px, channels normalised per set, "
     "512 directions, x 1e3, mean over levels; 16,384 images or <N>, at most all reals"
@@ -58,6 +59,8 @@ PROTOCOL = (
 @register_metric(
     "swd<N>",
     help="sliced Wasserstein distance between patches of N reals and N fakes; needs no detector",
+    note="compare only values with equal num_real",
+    values=VALUES,
     protocol=PROTOCOL,
     paper=PAPER,
     counts_flips=True,
@@ -74,7 +77,10 @@ def swd(context: MetricContext, name: str, count: int | None) -> Measurement:
 
 @register_metric(
     "swd<N>_floor",
-    help="sliced Wasserstein distance between two disjoint sets of N reals: the score of a perfect generator",
+    help="no result, but the swd<N> of a perfect generator: distance between two sets of N reals",
+    note="compare with swd<N>; use --mirror=0 and an N of at most half the dataset",
+    values=VALUES,
+    is_floor=True,
     protocol="as swd<N>, between two disjoint random sets of reals, at most half of all each",
     paper=PAPER,
     counts_flips=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -218,12 +219,37 @@ def test_missing_and_malformed_snapshots_are_named(calc: CalcMetrics, tmp_path: 
     assert "broken.pkl" in refused.stderr
 
 
-def test_help_explains_every_metric() -> None:
-    text = CliRunner().invoke(calc_metrics.main, ["--help"]).output
-    flat = " ".join(text.split())
-    for spec in metrics.registered_metrics():
-        for words in (spec.pattern, spec.help, spec.protocol_of(), spec.paper):
-            assert words in flat
+def test_help_lists_each_metric_in_a_line_of_110_columns() -> None:
+    text = CliRunner().invoke(calc_metrics.main, ["--help"], terminal_width=110).output
+    listed = [tuple(line.split(maxsplit=1)) for line in text.partition("Metrics (<N>")[2].splitlines()[1:]]
+    assert listed == [(spec.pattern, spec.help) for spec in metrics.registered_metrics()]
+
+
+def explain(names: str) -> Result:
+    return CliRunner().invoke(calc_metrics.main, [f"--explain={names}"], terminal_width=400)
+
+
+@pytest.mark.parametrize("spec", metrics.registered_metrics(), ids=lambda spec: spec.pattern)
+def test_every_metric_can_be_explained(spec: metrics.MetricSpec) -> None:
+    result = explain(spec.pattern.replace("<N>", "5k"))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"{spec.pattern}:\n")
+    for words in (spec.help, spec.note, spec.protocol, spec.clean or "", spec.paper):
+        assert words in result.stdout
+    assert ("no result" in result.stdout) == spec.pattern.endswith("_floor")
+    assert ("counted among the reals with --mirror" in result.stdout) == spec.counts_flips
+
+
+def test_explanations_state_direction_values_and_requirements() -> None:
+    text = " ".join(explain("is10k,kid50k_full").stdout.split())
+    first, _, second = text.partition("kid<N>_full: ")
+    assert "better higher values values is<N>_mean, is<N>_std protocol" in first
+    assert "better lower values values kid<N>_full, kid<N>_full_std protocol" in second
+    for part in (first, second):
+        assert "needs weights-inception-2015-12-05-6726825d.pth, downloaded on first use; the package torch-f" in part
+    unknown = explain("kid,swdd")
+    assert (unknown.exit_code, unknown.stdout) == (2, "")
+    assert "Error: unknown metric 'swdd': did you mean swd?" in unknown.stderr
 
 
 # Metrics with a detector.
@@ -237,6 +263,16 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def detector_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return script_program(tmp_path_factory.mktemp("detector") / "small.pt", SmallDetector())
+
+
+def test_values_have_the_explained_names(calc: CalcMetrics, detector_program: Path) -> None:
+    names = "fid60,fid60_full,fid60_class,kid60,mind60,is60,pr603_full,dc60,swd60,swd60_floor"
+    for record in lines(calc(f"--metrics={names}", bound(detector_program), "--mirror=0")):
+        spec, _ = metrics.registry.find(record["metric"])
+        pattern = "|".join(re.sub(r"<\w+>", r"\\w+", suffix) for suffix in spec.values)
+        suffixes = [name.removeprefix(record["metric"]) for name in record["results"]]
+        assert suffixes[0] == spec.values[0]
+        assert all(re.fullmatch(pattern, suffix) for suffix in suffixes), suffixes
 
 
 def test_a_run_folder_gives_one_result_per_snapshot(
