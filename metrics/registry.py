@@ -185,6 +185,16 @@ def find(name: str, setup: DetectorSetup = STANDARD) -> tuple[MetricSpec, int | 
     )
 
 
+def find_recorded(name: str) -> MetricSpec | None:
+    """Return the metric of a recorded name or value; None if unknown."""
+    for part in (name, name.rpartition("_")[0]):  # a custom detector appends its name after the last "_"
+        try:
+            return find(part)[0]
+        except UserError:
+            continue
+    return None
+
+
 def resolve(names: str | Iterable[str], setup: DetectorSetup = STANDARD) -> list[str]:
     """Return the recorded names, without duplicates, of a comma-separated list or an iterable.
 
