@@ -31,7 +31,7 @@ from metrics.registry import (
     result_to_json,
     to_line,
 )
-from metrics.sampling import MetricContext, silent
+from metrics.sampling import MetricContext, Progress
 from reporting.charts import find_charts
 from reporting.drawing import check_matplotlib, draw_png
 from reporting.run_reader import read_run
@@ -421,7 +421,7 @@ def build_context(job: Job, device: torch.device, reals: ImageDataset, **generat
         noise_mode=job.noise_mode,
         setup=job.setup,
         cache=cache_dir() / "statistics" if job.use_cache else None,
-        progress=ProgressLine() if job.verbose else silent,
+        progress=ProgressLine() if job.verbose else Progress(),
     )
 
 

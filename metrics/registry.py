@@ -275,10 +275,14 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
     specs = {name: find(name, context.setup) for name in resolve(names, context.setup)}
     plans = prepare(specs, context)
     statistics = statistics_of(context)
-    statistics.collect(request for plan in plans.values() for request in plan)
+    statistics.collect(
+        (request for plan in plans.values() for request in plan),
+        metrics=", ".join(name for name, plan in plans.items() if plan),
+    )
     for name, (spec, count) in specs.items():
         start = time.perf_counter()
         own = replace(context, counts_flips=spec.counts_flips)
+        context.progress.plan(name, ())
         with _prefixed_errors(name):
             measured = spec.function(own, name, count)
             for key, value in measured.values.items():
