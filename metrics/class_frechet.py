@@ -83,7 +83,8 @@ def class_distances(real: Tensor, real_class: Tensor, fake: Tensor, fake_class: 
 
 @register_metric(
     "fid<N>_class",
-    help="FID within each class: the mean over classes, the worst class, and every class; conditional models only",
+    help="FID within each class of a conditional model: the mean, the worst class, and every class",
+    values=("", "_worst", "_<class>"),
     protocol="covariance over N; 50,000 fakes or <N> over all classes, all reals up to 200,000",
     paper="FID of Heusel et al. 2017, per class",
     roles=("inception",),

@@ -57,6 +57,7 @@ DESCRIPTIONS = {
     "lpips": "LPIPS of torch-fidelity on torchvision's VGG16",
     "dinov2": "class token of DINOv2, antialiased bicubic resize to 224 px",
 }
+TVGG16 = "names end in _tvgg16 because torchvision's VGG16 may differ from the StyleGAN family's vgg16.pt"
 REPLACEABLE: tuple[Role, ...] = ("inception", "vgg16")
 PROTOCOLS = ("stylegan", "clean")
 
@@ -123,6 +124,16 @@ class DetectorSetup:
         if importlib.util.find_spec(PACKAGES[role]) is None:
             return f"the package {PACKAGES[role].replace('_', '-')} is not installed: pip install '.[metrics]'"
         return None
+
+    def needs(self, role: Role) -> str:
+        """Return the files and the package that a network needs."""
+        program = self.program_of(role)
+        if program:
+            return program.name
+        files = " and ".join(file.name for file in FILES[role]) + ", downloaded on first use"
+        if role == "dinov2":
+            files = "config.json and model.safetensors of facebook/dinov2-large"
+        return f"{files}; the package {PACKAGES[role].replace('_', '-')}"
 
     def prepare(self, role: Role) -> None:
         """Fetch and check the files of a network. Raises UserError for a missing file or package."""

@@ -1,4 +1,4 @@
-"""Progress line with the remaining time, and the table of results."""
+"""Progress line with the remaining time, the table of results, and the description of a metric."""
 
 from __future__ import annotations
 
@@ -8,36 +8,87 @@ from collections.abc import Sequence
 from typing import Any
 
 from dnnlib.util import format_time, redraw
+from metrics.detectors import DetectorSetup
+from metrics.registry import STANDARD, MetricSpec
+from metrics.sampling import Pass, Progress
 from torch_utils import distributed
+
+ANNOUNCED = 60.0  # seconds; metrics that take longer are announced
+MEASURED = 3.0  # seconds after the first batch until the speed is measured
+WARM_UP = 20.0  # seconds; a first batch that takes longer measures the speed too
 
 Record = dict[str, Any]  # as registry.result_to_json returns it
 
 
-class ProgressLine:
-    """Progress on stderr: images done in the shard of rank 0, and the estimated time left."""
+class Pace:
+    """Speed of a pass, measured after the first batch, whose time includes loading and warming up."""
 
     def __init__(self) -> None:
-        self.name, self.start, self.shown = "", 0.0, 0.0
+        self.start = time.monotonic()
+        self.first: tuple[float, int] | None = None  # time and number of items at the end of the first batch
+
+    def seconds_left(self, done: int, total: int) -> float | None:
+        """Return the estimated time left after `done` of `total` items; None if the speed is not measured yet."""
+        now = time.monotonic()
+        self.first = self.first or (now, done)
+        then, first = self.first
+        if now - then >= MEASURED:
+            return (now - then) / (done - first) * (total - done)
+        if then - self.start >= WARM_UP:
+            return (then - self.start) / first * (total - done)
+        return None
+
+
+class ProgressLine(Progress):
+    """Progress on stderr: images done in the shard of rank 0, and the estimated time left.
+
+    Metrics that take over a minute are announced with their passes as soon as the speed of the first one is measured.
+    """
+
+    def __init__(self) -> None:
+        self.plan("", ())
+        self.pace, self.shown = Pace(), self.start
+
+    def plan(self, metrics: str, passes: Sequence[Pass]) -> None:
+        self.metrics, self.passes, self.start = metrics, passes, time.monotonic()
+        self.number, self.is_announced = 0, False  # the current pass
 
     def __call__(self, name: str, done: int, total: int) -> None:
         if not distributed.is_main():
             return
         now, on_screen = time.monotonic(), sys.stderr.isatty()
-        if name != self.name:
-            self.name, self.start, self.shown = name, now, now
+        if done == 0:
+            self.pace, self.shown, self.number = Pace(), now, self.number + 1
+            return
         text = f"{name}: {done} of {total}"
         if done == total:
-            self.name = ""
-            if on_screen:
-                redraw("", sys.stderr)
-            print(text, file=sys.stderr, flush=True)
-        elif now - self.shown > (0.5 if on_screen else 30):
+            _print(text)
+            return
+        left = self.pace.seconds_left(done, total)
+        if left is not None and not self.is_announced and now - self.start + left > ANNOUNCED:
+            self._announce(name, total, now - self.pace.start + left)
+        if now - self.shown > (0.5 if on_screen else 30):
             self.shown = now
-            text += f", {format_time((now - self.start) * (total - done) / done)} left"
+            text += "" if left is None else f", {format_time(left)} left"
             if on_screen:
                 redraw(text, sys.stderr)
             else:
-                print(text, file=sys.stderr, flush=True)
+                _print(text)
+
+    def _announce(self, name: str, total: int, seconds: float) -> None:
+        """Print the passes of the metrics, if they are known, and the estimated duration of the current one."""
+        self.is_announced = True
+        passes = "; ".join(f"{number:,} {items}" for items, number in self.passes)
+        count = "1 pass" if len(self.passes) == 1 else f"{len(self.passes)} passes"
+        task = f"{count} ({passes}), pass {self.number} takes" if passes else f"a pass over {total:,} {name} takes"
+        _print(f"{self.metrics}: {task} about {format_time(seconds)}")
+
+
+def _print(line: str) -> None:
+    """Print a line on stderr, in place of a redrawn line if there is one."""
+    if sys.stderr.isatty():
+        redraw("", sys.stderr)
+    print(line, file=sys.stderr, flush=True)
 
 
 def to_table(records: Sequence[Record]) -> str:
@@ -60,3 +111,24 @@ def _origin(record: Record) -> str:
     detector = f"{record['detector']}, sha256 {record['detector_sha256'][:8]}; " if record["detector"] else ""
     flips = "; flips counted" if record["mirror"] else ""
     return f"{detector}{record['protocol']}{flips}"
+
+
+def describe(spec: MetricSpec, setup: DetectorSetup = STANDARD) -> list[tuple[str, str]]:
+    """Return (heading, text) of everything that a user should know about a metric, in the order of reading."""
+    flips = "counted among the reals with --mirror" if spec.counts_flips else "never counted among the reals"
+    needs, missing = "; ".join(map(setup.needs, spec.roles)), spec.missing(setup)
+    rows = [
+        ("measures", spec.help),
+        ("note", spec.note),
+        ("status", "no result of a network: only reals are compared" if spec.is_floor else ""),
+        ("better", f"{'higher' if spec.higher_is_better else 'lower'} values" if not spec.is_floor else ""),
+        ("values", ", ".join(f"{spec.pattern}{spec.library_suffix}{suffix}" for suffix in spec.values)),
+        ("protocol", spec.protocol),
+        ("--protocol=clean", spec.clean or ""),
+        ("detector", "; ".join(map(setup.describe, spec.roles)) or "none"),
+        ("needs", needs or ("" if missing else "nothing")),
+        ("missing", missing or ""),
+        ("flips", flips),
+        ("paper", spec.paper),
+    ]
+    return [(heading, text) for heading, text in rows if text]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from metrics.detectors import Role
+from metrics.detectors import TVGG16, Role
 from metrics.feature_stats import Moments, Recipe, Rows, Side, StatRequest, statistics_of
 from metrics.frechet import frechet_numbers, warn_few_images
 from metrics.inception_score import class_sums, score_numbers
@@ -40,7 +40,7 @@ def no_warnings(*results: object) -> tuple[str, ...]:
 class FeatureMetric:
     """A metric on the features of one detector.
 
-    pattern, help, paper, clean, library_suffix, higher_is_better    as in MetricSpec
+    pattern, help, paper, note, values, clean, library_suffix, higher_is_better    as in MetricSpec
     protocol        processing of the features; the number of images is appended
     role            the detector
     reals           number of reals, a key of PROTOCOLS; `equal` and `paired` include flipped reals under --mirror
@@ -61,6 +61,8 @@ class FeatureMetric:
     numbers: Callable[..., dict[str, float]]
     clean_numbers: Callable[..., dict[str, float]] | None = None
     warnings: Callable[..., tuple[str, ...]] = no_warnings
+    note: str = ""
+    values: tuple[str, ...] = ("",)
     clean: str | None = None
     library_suffix: str = ""
     higher_is_better: bool = False
@@ -113,6 +115,8 @@ def register_feature_metric(metric: FeatureMetric) -> None:
         help=metric.help,
         protocol=f"{metric.protocol}; {PROTOCOLS[metric.reals]}",
         paper=metric.paper,
+        note=metric.note,
+        values=metric.values,
         roles=(metric.role,),
         plan=metric.plan,
         counts_flips=metric.reals in ("equal", "paired"),
@@ -137,7 +141,8 @@ FID = FeatureMetric(
 )
 DINO = FeatureMetric(
     pattern="fd<N>_dinov2",
-    help="Frechet distance between DINOv2 features of N fakes and all reals; not on the scale of FID",
+    help="Frechet distance between DINOv2 features of N fakes and all reals",
+    note="not on the scale of FID",
     protocol="covariance over N-1",
     paper="Stein et al. 2023",
     role="dinov2",
@@ -148,7 +153,9 @@ DINO = FeatureMetric(
 )
 KID = FeatureMetric(
     pattern="kid<N>_full",
-    help="kernel inception distance between N fakes and all reals, unbiased for small sets; papers often report x 1000",
+    help="kernel inception distance between N fakes and all reals, unbiased for small sets",
+    note="not multiplied by 1000, as it often is in papers; no deviation if both sets fit into one subset",
+    values=("", "_std"),
     protocol="100 subsets of at most 1,000",
     paper="Binkowski et al. 2018",
     role="inception",
@@ -159,7 +166,8 @@ KID = FeatureMetric(
 )
 MIND = FeatureMetric(
     pattern="mind<N>",
-    help="sliced Wasserstein distance between features of N fakes and N reals; ranks networks with few images",
+    help="sliced Wasserstein distance between features of N fakes and N reals",
+    note="ranks networks with few images; compare only values with equal num_real",
     protocol="1,000 fixed directions",
     paper="Berthet et al. 2026",
     role="inception",
@@ -170,6 +178,7 @@ MIND = FeatureMetric(
 SCORE = FeatureMetric(
     pattern="is<N>",
     help="inception score of N fakes; uses no reals",
+    values=("_mean", "_std"),
     protocol="class logits (of Inception: 1008, without bias), 10 splits",
     paper="Salimans et al. 2016",
     role="inception",
@@ -178,12 +187,11 @@ SCORE = FeatureMetric(
     numbers=score_numbers,
     higher_is_better=True,
 )
-TVGG16 = (
-    "recorded as {}_tvgg16 with torchvision's VGG16, which is not comparable with the vgg16.pt of the StyleGAN family"
-)
 PRECISION = FeatureMetric(
     pattern="pr<N>3_full",
-    help=f"precision and recall of N fakes against all reals; {TVGG16.format('pr<N>3_full')}",
+    help="precision and recall of N fakes against all reals",
+    note=TVGG16,
+    values=("_precision", "_recall"),
     protocol="3 neighbours, features and distances in float16",
     paper="Kynkaanniemi et al. 2019",
     role="vgg16",
@@ -195,7 +203,9 @@ PRECISION = FeatureMetric(
 )
 DENSITY = FeatureMetric(
     pattern="dc<N>_full",
-    help=f"density and coverage of N fakes against all reals; {TVGG16.format('dc<N>_full')}",
+    help="density and coverage of N fakes against all reals",
+    note=TVGG16,
+    values=("_density", "_coverage"),
     protocol="5 neighbours, distances in float32",
     paper="Naeem et al. 2020",
     role="vgg16",
@@ -214,19 +224,9 @@ METRICS = (
     MIND,
     SCORE,
     PRECISION,
-    replace(
-        PRECISION,
-        pattern="pr<N>3",
-        reals="equal",
-        help=f"precision and recall of N fakes against N reals; {TVGG16.format('pr<N>3')}",
-    ),
+    replace(PRECISION, pattern="pr<N>3", reals="equal", help="precision and recall of N fakes against N reals"),
     DENSITY,
-    replace(
-        DENSITY,
-        pattern="dc<N>",
-        reals="equal",
-        help=f"density and coverage of N fakes against N reals; {TVGG16.format('dc<N>')}",
-    ),
+    replace(DENSITY, pattern="dc<N>", reals="equal", help="density and coverage of N fakes against N reals"),
 )
 
 for _metric in METRICS:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from torch import Tensor
 from dnnlib.config import UserError
 from metrics.detectors import Detector, Role
 from metrics.sampling import (
+    FAKES,
+    REALS,
     Batches,
     ImageGenerator,
     MetricContext,
@@ -245,19 +247,22 @@ class Statistics:
         """Return the context whose `reals` match the request: with or without flips."""
         return replace(self.context, counts_flips=request.flips)
 
-    def collect(self, requests: Iterable[StatRequest]) -> None:
-        """Compute the missing requests: one pass over the fakes, and one over each distinct set of reals."""
+    def collect(self, requests: Iterable[StatRequest], metrics: str = "statistics") -> None:
+        """Compute the missing requests of `metrics`: one pass over the fakes, one over each distinct set of reals."""
         missing = [request for request in dict.fromkeys(map(self._normalized, requests)) if request not in self.results]
-        self._run([request for request in missing if request.of == "fake"])
         for request in [request for request in missing if request.of == "real"]:
             kept = self._load(request)
             if kept is not None:
                 self.results[request], self.seconds[request] = kept, 0.0
-        uncached = [request for request in missing if request.of == "real" and request not in self.results]
-        for chosen in dict.fromkeys((request.count, request.flips) for request in uncached):
-            group = [request for request in uncached if (request.count, request.flips) == chosen]
+        groups: dict[Any, list[StatRequest]] = {"fake": [request for request in missing if request.of == "fake"]}
+        for request in [request for request in missing if request.of == "real" and request not in self.results]:
+            groups.setdefault((request.count, request.flips), []).append(request)
+        passes = [group for group in groups.values() if group]
+        names = {"fake": FAKES, "real": REALS}
+        self.context.progress.plan(metrics, [(names[group[0].of], max(map(self.size, group))) for group in passes])
+        for group in passes:
             self._run(group)
-            for request in group:
+            for request in [request for request in group if request.of == "real"]:
                 self._save(request)
 
     def check_detector(self, role: Role, *, with_classes: bool) -> None:
@@ -275,8 +280,6 @@ class Statistics:
 
     def _run(self, requests: list[StatRequest]) -> None:
         """Run all requests in one pass over the largest requested number of images."""
-        if not requests:
-            return
         start = time.perf_counter()
         sizes = {request: self.size(request) for request in requests}
         total = max(sizes.values())

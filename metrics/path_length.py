@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnnlib.config import UserError
-from metrics.detectors import full_float32
+from metrics.detectors import TVGG16, full_float32
 from metrics.registry import Measurement, register_metric
 from metrics.sampling import NUM_IMAGES, MetricContext, cut, gather_rows, own_shard, random_labels, random_rows
 from torch_utils.interpolation import slerp
@@ -66,6 +66,7 @@ def steps(context: MetricContext, walk: Walk, count: int) -> Iterator[tuple[Tens
     """Yield this process's shard of the image pairs, one image per end of a step, in [-1, 1]."""
     G: Any = context.network
     share = own_shard(count)
+    context.progress("steps", 0, len(share))
     for positions in cut(share, max(context.batch_size // 2, 1)):
         z0, z1 = (_rows(context, "normal", G.z_dim, f"path {end}", positions) for end in ("from", "to"))
         t = 0 * z0[:, :1] if walk.at_end else _rows(context, "uniform", 1, "path t", positions)
@@ -104,6 +105,7 @@ def path_length(context: MetricContext, name: str, count: int, walk: Walk) -> Me
     """Return the trimmed mean over `count` steps."""
     check_walk(context, walk)
     distance = context.setup.load_similarity(context.device)
+    context.progress.plan(name, [("steps", count)])
     parts = [torch.zeros(0, device=context.device)]
     for one, other in steps(context, walk, count):
         parts.append(distance(lpips_input(one, walk.crop), lpips_input(other, walk.crop)) / EPSILON**2)
@@ -122,7 +124,8 @@ def _register(pattern: str, walk: Walk, help: str) -> None:
 
     @register_metric(
         f"{pattern}<N>",
-        help=f"{help}; recorded as {pattern}_tvgg16, not comparable with the vgg16.pt of the StyleGAN family",
+        help=help,
+        note=TVGG16,
         protocol=f"{start}, eps 1e-4, no TF32, {part}, at most 256 px, 1st to 99th percentile; 50,000 steps or <N>",
         paper="Karras et al. 2020a" if pattern == "ppl2_wend" else "Karras et al. 2019",
         roles=("lpips",),

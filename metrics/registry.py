@@ -75,6 +75,10 @@ def _no_plan(context: MetricContext, count: int | None) -> Sequence[StatRequest]
 class MetricSpec:
     """A family of metrics. `<N>` in the pattern is a number of images (`500`, `5k`, or empty for the default).
 
+    help            one line: what the metric measures
+    note            what else a user should know
+    values          suffixes of the values' names, the main value first; `<...>` stands for a level, class or similar
+    is_floor        the metric compares reals with reals: a value to compare with, no result of a network
     roles           the detectors
     plan            returns the requested statistics of their features, so that metrics share passes over images
     counts_flips    include flipped reals under --mirror; in the protocol of the StyleGAN family, metrics with
@@ -92,6 +96,9 @@ class MetricSpec:
     help: str
     protocol: str
     paper: str
+    note: str = ""
+    values: tuple[str, ...] = ("",)
+    is_floor: bool = False
     roles: tuple[Role, ...] = ()
     plan: Plan = _no_plan
     counts_flips: bool = False
@@ -178,6 +185,16 @@ def find(name: str, setup: DetectorSetup = STANDARD) -> tuple[MetricSpec, int | 
     )
 
 
+def find_recorded(name: str) -> MetricSpec | None:
+    """Return the metric of a recorded name or value; None if unknown."""
+    for part in (name, name.rpartition("_")[0]):  # a custom detector appends its name after the last "_"
+        try:
+            return find(part)[0]
+        except UserError:
+            continue
+    return None
+
+
 def resolve(names: str | Iterable[str], setup: DetectorSetup = STANDARD) -> list[str]:
     """Return the recorded names, without duplicates, of a comma-separated list or an iterable.
 
@@ -258,10 +275,14 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
     specs = {name: find(name, context.setup) for name in resolve(names, context.setup)}
     plans = prepare(specs, context)
     statistics = statistics_of(context)
-    statistics.collect(request for plan in plans.values() for request in plan)
+    statistics.collect(
+        (request for plan in plans.values() for request in plan),
+        metrics=", ".join(name for name, plan in plans.items() if plan),
+    )
     for name, (spec, count) in specs.items():
         start = time.perf_counter()
         own = replace(context, counts_flips=spec.counts_flips)
+        context.progress.plan(name, ())
         with _prefixed_errors(name):
             measured = spec.function(own, name, count)
             for key, value in measured.values.items():

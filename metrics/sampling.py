@@ -26,8 +26,9 @@ from torch_utils.distributed import rank, world_size
 from torch_utils.images import to_uint8
 from torch_utils.misc import derive_seed
 
-ProgressCallback = Callable[[str, int, int], None]  # (name of the items, number done, total)
+Pass = tuple[str, int]  # name and number of the items, e.g. ("real images", 500)
 Batches = Iterator[tuple[range, Tensor]]  # (positions in the set, uint8 images [B, C, H, W])
+REALS, FAKES = "real images", "generated images"  # names of passes
 NUM_IMAGES = 50_000  # number of fakes if the name of a metric has no count
 MAX_REALS = 200_000  # upper bound for metrics that hold all features in memory
 BLOCK = 64  # positions that share a stream of random numbers
@@ -72,8 +73,14 @@ class Images(Protocol):
     def images(self, indices: Sequence[int]) -> Tensor: ...
 
 
-def silent(name: str, done: int, total: int) -> None:
-    """Discard progress reports."""
+class Progress:
+    """Receiver of progress reports; this base class discards them."""
+
+    def plan(self, metrics: str, passes: Sequence[Pass]) -> None:
+        """Start metrics with the given passes over images; an empty sequence if they are not known."""
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Report the progress of a pass in the shard of this process; `done` is 0 at the start of the pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +106,7 @@ class MetricContext:
     noise_mode: str = "const"
     setup: DetectorSetup = field(default_factory=DetectorSetup)
     cache: Path | None = None
-    progress: ProgressCallback = field(default=silent, repr=False)
+    progress: Progress = field(default_factory=Progress, repr=False)
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -193,7 +200,7 @@ def choose_reals(context: MetricContext, count: int) -> list[int]:
     return [int(index) for index in np.sort(chosen)]
 
 
-def real_batches(context: MetricContext, indices: Sequence[int], name: str = "real images") -> Batches:
+def real_batches(context: MetricContext, indices: Sequence[int], name: str = REALS) -> Batches:
     """Yield this process's shard of the reals with the given indices, on the device."""
     return _read_batches(context, context.reals, indices, name)
 
@@ -206,7 +213,7 @@ def fake_batches(context: MetricContext, count: int) -> Batches:
     fewer than `count` images.
     """
     if context.fakes is not None:
-        return _read_batches(context, context.fakes, choose_fakes(context, context.fakes, count), "generated images")
+        return _read_batches(context, context.fakes, choose_fakes(context, context.fakes, count), FAKES)
     return _generate_batches(context, context.network, count)
 
 
@@ -224,6 +231,7 @@ def choose_fakes(context: MetricContext, fakes: Images, count: int) -> list[int]
 def _generate_batches(context: MetricContext, G: ImageGenerator, count: int) -> Batches:
     share = own_shard(count)
     is_finite = torch.ones([], dtype=torch.bool, device=context.device)  # on the device, to avoid a synchronization
+    context.progress(FAKES, 0, len(share))
     for positions in cut(share, context.batch_size):
         with torch.random.fork_rng([context.device] if context.device.type == "cuda" else []):
             torch.manual_seed(derive_seed(context.seed, "noise", positions.start))
@@ -235,7 +243,7 @@ def _generate_batches(context: MetricContext, G: ImageGenerator, count: int) -> 
             )
         is_finite &= img.isfinite().all()
         yield positions, to_uint8(img)
-        context.progress("generated images", positions.stop - share.start, len(share))
+        context.progress(FAKES, positions.stop - share.start, len(share))
     if not is_finite:
         raise UserError("the network returns non-finite values, so its training diverged: metrics are undefined")
 
@@ -248,6 +256,7 @@ def _read_batches(context: MetricContext, images: Images, indices: Sequence[int]
         return batch.pin_memory() if context.device.type == "cuda" else batch
 
     share = own_shard(len(indices))
+    context.progress(name, 0, len(share))
     waiting: deque[tuple[range, Future[Tensor]]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
         for positions in cut(share, context.batch_size):

@@ -25,6 +25,8 @@ from torch import Tensor
 from dnnlib.config import UserError
 from metrics.registry import Measurement, register_metric
 from metrics.sampling import (
+    FAKES,
+    REALS,
     Batches,
     MetricContext,
     choose_reals,
@@ -49,6 +51,7 @@ CHUNK = 64  # images projected at a time
 MAX_PROJECTED = 2**25  # values sorted at a time
 
 PAPER = "Karras et al. 2018, section 5"
+VALUES = ("", "_<side>")  # mean over the levels, then each level
 PROTOCOL = (
     "7x7 patches, 128 per image and level of a Laplacian pyramid down to 16 px, channels normalised per set, "
     "512 directions, x 1e3, mean over levels; 16,384 images or <N>, at most all reals"
@@ -58,6 +61,8 @@ PROTOCOL = (
 @register_metric(
     "swd<N>",
     help="sliced Wasserstein distance between patches of N reals and N fakes; needs no detector",
+    note="compare only values with equal num_real",
+    values=VALUES,
     protocol=PROTOCOL,
     paper=PAPER,
     counts_flips=True,
@@ -66,6 +71,7 @@ def swd(context: MetricContext, name: str, count: int | None) -> Measurement:
     """Return the distance between min(N, all) reals and as many fakes: 'swd', then 'swd_32', ... per level."""
     check_size(context.images.img_shape)
     indices = choose_reals(context, count or NUM_IMAGES)
+    context.progress.plan(name, [(REALS, len(indices)), (FAKES, len(indices))])
     reals = collect(context, len(indices), real_batches(context, indices))
     fakes = collect(context, len(indices), fake_batches(context, len(indices)))
     values = named(name, compare_shards(reals, fakes, context.seed))
@@ -74,7 +80,10 @@ def swd(context: MetricContext, name: str, count: int | None) -> Measurement:
 
 @register_metric(
     "swd<N>_floor",
-    help="sliced Wasserstein distance between two disjoint sets of N reals: the score of a perfect generator",
+    help="no result, but the swd<N> of a perfect generator: distance between two sets of N reals",
+    note="compare with swd<N>; use --mirror=0 and an N of at most half the dataset",
+    values=VALUES,
+    is_floor=True,
     protocol="as swd<N>, between two disjoint random sets of reals, at most half of all each",
     paper=PAPER,
     counts_flips=True,
@@ -83,8 +92,9 @@ def swd_floor(context: MetricContext, name: str, count: int | None) -> Measureme
     """Return the distance between two disjoint random sets of min(N, half of all) reals; the network is not used."""
     check_size(context.images.img_shape)
     first, second = disjoint_halves(context, count or NUM_IMAGES)
-    first_set = collect(context, len(first), real_batches(context, first, "real images, first set"))
-    second_set = collect(context, len(second), real_batches(context, second, "real images, second set"))
+    context.progress.plan(name, [(f"{REALS}, first set", len(first)), (f"{REALS}, second set", len(second))])
+    first_set = collect(context, len(first), real_batches(context, first, f"{REALS}, first set"))
+    second_set = collect(context, len(second), real_batches(context, second, f"{REALS}, second set"))
     values = named(name, compare_shards(first_set, second_set, context.seed))
     return Measurement(values=values, num_real=len(first) + len(second), num_fake=0)
 

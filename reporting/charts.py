@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from dnnlib.config import UserError
 from metrics import registry
 from reporting.run_reader import Curve, Run
 
@@ -176,12 +175,8 @@ def _differs(key: str, lines: Sequence[Line]) -> bool:
 
 def higher_is_better(metric: str) -> bool | None:
     """Return whether a higher value of a metric is better; None for an unknown metric."""
-    for name in (metric, metric.rpartition("_")[0]):  # a custom detector appends its name after the last "_"
-        try:
-            return registry.find(name)[0].higher_is_better
-        except UserError:
-            continue
-    return None
+    spec = registry.find_recorded(metric)
+    return spec.higher_is_better if spec else None
 
 
 def index_of_best(curve: Curve, *, higher: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from PIL import Image
 
 import calc_metrics
 import metrics
-from dnnlib.config import override
+from dnnlib.config import OPTIONS_FILE, override
 from metrics import detectors
 from metrics.sampling import random_stream
 from metrics.weights import WeightFile
@@ -63,6 +64,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = folder / "network-snapshot-000003.pkl"
     save_network(path, config=config, G_ema=generator.build(), nimg=3210)
+    (folder / OPTIONS_FILE).touch()
     return path
 
 
@@ -94,6 +96,47 @@ def test_each_metric_prints_and_appends_a_line(calc: CalcMetrics, snapshot: Path
     assert swd["snapshot_sha256"] == hashlib.sha256(snapshot.read_bytes()).hexdigest()
     assert swd["kimg"] == 3.21
     assert swd["mirror"] is True
+
+
+NOT_SAVED = "Results are only printed, because --network is not part of a run; --outdir=DIR saves them\n"
+
+
+def test_results_are_written_only_to_a_run_or_outdir(calc: CalcMetrics, snapshot: Path, tmp_path: Path) -> None:
+    """Snapshots, a folder of snapshots, and images: nothing is written beside those that are not part of a run."""
+    data = load_network(snapshot).config.data.path
+    loose, fakes = tmp_path / "loose", write_images(tmp_path / "fakes", 16, labels=False)
+    loose.mkdir()
+    (loose / snapshot.name).write_bytes(snapshot.read_bytes())
+    for number, network in enumerate((loose / snapshot.name, loose, fakes)):
+        before = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
+        printed = calc("--metrics=swd12,swd13", f"--data={data}", network=network)
+        assert [record["metric"] for record in lines(printed)] == ["swd12", "swd13"]
+        assert printed.stderr.count(NOT_SAVED) == 1
+        assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
+        outdir = tmp_path / "new" / str(number)
+        saved = calc("--metrics=swd12", f"--data={data}", f"--outdir={outdir}", network=network)
+        assert NOT_SAVED not in saved.stderr
+        assert [json.loads((outdir / "metric-swd12.jsonl").read_text())] == lines(saved)
+    kept = snapshot.parent / "metric-swd14.jsonl"
+    lines(calc("--metrics=swd14", f"--outdir={tmp_path}"))
+    assert (tmp_path / kept.name).exists()
+    assert not kept.exists()
+    assert NOT_SAVED not in calc("--metrics=swd14").stderr
+    assert kept.exists()
+
+
+def test_plots_and_results_need_a_writable_folder(calc: CalcMetrics, snapshot: Path, tmp_path: Path) -> None:
+    loose = tmp_path / snapshot.name
+    loose.write_bytes(snapshot.read_bytes())
+    plot = calc("--metrics=swd12", "--plot", network=loose)
+    assert (plot.exit_code, plot.stdout) == (2, "")
+    assert f"--plot: {loose} is not in the folder of a run; specify a folder with --outdir" in plot.stderr
+    outdir = calc("--metrics=swd12", f"--outdir={loose}", network=loose)
+    assert (outdir.exit_code, outdir.stdout) == (2, "")
+    assert f"--outdir={loose}: cannot be written" in outdir.stderr
+    pytest.importorskip("matplotlib")
+    assert calc("--metrics=swd12", "--plot", f"--outdir={tmp_path / 'new'}", network=loose).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["metric-swd12.jsonl", "metric-swd12.png"]
 
 
 def test_kernels_are_prepared_before_the_network_is_loaded(calc: CalcMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,12 +219,37 @@ def test_missing_and_malformed_snapshots_are_named(calc: CalcMetrics, tmp_path: 
     assert "broken.pkl" in refused.stderr
 
 
-def test_help_explains_every_metric() -> None:
-    text = CliRunner().invoke(calc_metrics.main, ["--help"]).output
-    flat = " ".join(text.split())
-    for spec in metrics.registered_metrics():
-        for words in (spec.pattern, spec.help, spec.protocol_of(), spec.paper):
-            assert words in flat
+def test_help_lists_each_metric_in_a_line_of_110_columns() -> None:
+    text = CliRunner().invoke(calc_metrics.main, ["--help"], terminal_width=110).output
+    listed = [tuple(line.split(maxsplit=1)) for line in text.partition("Metrics (<N>")[2].splitlines()[1:]]
+    assert listed == [(spec.pattern, spec.help) for spec in metrics.registered_metrics()]
+
+
+def explain(names: str) -> Result:
+    return CliRunner().invoke(calc_metrics.main, [f"--explain={names}"], terminal_width=400)
+
+
+@pytest.mark.parametrize("spec", metrics.registered_metrics(), ids=lambda spec: spec.pattern)
+def test_every_metric_can_be_explained(spec: metrics.MetricSpec) -> None:
+    result = explain(spec.pattern.replace("<N>", "5k"))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"{spec.pattern}:\n")
+    for words in (spec.help, spec.note, spec.protocol, spec.clean or "", spec.paper):
+        assert words in result.stdout
+    assert ("no result" in result.stdout) == spec.pattern.endswith("_floor")
+    assert ("counted among the reals with --mirror" in result.stdout) == spec.counts_flips
+
+
+def test_explanations_state_direction_values_and_requirements() -> None:
+    text = " ".join(explain("is10k,kid50k_full").stdout.split())
+    first, _, second = text.partition("kid<N>_full: ")
+    assert "better higher values values is<N>_mean, is<N>_std protocol" in first
+    assert "better lower values values kid<N>_full, kid<N>_full_std protocol" in second
+    for part in (first, second):
+        assert "needs weights-inception-2015-12-05-6726825d.pth, downloaded on first use; the package torch-f" in part
+    unknown = explain("kid,swdd")
+    assert (unknown.exit_code, unknown.stdout) == (2, "")
+    assert "Error: unknown metric 'swdd': did you mean swd?" in unknown.stderr
 
 
 # Metrics with a detector.
@@ -197,12 +265,23 @@ def detector_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return script_program(tmp_path_factory.mktemp("detector") / "small.pt", SmallDetector())
 
 
+def test_values_have_the_explained_names(calc: CalcMetrics, detector_program: Path) -> None:
+    names = "fid60,fid60_full,fid60_class,kid60,mind60,is60,pr603_full,dc60,swd60,swd60_floor"
+    for record in lines(calc(f"--metrics={names}", bound(detector_program), "--mirror=0")):
+        spec, _ = metrics.registry.find(record["metric"])
+        pattern = "|".join(re.sub(r"<\w+>", r"\\w+", suffix) for suffix in spec.values)
+        suffixes = [name.removeprefix(record["metric"]) for name in record["results"]]
+        assert suffixes[0] == spec.values[0]
+        assert all(re.fullmatch(pattern, suffix) for suffix in suffixes), suffixes
+
+
 def test_a_run_folder_gives_one_result_per_snapshot(
     calc: CalcMetrics, snapshot: Path, detector_program: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
     run = tmp_path / "00000-run"
     run.mkdir()
+    (run / OPTIONS_FILE).touch()
     first = load_network(snapshot)
     for nimg, strength in ((0, 0.1), (4000, 10.0)):
         for parameter in first.G_ema.synthesis.parameters():
@@ -250,12 +329,12 @@ def test_a_folder_of_images_can_replace_the_network(
     data = load_network(snapshot).config.data.path
     fakes = write_images(tmp_path / "theirs", 16, labels=False)
     arguments = ["--metrics=fid21_full,swd12", bound(detector_program), f"--data={data}"]
-    fid, swd = lines(calc(*arguments, network=fakes))
+    fid, swd = lines(calc(*arguments, f"--outdir={tmp_path / 'new' / 'results'}", network=fakes))
     assert fid["results"]["fid21_full"] == pytest.approx(0, abs=1e-9)  # the images are identical
     assert swd["results"]["swd12"] > 0  # different subsets of twelve
     assert (fid["snapshot"], fid["snapshot_sha256"], fid["kimg"]) == ("theirs", None, None)
     assert fid["fakes_hash"] == ImageDataset(DatasetConfig(path=str(fakes))).content_hash
-    assert (tmp_path / "metric-fid21_full.jsonl").exists()
+    assert (tmp_path / "new" / "results" / "metric-fid21_full.jsonl").exists()
     names = f"--metrics=fid21_full,swd{NUM_IMAGES}"
     full, mirrored = lines(calc(names, bound(detector_program), f"--data={data}", "--mirror", network=fakes))
     assert (full["num_real"], full["num_fake"], full["mirror"]) == (NUM_IMAGES, NUM_IMAGES, False)
@@ -346,7 +425,7 @@ def test_an_unwritable_result_does_not_stop_other_metrics(calc: CalcMetrics, sna
     copy = tmp_path / snapshot.name
     copy.write_bytes(snapshot.read_bytes())
     (tmp_path / "metric-swd12.jsonl").mkdir()
-    result = calc("--metrics=swd12,swd13", network=copy)
+    result = calc("--metrics=swd12,swd13", f"--outdir={tmp_path}", network=copy)
     assert result.exit_code == 1
     assert "Warning: " in result.stderr
     assert "metric-swd12.jsonl: cannot be written" in result.stderr

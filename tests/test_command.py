@@ -27,7 +27,7 @@ import generate
 import legacy
 import styleformer
 import train
-from dnnlib.config import ConfigError, UserError
+from dnnlib.config import OPTIONS_FILE, ConfigError, UserError
 from styleformer.__main__ import without_working_directory
 from styleformer.command import COMMANDS, main
 from styleformer.completion import joined
@@ -243,6 +243,7 @@ def test_generate_refuses_invalid_arguments() -> None:
 def test_compute_metric_returns_the_record_of_the_command(shapes32_zip: Path, tmp_path: Path) -> None:
     network = shutil.copy(SNAPSHOT, tmp_path)
     options = [f"--network={network}", f"--data={shapes32_zip}", "--metrics=swd64", "--device=cpu", "--no-cache"]
+    (tmp_path / OPTIONS_FILE).touch()
     result = CliRunner().invoke(calc_metrics.main, options)
     assert result.exit_code == 0, result.output
     printed = json.loads(next(line for line in result.output.splitlines() if line.startswith("{")))

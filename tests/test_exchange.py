@@ -98,7 +98,7 @@ def test_metrics_of_a_folder_are_recorded_beside_it(folder: Path, tmp_path: Path
     make = ["--source=shapes", f"--dest={data}", "--max-images=40", "--width=8", "--height=8", "--workers=1"]
     assert CliRunner().invoke(dataset_tool.main, make).exit_code == 0
     arguments = [f"--network={folder}", f"--data={data}", "--metrics=swd32", "--device=cpu", "--no-cache"]
-    result = CliRunner().invoke(calc_metrics.main, arguments)
+    result = CliRunner().invoke(calc_metrics.main, [*arguments, f"--outdir={folder.parent}"])
     assert result.exit_code == 0, result.output
     assert (folder.parent / "metric-swd32.jsonl").exists()
     (record,) = legacy.describe(folder)["metrics"]

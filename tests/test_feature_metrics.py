@@ -28,7 +28,7 @@ from metrics.kernel import kernel_distance, squared_mmd
 from metrics.mind import mind_numbers, random_directions, sliced_distance
 from metrics.precision_recall import density_coverage, precision_recall
 from metrics.registry import compute_all, find
-from metrics.sampling import MetricContext, choose_fakes, choose_reals, shard
+from metrics.sampling import MetricContext, Progress, choose_fakes, choose_reals, shard
 from training.dataset import DatasetConfig, ImageDataset
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
@@ -350,6 +350,32 @@ def test_metrics_share_passes_over_fakes_and_reals(detector_setup: DetectorSetup
     assert isinstance(images, CountedImages)
     assert sum(map(len, G.latents)) == 60
     assert images.read == 90 + 40 + 30  # all reals for the _full metrics, subsets of 40 (for two metrics) and 30
+
+
+class Recorder(Progress):
+    """Receiver that records the planned passes and the passes that are run."""
+
+    def __init__(self) -> None:
+        self.planned: list[tuple[str, str, int]] = []
+        self.run: list[tuple[str, int]] = []
+
+    def plan(self, metrics: str, passes: Sequence[tuple[str, int]]) -> None:
+        self.planned += [(metrics, *each) for each in passes]
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        self.run += [(name, total)] if done == 0 else []
+
+
+def test_all_passes_are_planned_before_they_run(detector_setup: DetectorSetup) -> None:
+    recorder = Recorder()
+    results(build(detector_setup, progress=recorder), "swd20,fid60_full,fid40,swd30_floor")
+    shared = "fid60_full, fid40"
+    assert recorder.planned == [
+        (shared, "generated images", 60), (shared, "real images", 90), (shared, "real images", 40),
+        ("swd20", "real images", 20), ("swd20", "generated images", 20),
+        ("swd30_floor", "real images, first set", 30), ("swd30_floor", "real images, second set", 30),
+    ]  # fmt: skip
+    assert recorder.run == [(name, total) for _, name, total in recorder.planned]
 
 
 def test_values_do_not_depend_on_batches_and_other_metrics(detector_setup: DetectorSetup) -> None:

@@ -78,14 +78,15 @@ def test_generate_reads_a_file_or_a_url(theirs: Path, site: Site, tmp_path: Path
 def test_metrics_of_a_foreign_network_are_computed(
     theirs: Path, site: Site, shapes32_zip: Path, tmp_path: Path
 ) -> None:
-    common = ["--metrics=swd32", f"--data={shapes32_zip}", "--device=cpu", "--no-cache"]
+    outdir = theirs.parent
+    common = ["--metrics=swd32", f"--data={shapes32_zip}", "--device=cpu", "--no-cache", f"--outdir={outdir}"]
     records = []
     for network in (theirs, f"{site.url}/{theirs.name}"):
         record = json.loads(run_ok(calc_metrics.main, f"--network={network}", *common).splitlines()[0])
         records.append(record)
     assert records[0]["results"] == records[1]["results"]
     assert (records[1]["snapshot"], records[1]["kimg"]) == ("network-snapshot-002000.pkl", 2000)
-    assert (theirs.parent / "metric-swd32.jsonl").exists()
+    assert (outdir / "metric-swd32.jsonl").read_text().count("\n") == 2
     assert not list((tmp_path / "cache").rglob("metric-*.jsonl"))
     assert "results" in run_ok(legacy.main, "info", theirs, "--json")
     refused = run(calc_metrics.main, f"--network={theirs}", "--metrics=swd32", "--device=cpu")

@@ -26,7 +26,9 @@ from snapshot_helpers import make_snapshot
 import legacy
 import training.snapshots.hub
 from dnnlib.config import UserError, override
+from training.config import PRESETS, Environment, apply_options, resolve
 from training.snapshots.hub import HubModel, save_hub_folder
+from training.snapshots.model_card import changes
 from training.snapshots.snapshot import Snapshot, load_network
 
 
@@ -114,6 +116,7 @@ def test_the_card_states_the_known_facts(snapshot: Snapshot, tmp_path: Path) -> 
     record(snapshot, "fid50k_full", 12.345)
     record(snapshot, "fid50k_full", 10.0, num_real=None)
     record(snapshot, "swd5k", 1.5, detector=None, mirror=True)
+    record(snapshot, "swd5k_floor", 1.0, num_real=2000, num_fake=0)
     record(snapshot, "is50k", 9.0, snapshot_sha256=None)
     save_hub_folder(tmp_path / "cars", snapshot, "cc-by-4.0")
     card = ModelCard.load(tmp_path / "cars" / "README.md")
@@ -123,11 +126,41 @@ def test_the_card_states_the_known_facts(snapshot: Snapshot, tmp_path: Path) -> 
     assert results == {"fid50k_full": (12.345, "cars.zip"), "swd5k": (1.5, "cars.zip")}
     rows = [line for line in card.text.splitlines() if line.startswith(("| fid", "| swd", "| is"))]
     assert rows == [
-        "| fid50k_full | 12.345 | cars.zip: 1000 real, 5000 generated | inception | &lt;N> images |",
-        "| swd5k | 1.5 | cars.zip: 1000 real with flips, 5000 generated |  | &lt;N> images |",
+        "| fid50k_full | 12.345 | 5,000 generated, 1,000 real (cars.zip) |",
+        "| swd5k | 1.5 | 5,000 generated, 1,000 real (cars.zip, with flips) |",
     ]
-    for words in ("`cars.zip`", "12.345 kimg", "`tiny`", "(samples.png)", '"widths": [', "`cc-by-4.0`"):
+    for words in ("`cars.zip`", "12.345 kimg", "| preset | tiny |", "(samples.png)", "`cc-by-4.0`"):
         assert words in card.text
+
+
+def test_the_card_states_each_protocol_once(snapshot: Snapshot, tmp_path: Path) -> None:
+    results = {name: 1.0 for name in ("swd5k", "swd5k_32", "swd5k_16")}
+    settings = {"detector": None, "protocol": "patches of <N>", "truncation_psi": 0.7, "noise_mode": "const"}
+    record(snapshot, "swd5k", 1.0, results=results, **settings)
+    record(snapshot, "fid5k_full_mine", 2.0, detector="mine.pt2")
+    save_hub_folder(tmp_path / "cars", snapshot)
+    text = (tmp_path / "cars" / "README.md").read_text()
+    assert [line.split(":")[0] for line in text.splitlines() if line.startswith("- **")] == [
+        "- **fid5k_full_mine**", "- **swd5k**",
+    ]  # fmt: skip
+    assert "usual FID; lower is better. Protocol: mine.pt2; &lt;N> images." in text
+    assert text.count("; lower is better. Protocol: patches of &lt;N>; truncation psi 0.7; const noise.\n") == 1
+
+
+@pytest.mark.parametrize("name", ["cifar", "styleformer2", "stylegan2", "transgan-cifar", "r3gan-cifar", "tiny"])
+def test_only_changes_to_the_preset_are_published(name: str) -> None:
+    env = Environment(img_shape=(3, 32, 32), c_dim=3, on_gpu=True, has_bf16=True)
+    data = {"data.use_labels": True, "data.path": "a.zip"}
+    own = resolve(override(PRESETS[name], data), env)
+    assert changes(own, env.img_shape) == []
+    given = {"g_optimizer.eps": 0.5, "run.desc": "test", "run.total_kimg": 1.0}
+    changed = resolve(override(PRESETS[name], data | given), env)
+    assert changes(changed, env.img_shape) == [f"g_optimizer.eps: {own.g_optimizer.eps!r} -> 0.5"]
+    diffaug = {"discriminator.family": "styleformer", "augment.mode": "diffaug"}
+    chosen = resolve(override(apply_options(PRESETS["cifar"], diffaug), data), env)
+    assert changes(chosen, env.img_shape) == [
+        "discriminator.family: 'stylegan2' -> 'styleformer'", "augment.mode: 'ada' -> 'diffaug'",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("c_dim", [0, 2, 5])

@@ -24,7 +24,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import calc_metrics
 import generate
 import styleformer
-from dnnlib.config import ConfigError, UserError, to_json
+from dnnlib.config import OPTIONS_FILE, ConfigError, UserError, to_json
 from torch_utils.checkpoint import Checkpoint, digest, write_file
 from training import restore
 from training.config import read_config
@@ -152,6 +152,7 @@ class SmallRun:
 def simulate(folder: Path, data: Path, seed: int = 0) -> SmallRun:
     """Write the snapshot and the averages of a run of 400 steps; the weights of a step are fixed ones plus noise."""
     template = make_snapshot(folder / "network-snapshot-000000.pkl", data=str(data))
+    (folder / OPTIONS_FILE).touch()
     G, steps, batch = template.G_ema, 400, 50
     fixed = parameters_to_vector(G.parameters()).double()
     noise = torch.randn(steps, len(fixed), generator=torch.Generator().manual_seed(seed)).double()

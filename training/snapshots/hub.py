@@ -3,15 +3,13 @@
     HubModel(load_network("network-snapshot-000200.pkl"), license="cc-by-4.0").save_pretrained("shapes")
     G = HubModel.from_pretrained("shapes").G_ema                # a folder, or NAME/MODEL on the Hub
 
-The folder contains neither G nor D, and names the dataset without its path. Metrics in the model card come from
-metric-*.jsonl beside the snapshot.
+The folder contains neither G nor D, and names the dataset without its path. training/snapshots/model_card.py writes the
+text of the model card.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.config import UserError, to_json
-from dnnlib.download import sha256_of_file
-from dnnlib.util import read_metric_records
+from dnnlib.config import UserError
 from torch_utils.images import save_pixels, to_uint8
 from torch_utils.sheets import labelled_grid
 from training.config import TrainConfig
 from training.snapshots.exchange import load_folder, new_folder, write_folder
+from training.snapshots.model_card import SAMPLES, num_samples, read_records, write_card
 from training.snapshots.snapshot import Snapshot
 
 try:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 except ImportError as error:
     raise UserError(f"the package huggingface-hub cannot be imported ({error}): pip install '.[hub]'") from None
-
-SAMPLES = "samples.png"
 
 
 class HubModel(ModelHubMixin, library_name="styleformer", pipeline_tag="unconditional-image-generation"):
@@ -85,14 +80,14 @@ class HubModel(ModelHubMixin, library_name="styleformer", pipeline_tag="uncondit
         return cls(load_folder(folder))
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """Return the model card: samples, usage, metrics, licence, configuration."""
-        snapshot, config = self.snapshot, self.snapshot.config
+        """Return the model card with the metadata of the Hub."""
+        snapshot, config = self.snapshot, without_paths(self.snapshot.config)
         data = ModelCardData(
             **self._hub_mixin_info.model_card_data.to_dict() | {"license": self.license},
             model_name=Path(snapshot.path).stem,
             eval_results=[result for record in read_records(snapshot.path) for result in _to_results(record)] or None,
         )
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_describe(snapshot, config, self.license)}")
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{write_card(snapshot, config, self.license)}")
 
 
 def save_hub_folder(folder: Path, snapshot: Snapshot, license: str | None = None) -> None:
@@ -112,11 +107,6 @@ def without_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, data=data, origin=origin, run=replace(config.run, detectors=detectors))
 
 
-def num_samples(G: Any) -> int:
-    """Return the number of images in the sample grid: 16, or 4 if the images are large."""
-    return 16 if max(G.img_shape[1:]) <= 256 else 4
-
-
 def sample_images(snapshot: Snapshot) -> tuple[torch.Tensor, list[str]]:
     """Return uint8 images and captions for seeds 0, 1, ..., cycling through the classes, or with zero label vectors."""
     G = snapshot.G_ema
@@ -128,23 +118,6 @@ def sample_images(snapshot: Snapshot) -> tuple[torch.Tensor, list[str]]:
         captions = [f"{caption}, class {seed % G.c_dim}" for seed, caption in enumerate(captions)]
     with torch.no_grad():
         return to_uint8(G(torch.from_numpy(z).float().to(device), c)), captions
-
-
-def read_records(snapshot: Path) -> Iterator[dict[str, Any]]:
-    """Yield the last complete record of this snapshot file from each metric-*.jsonl beside it."""
-    if not snapshot.is_file():
-        return
-    sha256 = sha256_of_file(snapshot)
-    for path in sorted(snapshot.parent.glob("metric-*.jsonl")):
-        own = (record for record in read_metric_records(path) if record.get("snapshot_sha256") == sha256)
-        yield from [record for record in own if _is_complete(record)][-1:]
-
-
-def _is_complete(record: dict[str, Any]) -> bool:
-    """Return whether a record contains all fields that the model card shows."""
-    texts = (record.get(name) for name in ("data", "protocol"))
-    counts = (record.get(name) for name in ("num_real", "num_fake"))
-    return all(isinstance(text, str) for text in texts) and all(isinstance(count, int) for count in counts)
 
 
 def _to_results(record: dict[str, Any]) -> list[EvalResult]:
@@ -159,64 +132,3 @@ def _to_results(record: dict[str, Any]) -> list[EvalResult]:
         )
         for metric, value in record["results"].items()
     ]
-
-
-def _describe(snapshot: Snapshot, config: TrainConfig, license: str | None) -> str:
-    G = snapshot.G_ema
-    C, H, W = G.img_shape
-    options = json.dumps(to_json(without_paths(config)), indent=2)
-    c = f"torch.eye({G.c_dim})[torch.arange(4) % {G.c_dim}]" if G.c_dim else "None"
-    classes = f" of {G.c_dim} classes" if G.c_dim else ""
-    if G.c_dim and snapshot.label_kind() == "vectors":
-        c, classes = f"torch.zeros(4, {G.c_dim})", f", conditioned on {G.c_dim} numbers,"
-    data = f"`{Path(config.data.path).name}`" if config.data.path else "a dataset of unknown name"
-    summary = f"A generator of {W}x{H} images{classes} with {C} channel{'s' * (C > 1)}"
-    training = f"trained on {data} for {snapshot.kimg:g} kimg (preset `{config.preset}`)"
-    return f"""# {Path(snapshot.path).stem}
-
-![Samples]({SAMPLES})
-
-{summary}, {training}.
-The image shows seeds 0 to {num_samples(G) - 1} without truncation.
-
-## Use
-
-In a checkout of Styleformer, with `pip install '.[hub]'`:
-
-```python
-import torch
-from training.snapshots.hub import HubModel
-
-G = HubModel.from_pretrained("NAME/MODEL").G_ema  # this repository, or a folder with its files
-img = G(torch.randn(4, G.z_dim), {c}, truncation_psi=0.7)  # (4, {C}, {H}, {W}) in about [-1, 1]
-```
-
-`python legacy.py convert --source=FOLDER --dest=model.pkl` converts a folder with these
-files to a snapshot for `generate.py`.
-
-## Metrics
-
-{_table(snapshot.path)}
-
-## Licence
-
-{f"`{license}`, chosen by the author." if license else "The author has not chosen a licence yet."}
-
-## Configuration
-
-```json
-{options}
-```
-"""
-
-
-def _table(snapshot: Path) -> str:
-    rows = []
-    for record in read_records(snapshot):
-        flips = " with flips" if record.get("mirror") else ""
-        images = f"{Path(record['data']).name}: {record['num_real']} real{flips}, {record['num_fake']} generated"
-        protocol = record["protocol"].replace("<", "&lt;")
-        method = f"{record.get('detector') or ''} | {protocol}"
-        rows += [f"| {name} | {value:.5g} | {images} | {method} |" for name, value in record["results"].items()]
-    head = ["| metric | value | images | detector | protocol |", "|---|---|---|---|---|"]
-    return "\n".join([*head, *rows]) if rows else "No metrics are recorded."
