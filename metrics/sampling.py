@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from torch_utils.misc import derive_seed
 
 ProgressCallback = Callable[[str, int, int], None]  # (name of the items, number done, total)
 Batches = Iterator[tuple[range, Tensor]]  # (positions in the set, uint8 images [B, C, H, W])
+Part = Literal[
+    "all", "train", "holdout"
+]  # of the real images: the whole dataset, the training images, the held-out ones
 NUM_IMAGES = 50_000  # number of fakes if the name of a metric has no count
 MAX_REALS = 200_000  # upper bound for metrics that hold all features in memory
 BLOCK = 64  # positions that share a stream of random numbers
@@ -81,7 +84,10 @@ class MetricContext:
     """Inputs of metrics: real images, and fakes from either `G` or `fakes`.
 
     `images` is the dataset; `mirrored` is the dataset with the flip of every image (--mirror), or None. The registry
-    sets `counts_flips` for each metric; metrics read their reals from `reals`. G is on `device` in evaluation mode.
+    sets `counts_flips` and `part` for each metric; metrics read their reals from `reals`. `train` are the images that
+    the network was trained on, or None if these are `images`; `held_out` are images of the same kind that it was not
+    trained on, or None. With `compares_holdout`, Frechet distances to both are reported, and `images` are the training
+    images. G is on `device` in evaluation mode.
     `cache` is the folder for statistics of reals; None disables caching. `shared` is state that the metrics of a
     context share. Raises UserError if the shapes or labels of reals and fakes do not match.
     """
@@ -90,7 +96,11 @@ class MetricContext:
     fakes: Images | None = None
     images: Images
     mirrored: Images | None = None
+    train: Images | None = None
+    held_out: Images | None = None
+    compares_holdout: bool = False
     counts_flips: bool = False
+    part: Part = "all"
     device: torch.device
     batch_size: int = 64  # batch size of the generator
     detector_batch: int = 64  # batch size of the detectors
@@ -116,15 +126,32 @@ class MetricContext:
                 f"the network is conditional on labels of {self.G.c_dim} values, but the labels of the data have "
                 f"{self.images.c_dim}: specify a dataset with the labels that the network was trained on"
             )
+        if self.held_out and tuple(self.held_out.img_shape) != tuple(self.images.img_shape):
+            raise UserError(
+                f"the held-out images are {shape_name(self.held_out.img_shape)}, but the dataset has "
+                f"{shape_name(self.images.img_shape)}: convert them with dataset_tool.py"
+            )
 
     @property
     def has_flips(self) -> bool:
         """True if flipped reals are included: the metric counts flips and --mirror is set."""
-        return self.counts_flips and self.mirrored is not None
+        return self.counts_flips and self.mirrored is not None and self.part == "all"
 
     @property
     def reals(self) -> Images:
-        """The real images, with flips if the metric includes them."""
+        """The real images of `part`. All images are with flips if the metric includes them; other parts never are.
+
+        Raises UserError if the held-out images are requested and there are none.
+        """
+        if self.part == "train":
+            return self.train or self.images
+        if self.part == "holdout":
+            if self.held_out is None:
+                raise UserError(
+                    "needs images that the network was not trained on: specify a dataset of such images with "
+                    "calc_metrics.py --holdout=PATH, or train with --holdout=N"
+                )
+            return self.held_out
         return self.mirrored if self.counts_flips and self.mirrored is not None else self.images
 
     @property
