@@ -28,9 +28,7 @@ from torch_utils.misc import derive_seed
 
 ProgressCallback = Callable[[str, int, int], None]  # (name of the items, number done, total)
 Batches = Iterator[tuple[range, Tensor]]  # (positions in the set, uint8 images [B, C, H, W])
-Part = Literal[
-    "all", "train", "holdout"
-]  # of the real images: the whole dataset, the training images, the held-out ones
+Part = Literal["all", "train", "holdout"]  # of the reals: the whole dataset, the training images, held-out images
 NUM_IMAGES = 50_000  # number of fakes if the name of a metric has no count
 MAX_REALS = 200_000  # upper bound for metrics that hold all features in memory
 BLOCK = 64  # positions that share a stream of random numbers
@@ -126,11 +124,19 @@ class MetricContext:
                 f"the network is conditional on labels of {self.G.c_dim} values, but the labels of the data have "
                 f"{self.images.c_dim}: specify a dataset with the labels that the network was trained on"
             )
-        if self.held_out and tuple(self.held_out.img_shape) != tuple(self.images.img_shape):
+        if self.held_out:
+            self._check_held_out(self.held_out)
+
+    def _check_held_out(self, held_out: Images) -> None:
+        """Raise UserError if the held-out images have another shape than the dataset, or are the training images."""
+        shapes = tuple(held_out.img_shape), tuple(self.images.img_shape)
+        if shapes[0] != shapes[1]:
             raise UserError(
-                f"the held-out images are {shape_name(self.held_out.img_shape)}, but the dataset has "
-                f"{shape_name(self.images.img_shape)}: convert them with dataset_tool.py"
+                f"--holdout: the images are {shape_name(shapes[0])}, but those of the dataset {shape_name(shapes[1])}: "
+                "convert them with dataset_tool.py"
             )
+        if held_out.content_hash == (self.train or self.images).content_hash:
+            raise UserError("--holdout: these are the training images; specify images that were not used in training")
 
     @property
     def has_flips(self) -> bool:
