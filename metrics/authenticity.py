@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dnnlib.config import UserError
 from metrics.feature_stats import Result
-from metrics.precision_recall import nearest, radii
+from metrics.precision_recall import nearest
 
 
 def authentic_percent(train: Tensor, fake: Tensor) -> float:
@@ -17,8 +18,13 @@ def authentic_percent(train: Tensor, fake: Tensor) -> float:
     image are nearest neighbours of each other: in a third of the cases for F = 1, and more often in features of images.
     Collective. Raises UserError for fewer than 2 training images.
     """
-    distance, index = nearest(fake, train)
-    return 100 * float((distance > radii(train, 1)[index]).double().mean())
+    if len(train) < 2:
+        raise UserError(f"needs at least 2 training images, got {len(train)}")
+    _, index = nearest(fake, train)  # j
+    _, other = nearest(train, train, rank=2)  # k; rank 1 is the image itself
+    # The distances of the search are products of matrices, in which small distances cancel.
+    distance, own = (fake - train[index]).norm(dim=1), (train[index] - train[other[index]]).norm(dim=1)
+    return 100 * float((distance > own).double().mean())
 
 
 def authenticity_numbers(train: Result, fake: Result) -> dict[str, float]:

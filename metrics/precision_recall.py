@@ -36,17 +36,25 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     return result
 
 
+def nearest(x: Tensor, others: Tensor, rank: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the distance of each row of x to the nearest of the others, (N,), and its index, (N,). Collective.
+
+    `rank` 2 is the second nearest, and so on.
+    """
+    share = own_shard(len(x))
+    values, indices = [x.new_empty(0)], [torch.zeros(0, dtype=torch.int64, device=x.device)]
+    for start in range(share.start, share.stop, BLOCK):
+        found = distances(x[start : min(start + BLOCK, share.stop)], others).float().kthvalue(rank, dim=1)
+        values.append(found.values.to(x.dtype))
+        indices.append(found.indices)
+    return gather_rows(torch.cat(values)[:, None])[:, 0], gather_rows(torch.cat(indices)[:, None])[:, 0]
+
+
 def radii(x: Tensor, neighbours: int) -> Tensor:
     """Return the distance of each row to its k-th nearest other row, (N,), on every process. Collective."""
     if len(x) <= neighbours:
         raise UserError(f"{len(x)} images are too few for {neighbours} neighbours each: use more images")
-    share = own_shard(len(x))
-    parts = [x.new_empty(0)]
-    for start in range(share.start, share.stop, BLOCK):
-        rows = x[start : min(start + BLOCK, share.stop)]
-        # The nearest row is the row itself.
-        parts.append(distances(rows, x).float().kthvalue(neighbours + 1, dim=1).values.to(x.dtype))
-    return gather_rows(torch.cat(parts)[:, None])[:, 0]
+    return nearest(x, x, neighbours + 1)[0]  # the nearest row is the row itself
 
 
 def count_balls(x: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
@@ -57,17 +65,6 @@ def count_balls(x: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
         rows = x[start : min(start + BLOCK, share.stop)]
         parts.append((distances(rows, centres) <= radius).sum(dim=1))
     return gather_rows(torch.cat(parts)[:, None])[:, 0]
-
-
-def nearest(x: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distance of each row of x to the nearest of the others, (N,), and its index, (N,). Collective."""
-    share = own_shard(len(x))
-    values, indices = [x.new_empty(0)], [torch.zeros(0, dtype=torch.int64, device=x.device)]
-    for start in range(share.start, share.stop, BLOCK):
-        closest = distances(x[start : min(start + BLOCK, share.stop)], others).min(dim=1)
-        values.append(closest.values)
-        indices.append(closest.indices)
-    return gather_rows(torch.cat(values)[:, None])[:, 0], gather_rows(torch.cat(indices)[:, None])[:, 0]
 
 
 def precision_recall(real: Tensor, fake: Tensor, neighbours: int = PR_NEIGHBOURS) -> tuple[float, float]:
