@@ -30,6 +30,7 @@ STEPS = 50
 LEARNING_RATE = 0.5
 MIN_DISTANCE = 1e-3  # squared distance of a copy: bounds the likelihood, which would be infinite
 BLOCK = 1024  # rows processed at a time
+MIN_LOGIT = -80  # smaller responsibilities would be subnormal numbers, which are slow on a CPU
 
 
 class Mixture:
@@ -65,13 +66,16 @@ class Mixture:
 
         1 / (N F) sum_i r_ij (F - |x_i - c_j|^2 exp(-s_j)) / 2;     0 for the broad Gaussian
         """
-        total = torch.zeros_like(self.log_variance)
-        precision = torch.exp(-self.log_variance).float()
+        counts, spreads = torch.zeros_like(self.log_variance), torch.zeros_like(self.log_variance)
         for block in squares.split(BLOCK):
-            parts = self._log_parts(block).softmax(dim=1)  # r
-            total += (parts * (self.F - block * precision)).sum(dim=0, dtype=torch.float64)
-        total[-1] = 0
-        return all_reduce(total) / (2 * self.num_points * self.F)
+            logits = self._log_parts(block)
+            logits -= logits.amax(dim=1, keepdim=True)
+            parts = logits.clamp_(min=MIN_LOGIT).softmax(dim=1)  # r
+            counts += parts.sum(dim=0)
+            spreads += parts.mul_(block).sum(dim=0)
+        counts[-1] = spreads[-1] = 0
+        gradient = self.F * counts - spreads * torch.exp(-self.log_variance)
+        return all_reduce(gradient) / (2 * self.num_points * self.F)
 
     def nll(self, points: Tensor) -> float:
         """Return the mean negative log-likelihood of points (n, F) per dimension, in nats."""
