@@ -214,7 +214,7 @@ def check_lengths(subjects: list[Path] | None, is_given: bool) -> None:
         raise UserError("--ema: a set of images has no moving averages of weights; omit --ema")
 
 
-def check_holdout(subjects: list[Path] | None, holdout: str | None) -> None:
+def check_holdout(subjects: list[Path] | None, holdout: str | Path | None) -> None:
     """Raise UserError if --holdout refers to the run of a set of images, which has none."""
     if holdout == RUN and subjects is None:
         raise UserError("--holdout=run: a set of images belongs to no run; specify a dataset of held-out images")

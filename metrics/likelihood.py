@@ -138,9 +138,9 @@ def register_likelihood(pattern: str, role: Role) -> None:
 
     @register_metric(
         pattern,
-        help="feature likelihood divergence of N fakes from held-out images, and its generalisation gap, below 0 if "
-        "training images are memorised; needs held-out images",
-        protocol="Gaussians at 10,000 fakes or <N>, 50 steps of Adam; training and held-out images up to 50,000 each",
+        help="feature likelihood divergence of N fakes from images that were not used in training (--holdout), and its "
+        "generalisation gap, below 0 if training images are memorised",
+        protocol="Gaussians at 10,000 fakes or <N>, 50 steps of Adam; at most 50,000 training and 50,000 other images",
         paper="Jiralerspong et al. 2023",
         roles=(role,),
         plan=plan,

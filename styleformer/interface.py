@@ -136,8 +136,7 @@ def compute_metric(
     if not (names := tuple(resolve([metric], setup))):
         raise UserError("metric='': specify a metric, e.g. fid50k_full or swd5k")
     path = reading.local_file(network)
-    held_out = None if holdout is None else str(holdout)
-    subjects = _list_subjects(path, data, ema, held_out)
+    subjects = _list_subjects(path, data, ema, holdout)
     tune_allocator()
     where = distributed.use_device(device)
     kernels.prepare(where)
@@ -146,7 +145,7 @@ def compute_metric(
         network=path,
         folder=None,
         changes={field: value for field, value in fields.items() if value is not None},
-        holdout=held_out,
+        holdout=None if holdout is None else str(holdout),
         metric_names=names,
         ema=() if ema is None else (ema,),
         setup=setup,
@@ -164,7 +163,9 @@ def compute_metric(
     return _raise_errors(next(iter(measure(job, where))))
 
 
-def _list_subjects(path: Path, data: str | Path | None, ema: float | None, holdout: str | None) -> list[Path] | None:
+def _list_subjects(
+    path: Path, data: str | Path | None, ema: float | None, holdout: str | Path | None
+) -> list[Path] | None:
     """Return the snapshots, or None for a set of images, which needs `data`, and for which `ema` cannot be used.
 
     Raises UserError for arguments that do not fit.

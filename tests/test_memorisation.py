@@ -229,7 +229,7 @@ def records(result: Result) -> dict[str, dict[str, Any]]:
     return {record["metric"]: record for record in map(json.loads, result.stdout.splitlines())}
 
 
-def test_the_holdout_of_the_run_is_compared_with_its_training_images(
+def test_the_holdout_of_a_run_is_compared_with_training_images(
     snapshots: dict[int, Path], detector: Path, shapes_zip: Path, tmp_path: Path
 ) -> None:
     names = "--metrics=fid40_full,fid30,fld40,authpct40"
