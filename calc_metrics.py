@@ -45,6 +45,8 @@ from training.snapshots.post_hoc import Plan
 from training.snapshots.reading import load_network, local_file
 from training.snapshots.snapshot import Snapshot, list_snapshots
 
+RUN = "run"  # value of --holdout: the images that the training run held out
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -53,6 +55,7 @@ class Job:
     network: Path
     folder: Path | None  # destination of metric-*.jsonl and plots; None if results are only printed
     changes: dict[str, Any]
+    holdout: str | None = None  # path of held-out images, or RUN
     metric_names: tuple[str, ...]
     ema: tuple[float, ...]  # lengths of averages to rebuild; () evaluates the snapshot's G_ema
     setup: DetectorSetup
@@ -124,6 +127,12 @@ def explain(context: click.Context, parameter: click.Parameter, names: str | Non
     type=click.Path(path_type=Path),
     help="Folder for metric-<name>.jsonl and plots.  [default: the run of the snapshots; otherwise only print]",
 )
+@option(
+    "--holdout",
+    metavar="PATH|run",
+    help="Images that the network was not trained on, for metrics of memorisation: a dataset, or `run` for the images "
+    "that train.py --holdout held out. Reals are then the training images, and Frechet distances to both are computed.",
+)
 @switch(
     "--mirror",
     help="Include flipped real images, in metrics that count flips (--explain).  [default: as in training]",
@@ -182,6 +191,7 @@ def main(
     if subjects is None and context.params["data"] is None:
         raise UserError(f"--network={network}: is a set of images: specify the real images with --data")
     check_lengths(subjects, ema is not None)
+    check_holdout(subjects, options["holdout"])
     if options["plot"]:
         check_plot(network, subjects, folder)
     if not names:
@@ -232,6 +242,12 @@ def find_run(path: Path, subjects: list[Path] | None) -> Path | None:
     """Return the folder of the run that contains the snapshots in `path`; None for other snapshots and images."""
     folder = path if subjects and path not in subjects else path.parent
     return folder if subjects and (folder / OPTIONS_FILE).is_file() else None
+
+
+def check_holdout(subjects: list[Path] | None, holdout: str | Path | None) -> None:
+    """Raise UserError if --holdout refers to the run of a set of images, which has none."""
+    if holdout == RUN and subjects is None:
+        raise UserError("--holdout=run: a set of images belongs to no run; specify a dataset of held-out images")
 
 
 def check_plot(network: Path | str, subjects: list[Path] | None, folder: Path | None) -> None:
@@ -331,7 +347,10 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
         execution.set_gpu_arithmetic(allow_tf32=config.allow_tf32)  # as in training
         if context is None or config.data != data:
             data = config.data
-            context = build_context(job, device, open_reals(job, path, data), G=snapshot.G_ema)
+            trained = override(snapshot.config, job.changes).data
+            context = build_context(
+                job, device, open_reals(job, path, data), G=snapshot.G_ema, **open_parts(job, trained)
+            )
         is_first = snapshot.nimg == 0 and len(paths) > 1  # has no averages
         networks: list[tuple[Any, Plan | None]] = [(snapshot.G_ema, None)]
         if job.ema:
@@ -385,15 +404,38 @@ def open_reals(job: Job, snapshot: Path, data: DatasetConfig) -> ImageDataset:
 
 
 def snapshot_config(job: Job, snapshot: Snapshot) -> Any:
-    """Return the configuration of a snapshot with the job's changes, and without --subset and --holdout."""
-    return override(snapshot.config, {"data.max_images": None, "data.holdout": 0} | job.changes)
+    """Return the configuration of a snapshot with the job's changes.
+
+    Its data are the whole dataset or, with --holdout, the training images: by default those of the run.
+    """
+    limits_apply = job.holdout == RUN or (job.holdout and "data.path" not in job.changes)
+    limits = {} if limits_apply else {"data.max_images": None, "data.holdout": 0}
+    return override(snapshot.config, limits | job.changes)
+
+
+def open_parts(job: Job, trained: DatasetConfig | None) -> dict[str, Any]:
+    """Return the fields of a MetricContext with the training and held-out images, without flips.
+
+    `trained` are the images that the run trained on; None if the run is unknown. Raises UserError if --holdout=run is
+    given and the run held out no images.
+    """
+    if job.holdout == RUN and trained and not trained.holdout:
+        raise UserError("--holdout=run: the run held out no images; specify a dataset of images it was not trained on")
+    own = replace(trained, mirror=False) if trained else DatasetConfig()
+    if job.holdout:
+        config = own if job.holdout == RUN else DatasetConfig(path=job.holdout)
+        return {"held_out": ImageDataset(config, held_out=job.holdout == RUN), "compares_holdout": True}
+    if "data.path" in job.changes or all(find(name, job.setup)[0].part == "all" for name in job.metric_names):
+        return {}
+    train = None if own.max_images is None and not own.holdout else ImageDataset(own)
+    return {"train": train, "held_out": ImageDataset(own, held_out=True) if own.holdout else None}
 
 
 def measure_images(job: Job, device: torch.device) -> Iterator[dict[str, Any] | UserError]:
     """Yield a record for each metric of a job on a set of images."""
     data = DatasetConfig(path=job.changes["data.path"], mirror=job.changes.get("data.mirror", False))
     reals, fakes = (with_labels(config) for config in (data, DatasetConfig(path=str(job.network))))
-    context = build_context(job, device, reals, fakes=fakes)
+    context = build_context(job, device, reals, fakes=fakes, **open_parts(job, None))
     for result in compute_all(job.metric_names, context):
         yield result_to_json(result, context, snapshot=job.network, kimg=None, data=data.path)
 
@@ -404,13 +446,13 @@ def with_labels(config: DatasetConfig) -> ImageDataset:
     return ImageDataset(replace(config, use_labels=True)) if dataset.has_labels else dataset
 
 
-def build_context(job: Job, device: torch.device, reals: ImageDataset, **generated: Any) -> MetricContext:
-    """Return the MetricContext of a job, and print notes on its images; `generated` is G=... or fakes=...."""
-    for dataset in (reals, generated.get("fakes")):
+def build_context(job: Job, device: torch.device, reals: ImageDataset, **sources: Any) -> MetricContext:
+    """Return the MetricContext of a job, and print notes on its images; `sources` are fields such as G or fakes."""
+    for dataset in (reals, sources.get("fakes"), sources.get("held_out")):
         for note in dataset.notes if dataset and distributed.is_main() else ():
             click.echo(f"Note: {note}", err=True)
     return MetricContext(
-        **generated,
+        **sources,
         images=reals.with_mirror(False),
         mirrored=reals if reals.config.mirror else None,
         device=device,

@@ -15,11 +15,12 @@ from exploration.commands.attention import attention
 from exploration.commands.directions import directions
 from exploration.commands.images import images
 from exploration.commands.mix import mix
+from exploration.commands.neighbours import neighbours
 from exploration.commands.play import play
 from exploration.commands.project import project
 from exploration.commands.video import video
 
-COMMANDS = (images, mix, video, directions, attention, project, play)
+COMMANDS = (images, mix, video, directions, attention, neighbours, project, play)
 
 
 @click.group(cls=DefaultGroup, default="images", commands=COMMANDS)

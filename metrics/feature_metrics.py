@@ -1,4 +1,4 @@
-"""Table of the metrics on detector features: FID, KID, MIND, inception score, precision/recall, density/coverage.
+"""Table of the metrics on detector features: FID, KID, MIND, IS, precision/recall, density/coverage, AuthPct.
 
 Each metric compares a statistic of the reals with the same statistic of the fakes. To add a metric, write a pure
 function of two results of metrics/feature_stats.py and add a row to METRICS.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from metrics.authenticity import authenticity_numbers
 from metrics.detectors import TVGG16, Role
 from metrics.feature_stats import Moments, Recipe, Rows, Side, StatRequest, statistics_of
 from metrics.frechet import frechet_numbers, warn_few_images
@@ -19,16 +20,18 @@ from metrics.kernel import kernel_numbers, subsets
 from metrics.mind import mind_numbers
 from metrics.precision_recall import density_coverage_numbers, precision_recall_numbers
 from metrics.registry import Measurement, register_metric
-from metrics.sampling import MAX_REALS, NUM_IMAGES, MetricContext
+from metrics.sampling import MAX_REALS, NUM_IMAGES, MetricContext, Part
 
-Reals = Literal["all", "most", "equal", "paired", "none"]
+Reals = Literal["all", "most", "train", "equal", "paired", "none"]
 PROTOCOLS: dict[Reals, str] = {  # number of images
     "all": "50,000 fakes or <N>, all reals",
     "most": "50,000 fakes or <N>, all reals up to 200,000",
+    "train": "50,000 fakes or <N>, all training images up to 200,000",
     "equal": "50,000 or <N> fakes and as many reals, at most all",
     "paired": "50,000 or <N> fakes, at most as many as there are reals, and as many reals",
     "none": "50,000 fakes or <N>",
 }
+COMPARISON = "with --holdout, also _train and _holdout: equal numbers of training and of held-out images"
 
 
 def no_warnings(*results: object) -> tuple[str, ...]:
@@ -44,6 +47,8 @@ class FeatureMetric:
     protocol        processing of the features; the number of images is appended
     role            the detector
     reals           number of reals, a key of PROTOCOLS; `equal` and `paired` include flipped reals under --mirror
+    compares_holdout    with MetricContext.compares_holdout, also compute the metric, with the suffixes _train and
+                    _holdout, for equal numbers of training and held-out images
     recipe          Side -> the statistic to compute for that side
     numbers         (statistic of reals, statistic of fakes) -> {name suffix: value}, the main value first;
                     (statistic of fakes) -> the same if `reals` is "none". Collective: equal results on all processes
@@ -66,15 +71,17 @@ class FeatureMetric:
     clean: str | None = None
     library_suffix: str = ""
     higher_is_better: bool = False
+    compares_holdout: bool = False
 
     def plan(self, context: MetricContext, count: int | None) -> list[StatRequest]:
-        """Return the requested statistics: of the reals, unless `reals` is "none", and of the fakes."""
+        """Return the requested statistics: of reals (unless `reals` is "none"), of fakes, and of `_comparison`."""
         num_fake, total = count or NUM_IMAGES, len(context.reals)
         if self.reals == "paired":
             num_fake = min(num_fake, total)
         limits: dict[Reals, int | None] = {
             "all": None,
             "most": MAX_REALS,
+            "train": MAX_REALS,
             "equal": num_fake,
             "paired": num_fake,
             "none": 0,
@@ -84,22 +91,37 @@ class FeatureMetric:
         real, fake = (self.recipe(Side(of=of, **sizes)) for of in ("real", "fake"))
         requests = [StatRequest(of="fake", role=self.role, count=num_fake, recipe=fake)]
         if self.reals != "none":
-            requests.insert(
-                0, StatRequest(of="real", role=self.role, count=limit, recipe=real, flips=context.has_flips)
-            )
-        return requests
+            flips, part = context.has_flips, context.part
+            requests.insert(0, StatRequest(of="real", role=self.role, count=limit, recipe=real, flips=flips, part=part))
+        return [*requests, *self._comparison(context, real, limit)]
+
+    def _comparison(self, context: MetricContext, recipe: Recipe, limit: int | None) -> list[StatRequest]:
+        """Return the statistics of equal numbers of training and held-out images, at most `limit`, if requested."""
+        if not (self.compares_holdout and context.compares_holdout):
+            return []
+        sizes = [len(context.images), len(replace(context, part="holdout").reals)]
+        count = min(sizes if limit is None else [*sizes, limit])
+        parts: tuple[Part, Part] = ("all", "holdout")
+        return [StatRequest(of="real", role=self.role, count=count, recipe=recipe, part=part) for part in parts]
 
     def measure(self, context: MetricContext, name: str, count: int | None) -> Measurement:
         """Compute the metric from the statistics of `plan`."""
         statistics, requests = statistics_of(context), self.plan(context, count)
-        results = [statistics[request] for request in requests]
-        sizes = {request.of: statistics.size(request) for request in requests}
+        main, compared = (requests[:2], requests[2:]) if self.reals != "none" else (requests, [])
+        results = [statistics[request] for request in main]
+        sizes = {request.of: statistics.size(request) for request in main}
         numbers = self.clean_numbers if self.clean_numbers and context.setup.protocol == "clean" else self.numbers
+        values, warnings = numbers(*results), self.warnings(*results)
+        for suffix, request in zip(("_train", "_holdout"), compared, strict=False):
+            sides = statistics[request], results[1]
+            values |= {f"{suffix}{key}": value for key, value in numbers(*sides).items()}
+            warnings += self.warnings(*sides)
         return Measurement(
-            values={f"{name}{suffix}": value for suffix, value in numbers(*results).items()},
+            values={f"{name}{suffix}": value for suffix, value in values.items()},
             num_real=sizes.get("real", 0),
             num_fake=sizes["fake"],
-            warnings=self.warnings(*results),
+            num_holdout=statistics.size(compared[1]) if compared else 0,
+            warnings=tuple(dict.fromkeys(warnings)),
         )
 
 
@@ -115,11 +137,12 @@ def register_feature_metric(metric: FeatureMetric) -> None:
         help=metric.help,
         protocol=f"{metric.protocol}; {PROTOCOLS[metric.reals]}",
         paper=metric.paper,
-        note=metric.note,
+        note="; ".join(filter(None, [metric.note, COMPARISON if metric.compares_holdout else ""])),
         values=metric.values,
         roles=(metric.role,),
         plan=metric.plan,
         counts_flips=metric.reals in ("equal", "paired"),
+        part="train" if metric.reals == "train" else "all",
         clean=metric.clean,
         library_suffix=metric.library_suffix,
         higher_is_better=metric.higher_is_better,
@@ -137,6 +160,7 @@ FID = FeatureMetric(
     numbers=frechet_numbers,
     clean_numbers=partial(frechet_numbers, unbiased=True),
     warnings=warn_few_images,
+    compares_holdout=True,
     clean="covariance over N-1 (Parmar et al. 2022)",
 )
 DINO = FeatureMetric(
@@ -150,6 +174,7 @@ DINO = FeatureMetric(
     recipe=always(Moments()),
     numbers=partial(frechet_numbers, unbiased=True),
     warnings=warn_few_images,
+    compares_holdout=True,
 )
 KID = FeatureMetric(
     pattern="kid<N>_full",
@@ -163,6 +188,14 @@ KID = FeatureMetric(
     recipe=subsets,
     numbers=kernel_numbers,
     clean="100 subsets of at most 1,000 (Parmar et al. 2022)",
+)
+KD_DINO = replace(
+    KID,
+    pattern="kd<N>_dinov2",
+    help="kernel distance between DINOv2 features of N fakes and all reals, unbiased for small sets",
+    paper="Stein et al. 2023",
+    role="dinov2",
+    clean=None,
 )
 MIND = FeatureMetric(
     pattern="mind<N>",
@@ -215,10 +248,23 @@ DENSITY = FeatureMetric(
     library_suffix="_tvgg16",
     higher_is_better=True,
 )
+AUTHENTICITY = FeatureMetric(
+    pattern="authpct<N>",
+    help="percentage of N fakes that are not copies of training images",
+    note="a fake is no copy if its nearest training image is nearer to another training image than to the fake",
+    protocol="distances in float32",
+    paper="Alaa et al. 2022, Stein et al. 2023",
+    role="inception",
+    reals="train",
+    recipe=always(Rows()),
+    numbers=authenticity_numbers,
+    higher_is_better=True,
+)
 METRICS = (
     FID,
     replace(FID, pattern="fid<N>", reals="equal", help="Frechet inception distance between N fakes and N reals"),
     DINO,
+    KD_DINO,
     KID,
     replace(KID, pattern="kid<N>", reals="equal", help="kernel inception distance between N fakes and N reals"),
     MIND,
@@ -227,6 +273,8 @@ METRICS = (
     replace(PRECISION, pattern="pr<N>3", reals="equal", help="precision and recall of N fakes against N reals"),
     DENSITY,
     replace(DENSITY, pattern="dc<N>", reals="equal", help="density and coverage of N fakes against N reals"),
+    AUTHENTICITY,
+    replace(AUTHENTICITY, pattern="authpct<N>_dinov2", role="dinov2"),
 )
 
 for _metric in METRICS:

@@ -29,6 +29,7 @@ from metrics.sampling import (
     Batches,
     ImageGenerator,
     MetricContext,
+    Part,
     choose_reals,
     fake_batches,
     gather_rows,
@@ -66,13 +67,14 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StatRequest:
-    """A statistic of the features of `count` images (None: all reals); `flips` includes flipped reals."""
+    """A statistic of the features of `count` images (None: all reals of the part); `flips` includes flipped reals."""
 
     of: Literal["real", "fake"]
     role: Role
     count: int | None
     recipe: Recipe
     flips: bool = False
+    part: Part = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,19 +235,21 @@ class Statistics:
 
     def seconds_of(self, requests: Iterable[StatRequest]) -> float:
         """Return the duration of the passes that served these requests; a shared pass counts in full."""
-        passes = {request.of: self.seconds[request] for request in map(self._normalized, requests)}
+        passes = {(request.of, request.part): self.seconds[request] for request in map(self._normalized, requests)}
         return sum(passes.values())
 
     def _normalized(self, request: StatRequest) -> StatRequest:
-        """Replace a count that covers all reals with None, so that equal requests share a pass."""
+        """Replace a count that covers all reals with None, and a part that is all of them, to share passes."""
+        if request.part == "train" and self.context.train is None:
+            request = replace(request, part="all")
         is_all = (
             request.of == "real" and request.count is not None and request.count >= len(self._context_of(request).reals)
         )
         return replace(request, count=None) if is_all else request
 
     def _context_of(self, request: StatRequest) -> MetricContext:
-        """Return the context whose `reals` match the request: with or without flips."""
-        return replace(self.context, counts_flips=request.flips)
+        """Return the context whose `reals` match the request: its part of the images, with or without flips."""
+        return replace(self.context, counts_flips=request.flips, part=request.part)
 
     def collect(self, requests: Iterable[StatRequest], metrics: str = "statistics") -> None:
         """Compute the missing requests of `metrics`: one pass over the fakes, one over each distinct set of reals."""
@@ -256,10 +260,11 @@ class Statistics:
                 self.results[request], self.seconds[request] = kept, 0.0
         groups: dict[Any, list[StatRequest]] = {"fake": [request for request in missing if request.of == "fake"]}
         for request in [request for request in missing if request.of == "real" and request not in self.results]:
-            groups.setdefault((request.count, request.flips), []).append(request)
+            groups.setdefault((request.count, request.flips, request.part), []).append(request)
         passes = [group for group in groups.values() if group]
-        names = {"fake": FAKES, "real": REALS}
-        self.context.progress.plan(metrics, [(names[group[0].of], max(map(self.size, group))) for group in passes])
+        names = [FAKES if group[0].of == "fake" else REALS[group[0].part] for group in passes]
+        sizes = [max(map(self.size, group)) for group in passes]
+        self.context.progress.plan(metrics, list(zip(names, sizes, strict=True)))
         for group in passes:
             self._run(group)
             for request in [request for request in group if request.of == "real"]:

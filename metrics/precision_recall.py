@@ -19,7 +19,7 @@ DC_NEIGHBOURS = 5
 BLOCK = 4096
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
+def distances(x: Tensor, y: Tensor) -> Tensor:
     """Return Euclidean distances (len(x), len(y)), computed in float32 and rounded to the dtype of x.
 
     |x|^2 + |y|^2 - 2 x y, after subtracting the mean of y: a common offset would cancel and cost precision.
@@ -27,26 +27,34 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
     centre = y.mean(dim=0, dtype=torch.float32)
     x32 = x.float() - centre
     squares = x32.square().sum(dim=1, keepdim=True)
-    distances = x.new_empty(len(x), len(y))
+    result = x.new_empty(len(x), len(y))
     for start in range(0, len(y), BLOCK):  # to avoid a float32 copy of all of y
         y32 = y[start : start + BLOCK].float() - centre
         with full_float32():
             part = torch.addmm(y32.square().sum(dim=1), x32, y32.T, alpha=-2) + squares
-        distances[:, start : start + BLOCK] = part.clamp(min=0).sqrt()
-    return distances
+        result[:, start : start + BLOCK] = part.clamp(min=0).sqrt()
+    return result
+
+
+def nearest(x: Tensor, others: Tensor, rank: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the distance of each row of x to the nearest of the others, (N,), and its index, (N,). Collective.
+
+    `rank` 2 is the second nearest, and so on.
+    """
+    share = own_shard(len(x))
+    values, indices = [x.new_empty(0)], [torch.zeros(0, dtype=torch.int64, device=x.device)]
+    for start in range(share.start, share.stop, BLOCK):
+        found = distances(x[start : min(start + BLOCK, share.stop)], others).float().kthvalue(rank, dim=1)
+        values.append(found.values.to(x.dtype))
+        indices.append(found.indices)
+    return gather_rows(torch.cat(values)[:, None])[:, 0], gather_rows(torch.cat(indices)[:, None])[:, 0]
 
 
 def radii(x: Tensor, neighbours: int) -> Tensor:
     """Return the distance of each row to its k-th nearest other row, (N,), on every process. Collective."""
     if len(x) <= neighbours:
         raise UserError(f"{len(x)} images are too few for {neighbours} neighbours each: use more images")
-    share = own_shard(len(x))
-    parts = [x.new_empty(0)]
-    for start in range(share.start, share.stop, BLOCK):
-        rows = x[start : min(start + BLOCK, share.stop)]
-        # The nearest row is the row itself.
-        parts.append(_distances(rows, x).float().kthvalue(neighbours + 1, dim=1).values.to(x.dtype))
-    return gather_rows(torch.cat(parts)[:, None])[:, 0]
+    return nearest(x, x, neighbours + 1)[0]  # the nearest row is the row itself
 
 
 def count_balls(x: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
@@ -55,16 +63,7 @@ def count_balls(x: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
     parts = [torch.zeros(0, dtype=torch.int64, device=x.device)]
     for start in range(share.start, share.stop, BLOCK):
         rows = x[start : min(start + BLOCK, share.stop)]
-        parts.append((_distances(rows, centres) <= radius).sum(dim=1))
-    return gather_rows(torch.cat(parts)[:, None])[:, 0]
-
-
-def nearest_distances(x: Tensor, others: Tensor) -> Tensor:
-    """Return the distance of each row of x to the nearest of the others, (N,). Collective."""
-    share = own_shard(len(x))
-    parts = [x.new_empty(0)]
-    for start in range(share.start, share.stop, BLOCK):
-        parts.append(_distances(x[start : min(start + BLOCK, share.stop)], others).amin(dim=1))
+        parts.append((distances(rows, centres) <= radius).sum(dim=1))
     return gather_rows(torch.cat(parts)[:, None])[:, 0]
 
 
@@ -79,7 +78,7 @@ def density_coverage(real: Tensor, fake: Tensor, neighbours: int = DC_NEIGHBOURS
     """Return density (mean number of real balls around a fake / k) and coverage (share of real balls with a fake)."""
     radius = radii(real, neighbours)
     density = count_balls(fake, real, radius).double().mean() / neighbours
-    coverage = (nearest_distances(real, fake) <= radius).double().mean()
+    coverage = (nearest(real, fake)[0] <= radius).double().mean()
     return float(density), float(coverage)
 
 

@@ -32,7 +32,7 @@ from dnnlib.download import sha256_of_file
 from dnnlib.util import append_line, read_metric_records
 from metrics.detectors import DetectorSetup, Role
 from metrics.feature_stats import ClassSums, StatRequest, statistics_of
-from metrics.sampling import MetricContext
+from metrics.sampling import MetricContext, Part
 
 COMPARABLE = (  # two records of a metric are comparable if these fields are equal
     "detector_sha256",
@@ -44,17 +44,22 @@ COMPARABLE = (  # two records of a metric are comparable if these fields are equ
     "noise_mode",
     "num_real",
     "num_fake",
+    "holdout_hash",
 )
 STANDARD = DetectorSetup()  # the networks of the literature, with the protocol of the StyleGAN family
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Result of a metric function: values by name, the main value first, and the numbers of images."""
+    """Result of a metric function: values by name, the main value first, and the numbers of images.
+
+    `num_holdout` counts the held-out images; 0 if the metric does not use them.
+    """
 
     values: dict[str, float]
     num_real: int
     num_fake: int
+    num_holdout: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -83,6 +88,7 @@ class MetricSpec:
     plan            returns the requested statistics of their features, so that metrics share passes over images
     counts_flips    include flipped reals under --mirror; in the protocol of the StyleGAN family, metrics with
                     equal numbers of reals and fakes include flips, and metrics with all reals do not
+    part            the reals to compare with: all images, or the training images, in metrics of memorisation
     protocol        description, appended to the description of the detectors
     clean           replacement of `protocol` under --protocol=clean; None if the metric does not support it
     library_suffix  appended to the metric's name if its default network differs from the network of the literature and
@@ -102,6 +108,7 @@ class MetricSpec:
     roles: tuple[Role, ...] = ()
     plan: Plan = _no_plan
     counts_flips: bool = False
+    part: Part = "all"
     clean: str | None = None
     library_suffix: str = ""
     higher_is_better: bool = False
@@ -137,6 +144,7 @@ class MetricResult:
     seconds: float
     num_real: int
     num_fake: int
+    num_holdout: int
     mirror: bool
     seed: int
     truncation_psi: float
@@ -254,7 +262,7 @@ def prepare(names: Iterable[str], context: MetricContext) -> dict[str, tuple[Sta
         check_available(name, context.setup)
         spec, count = find(name, context.setup)
         with _prefixed_errors(name):
-            plans[name] = tuple(spec.plan(replace(context, counts_flips=spec.counts_flips), count))
+            plans[name] = tuple(spec.plan(_own_context(spec, context), count))
             for role in spec.roles:
                 with_classes = any(isinstance(request.recipe, ClassSums) for request in plans[name])
                 statistics_of(context).check_detector(role, with_classes=with_classes)
@@ -281,7 +289,7 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
     )
     for name, (spec, count) in specs.items():
         start = time.perf_counter()
-        own = replace(context, counts_flips=spec.counts_flips)
+        own = _own_context(spec, context)
         context.progress.plan(name, ())
         with _prefixed_errors(name):
             measured = spec.function(own, name, count)
@@ -295,6 +303,7 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
             seconds=time.perf_counter() - start + statistics.seconds_of(plans[name]),
             num_real=measured.num_real,
             num_fake=measured.num_fake,
+            num_holdout=measured.num_holdout,
             mirror=own.has_flips,
             seed=context.seed,
             truncation_psi=context.truncation_psi,
@@ -303,6 +312,11 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
             **identity,
             warnings=measured.warnings,
         )
+
+
+def _own_context(spec: MetricSpec, context: MetricContext) -> MetricContext:
+    """Return the context whose `reals` are those of a metric."""
+    return replace(context, counts_flips=spec.counts_flips, part=spec.part)
 
 
 @contextmanager
@@ -321,7 +335,8 @@ def result_to_json(
 
     `snapshot` is the snapshot file, the folder or zip of `context.fakes`, or None for weights that are not in a file.
     """
-    fakes, reals = context.fakes, replace(context, counts_flips=result.mirror).reals
+    part = find(result.metric, context.setup)[0].part
+    fakes, reals = context.fakes, replace(context, counts_flips=result.mirror, part=part).reals
     return {
         **asdict(result),
         "seconds": round(result.seconds, 3),
@@ -332,6 +347,7 @@ def result_to_json(
         "kimg": kimg,
         "data": data,
         "data_hash": reals.content_hash,
+        "holdout_hash": context.held_out.content_hash if context.held_out and result.num_holdout else None,
         "resize_filter": reals.meta.get("resize_filter"),
         "versions": _versions(),
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,10 +28,12 @@ from torch_utils.misc import derive_seed
 
 Pass = tuple[str, int]  # name and number of the items, e.g. ("real images", 500)
 Batches = Iterator[tuple[range, Tensor]]  # (positions in the set, uint8 images [B, C, H, W])
-REALS, FAKES = "real images", "generated images"  # names of passes
+FAKES = "generated images"  # name of a pass
+Part = Literal["all", "train", "holdout"]  # of the reals: the whole dataset, the training images, held-out images
 NUM_IMAGES = 50_000  # number of fakes if the name of a metric has no count
 MAX_REALS = 200_000  # upper bound for metrics that hold all features in memory
 BLOCK = 64  # positions that share a stream of random numbers
+REALS: dict[Part, str] = {"all": "real images", "train": "training images", "holdout": "held-out images"}  # of passes
 READERS = 4  # prefetching threads that decode images
 
 
@@ -88,7 +90,10 @@ class MetricContext:
     """Inputs of metrics: real images, and fakes from either `G` or `fakes`.
 
     `images` is the dataset; `mirrored` is the dataset with the flip of every image (--mirror), or None. The registry
-    sets `counts_flips` for each metric; metrics read their reals from `reals`. G is on `device` in evaluation mode.
+    sets `counts_flips` and `part` for each metric; metrics read their reals from `reals`. `train` are the images that
+    the network was trained on, or None if these are `images`; `held_out` are images of the same kind that it was not
+    trained on, or None. With `compares_holdout`, Frechet distances to both are reported, and `images` are the training
+    images. G is on `device` in evaluation mode.
     `cache` is the folder for statistics of reals; None disables caching. `shared` is state that the metrics of a
     context share. Raises UserError if the shapes or labels of reals and fakes do not match.
     """
@@ -97,7 +102,11 @@ class MetricContext:
     fakes: Images | None = None
     images: Images
     mirrored: Images | None = None
+    train: Images | None = None
+    held_out: Images | None = None
+    compares_holdout: bool = False
     counts_flips: bool = False
+    part: Part = "all"
     device: torch.device
     batch_size: int = 64  # batch size of the generator
     detector_batch: int = 64  # batch size of the detectors
@@ -123,15 +132,40 @@ class MetricContext:
                 f"the network is conditional on labels of {self.G.c_dim} values, but the labels of the data have "
                 f"{self.images.c_dim}: specify a dataset with the labels that the network was trained on"
             )
+        if self.held_out:
+            self._check_held_out(self.held_out)
+
+    def _check_held_out(self, held_out: Images) -> None:
+        """Raise UserError if the held-out images have another shape than the dataset, or are the training images."""
+        shapes = tuple(held_out.img_shape), tuple(self.images.img_shape)
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"--holdout: the images are {shape_name(shapes[0])}, but those of the dataset {shape_name(shapes[1])}: "
+                "convert them with dataset_tool.py"
+            )
+        if held_out.content_hash == (self.train or self.images).content_hash:
+            raise UserError("--holdout: these are the training images; specify images that were not used in training")
 
     @property
     def has_flips(self) -> bool:
         """True if flipped reals are included: the metric counts flips and --mirror is set."""
-        return self.counts_flips and self.mirrored is not None
+        return self.counts_flips and self.mirrored is not None and self.part == "all"
 
     @property
     def reals(self) -> Images:
-        """The real images, with flips if the metric includes them."""
+        """The real images of `part`. All images are with flips if the metric includes them; other parts never are.
+
+        Raises UserError if the held-out images are requested and there are none.
+        """
+        if self.part == "train":
+            return self.train or self.images
+        if self.part == "holdout":
+            if self.held_out is None:
+                raise UserError(
+                    "needs images that the network was not trained on: specify a dataset of such images with "
+                    "calc_metrics.py --holdout=PATH, or train with --holdout=N"
+                )
+            return self.held_out
         return self.mirrored if self.counts_flips and self.mirrored is not None else self.images
 
     @property
@@ -200,9 +234,9 @@ def choose_reals(context: MetricContext, count: int) -> list[int]:
     return [int(index) for index in np.sort(chosen)]
 
 
-def real_batches(context: MetricContext, indices: Sequence[int], name: str = REALS) -> Batches:
-    """Yield this process's shard of the reals with the given indices, on the device."""
-    return _read_batches(context, context.reals, indices, name)
+def real_batches(context: MetricContext, indices: Sequence[int], name: str | None = None) -> Batches:
+    """Yield this process's shard of the reals with the given indices, on the device; `name` is that of the pass."""
+    return _read_batches(context, context.reals, indices, name or REALS[context.part])
 
 
 def fake_batches(context: MetricContext, count: int) -> Batches:

@@ -71,7 +71,7 @@ def swd(context: MetricContext, name: str, count: int | None) -> Measurement:
     """Return the distance between min(N, all) reals and as many fakes: 'swd', then 'swd_32', ... per level."""
     check_size(context.images.img_shape)
     indices = choose_reals(context, count or NUM_IMAGES)
-    context.progress.plan(name, [(REALS, len(indices)), (FAKES, len(indices))])
+    context.progress.plan(name, [(REALS["all"], len(indices)), (FAKES, len(indices))])
     reals = collect(context, len(indices), real_batches(context, indices))
     fakes = collect(context, len(indices), fake_batches(context, len(indices)))
     values = named(name, compare_shards(reals, fakes, context.seed))
@@ -92,9 +92,9 @@ def swd_floor(context: MetricContext, name: str, count: int | None) -> Measureme
     """Return the distance between two disjoint random sets of min(N, half of all) reals; the network is not used."""
     check_size(context.images.img_shape)
     first, second = disjoint_halves(context, count or NUM_IMAGES)
-    context.progress.plan(name, [(f"{REALS}, first set", len(first)), (f"{REALS}, second set", len(second))])
-    first_set = collect(context, len(first), real_batches(context, first, f"{REALS}, first set"))
-    second_set = collect(context, len(second), real_batches(context, second, f"{REALS}, second set"))
+    context.progress.plan(name, [("real images, first set", len(first)), ("real images, second set", len(second))])
+    first_set = collect(context, len(first), real_batches(context, first, "real images, first set"))
+    second_set = collect(context, len(second), real_batches(context, second, "real images, second set"))
     values = named(name, compare_shards(first_set, second_set, context.seed))
     return Measurement(values=values, num_real=len(first) + len(second), num_fake=0)
 

@@ -107,6 +107,7 @@ def compute_metric(
     data: str | Path | None = None,
     *,
     mirror: bool | None = None,
+    holdout: str | Path | None = None,
     ema: float | None = None,
     detectors: Sequence[str] = (),
     protocol: Literal["stylegan", "clean"] = "stylegan",
@@ -125,9 +126,9 @@ def compute_metric(
 
     `network` is an argument of `load_network`, or a zip file or folder of generated images, which requires `data`.
     `data` is the zip file or folder of real images, by default the training dataset. `mirror` includes flipped real
-    images in the metrics that count flips, by default as in training. `detectors` and `protocol` are as on the command
-    line. `batch` is the batch size of the generator. `ema` is as in `load_network`; the names of the values then end
-    in the length, e.g. "swd5k_ema0.1".
+    images in the metrics that count flips, by default as in training. `holdout`, `detectors` and `protocol` are as on
+    the command line. `batch` is the batch size of the generator. `ema` is as in `load_network`; names of values then
+    end in it: "swd5k_ema0.1".
 
     Raises UserError for an unknown metric, an unavailable detector, and unusable files.
     """
@@ -135,7 +136,7 @@ def compute_metric(
     if not (names := tuple(resolve([metric], setup))):
         raise UserError("metric='': specify a metric, e.g. fid50k_full or swd5k")
     path = reading.local_file(network)
-    subjects = _list_subjects(path, data, ema)
+    subjects = _list_subjects(path, data, ema, holdout)
     tune_allocator()
     where = distributed.use_device(device)
     kernels.prepare(where)
@@ -144,6 +145,7 @@ def compute_metric(
         network=path,
         folder=None,
         changes={field: value for field, value in fields.items() if value is not None},
+        holdout=None if holdout is None else str(holdout),
         metric_names=names,
         ema=() if ema is None else (ema,),
         setup=setup,
@@ -161,12 +163,18 @@ def compute_metric(
     return _raise_errors(next(iter(measure(job, where))))
 
 
-def _list_subjects(path: Path, data: str | Path | None, ema: float | None) -> list[Path] | None:
-    """Return the snapshots, or None for a set of images. Raises UserError if `data` is missing or `ema` unusable."""
+def _list_subjects(
+    path: Path, data: str | Path | None, ema: float | None, holdout: str | Path | None
+) -> list[Path] | None:
+    """Return the snapshots, or None for a set of images, which needs `data`, and for which `ema` cannot be used.
+
+    Raises UserError for arguments that do not fit.
+    """
     subjects = calc_metrics.list_subjects(path)
     if subjects is None and data is None:
         raise UserError(f"{path}: is a set of images: specify the real images with `data`")
     calc_metrics.check_lengths(subjects, ema is not None)
+    calc_metrics.check_holdout(subjects, holdout)
     return subjects
 
 

@@ -79,6 +79,6 @@ def test_help_and_usage_errors_import_no_numeric_library() -> None:
     found = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=True)
     *lines, imported = found.stdout.splitlines()
     assert imported == "imported:"
-    assert len(lines) == 2 * 7 + 2 * 4
+    assert len(lines) == 2 * 8 + 2 * 4
     for line in lines:
         assert line.split()[0] == ("0" if "--help" in line.split(" Usage")[0] else "2"), line

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import PATIENCE
+from conftest import PATIENCE, make_shapes
 from metric_helpers import SmallDetector, bound, natural_images, random_inception, script_program
 from PIL import Image
 
@@ -507,16 +507,20 @@ def test_runs_without_snapshots_and_missing_detectors_are_named(calc: CalcMetric
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_for_every_metric(calc: CalcMetrics, snapshot: Path, detector_program: Path) -> None:
+def test_two_processes_equal_one_for_every_metric(
+    calc: CalcMetrics, snapshot: Path, detector_program: Path, tmp_path: Path
+) -> None:
     """Two processes divide fakes, reals and rows of distances, and gather features.
 
     With odd numbers of images and batches of 13, shards and batches differ from those of a single process.
     """
-    names = "--metrics=swd41,fid31_full,kid31,mind31,is31,pr313_full,dc20,fid1_full"
-    alone = lines(calc(names, bound(detector_program), "--no-cache"))
-    command = [sys.executable, "calc_metrics.py", f"--network={snapshot}", "--device=cpu", names]
+    holdout = make_shapes(tmp_path / "holdout.zip", 16, 15)
+    names = "--metrics=swd41,fid31_full,kid31,mind31,is31,pr313_full,dc20,fid1_full,authpct31,fld31"
+    options = [names, bound(detector_program), f"--holdout={holdout}"]
+    alone = lines(calc(*options, "--no-cache"))
+    command = [sys.executable, "calc_metrics.py", f"--network={snapshot}", "--device=cpu", *options]
     together = subprocess.run(
-        [*command, bound(detector_program), "--gpus=2", "--batch=13", "--detector-batch=7"],
+        [*command, "--gpus=2", "--batch=13", "--detector-batch=7"],
         cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert together.returncode == 0, together.stderr

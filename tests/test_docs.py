@@ -116,12 +116,12 @@ def test_the_commands_and_code_of_exploring_md_run(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     text = (ROOT / "docs" / "exploring.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^    python generate.py (.*)", text, re.MULTILINE)
+    commands = re.findall(r"^    python (generate.py|dataset_tool.py) (.*)", text, re.MULTILINE)
     assert len(commands) >= 2
-    for command in commands:
+    for script, command in commands:
         if command.startswith("play "):  # runs until interrupted; tested in test_play.py
             continue
-        result = CliRunner().invoke(generate.main, shlex.split(command, comments=True))
+        result = CliRunner().invoke(COMMANDS[script], shlex.split(command, comments=True))
         assert result.exit_code == 0, f"{command}\n{result.output}"
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(code, {})

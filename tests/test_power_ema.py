@@ -326,7 +326,9 @@ def test_images_of_a_length_are_those_of_the_rebuilt_network(small_run: SmallRun
     assert (made.transpose(2, 0, 1) != styleformer.generate(small_run.snapshot, [3])[0].numpy()).any()
 
 
-@pytest.mark.parametrize("command", ["images", "mix", "attention", "directions", "video", "project", "play"])
+@pytest.mark.parametrize(
+    "command", ["images", "mix", "attention", "directions", "video", "neighbours", "project", "play"]
+)
 def test_every_command_refuses_unusable_lengths(small_run: SmallRun, tmp_path: Path, command: str) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "target.png")
     options = {
@@ -334,6 +336,7 @@ def test_every_command_refuses_unusable_lengths(small_run: SmallRun, tmp_path: P
         "mix": ["--rows=0", "--cols=1", f"--outdir={tmp_path}"],
         "attention": ["--seeds=0", "--query=4,4", f"--outdir={tmp_path}"],
         "directions": ["--seeds=0", f"--outdir={tmp_path}"],
+        "neighbours": ["--seeds=0", f"--outdir={tmp_path}"],
         "video": ["--seeds=0,1", f"--output={tmp_path / 'video.gif'}"],
         "project": [f"--target={tmp_path / 'target.png'}", "--loss=pixels", f"--outdir={tmp_path}"],
         "play": ["--port=0"],

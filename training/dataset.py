@@ -128,6 +128,10 @@ class ImageDataset:
         """Return the position of image `index` among all images of the file."""
         return int(self._subset[index % self.num_originals])
 
+    def file_name(self, index: int) -> str:
+        """Return the name of the file of image `index` in the folder or zip file."""
+        return self._store.names[self.original(index)]
+
     def with_mirror(self, mirror: bool) -> ImageDataset:
         """Return this dataset with or without flips, sharing open files."""
         if mirror == self.config.mirror:

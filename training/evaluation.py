@@ -93,7 +93,10 @@ def metric_names(run: RunConfig, setup: DetectorSetup) -> tuple[str, ...]:
 
 
 def build_context(trainer: Trainer) -> MetricContext:
-    """Return the inputs of metrics: G_ema and the whole dataset, even if training uses less (published protocols)."""
+    """Return the inputs of metrics: G_ema and the whole dataset, even if training uses less (published protocols).
+
+    Metrics of memorisation compare with the training images and the images of --holdout.
+    """
     data = trainer.config.data
     full = replace(data, max_images=None, holdout=0)
     dataset = trainer.dataset if full == data else ImageDataset(full)
@@ -101,6 +104,8 @@ def build_context(trainer: Trainer) -> MetricContext:
         G=trainer.ema.module,
         images=dataset.with_mirror(False),
         mirrored=dataset if data.mirror else None,
+        train=None if dataset is trainer.dataset else trainer.dataset.with_mirror(False),
+        held_out=ImageDataset(replace(data, mirror=False), held_out=True) if data.holdout else None,
         device=trainer.device,
         batch_size=trainer.batch_gpu,
         setup=read_detectors(trainer.config.run.detectors),

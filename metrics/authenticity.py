@@ -1,0 +1,32 @@
+"""AuthPct: the share of generated images that are not copies of training images (Alaa et al. 2022, section 3.3)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dnnlib.config import UserError
+from metrics.feature_stats import Result
+from metrics.precision_recall import nearest
+
+
+def authentic_percent(train: Tensor, fake: Tensor) -> float:
+    """Return the share, in percent, of fakes (M, F) that are authentic with respect to training features (N, F).
+
+        authentic_i = d(fake_i, train_j) > min_{k != j} d(train_j, train_k),     j = argmin_j d(fake_i, train_j)
+
+    as in Stein et al. 2023. A sample from the distribution of the training images is authentic unless it and a training
+    image are nearest neighbours of each other: in a third of the cases for F = 1, and more often in features of images.
+    Collective. Raises UserError for fewer than 2 training images.
+    """
+    if len(train) < 2:
+        raise UserError(f"needs at least 2 training images, got {len(train)}")
+    _, index = nearest(fake, train)  # j
+    _, other = nearest(train, train, rank=2)  # k; rank 1 is the image itself
+    # The distances of the search are products of matrices, in which small distances cancel.
+    distance, own = (fake - train[index]).norm(dim=1), (train[index] - train[other[index]]).norm(dim=1)
+    return 100 * float((distance > own).double().mean())
+
+
+def authenticity_numbers(train: Result, fake: Result) -> dict[str, float]:
+    """Return the share of two Rows as the only value of the metric."""
+    return {"": authentic_percent(train["rows"], fake["rows"])}

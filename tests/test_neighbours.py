@@ -1,0 +1,169 @@
+"""generate.py neighbours: the search against NumPy, the sheet and its records, copies and flips, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_shapes
+from exploration_helpers import make_snapshot, pixels, run, run_ok
+from metric_helpers import SmallDetector, natural_images, script_program
+from PIL import Image
+from torch import Tensor
+
+from exploration import neighbours
+from exploration.neighbours import find_nearest, search, small_pixels
+from training.dataset import DatasetConfig, ImageDataset
+
+CPU = torch.device("cpu")
+
+
+def save_images(folder: Path, images: Tensor) -> Path:
+    """Write uint8 images (n, 3, H, W) as a dataset."""
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"img{number:04d}.png")
+    return folder
+
+
+def in_parts(rows: Tensor, size: int) -> list[tuple[range, Tensor]]:
+    return [
+        (range(start, min(start + size, len(rows))), rows[start : start + size]) for start in range(0, len(rows), size)
+    ]
+
+
+def read_lines(outdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (outdir / "neighbours.jsonl").read_text().splitlines()]
+
+
+def make_run(folder: Path) -> tuple[Path, Path]:
+    """Make a dataset of 40 scenes of 16x16 pixels, and a snapshot of an untrained network of this size."""
+    data = make_shapes(folder / "data.zip", 16, 40)
+    return data, make_snapshot(folder / "network.pkl", data, widths=(16, 8), layers=(1, 1))
+
+
+def test_the_search_equals_a_full_sort() -> None:
+    stream = np.random.RandomState(0)
+    rows, views = stream.standard_normal((50, 7)), stream.standard_normal((2, 9, 7))
+    skip = torch.arange(9) * 5
+    tables = np.linalg.norm(views[:, :, None] - rows, axis=3)  # (V, Q, N)
+    tables[:, np.arange(9), skip.numpy()] = np.inf
+    expected = tables.min(axis=0).argsort(axis=1)[:, :4]
+    distances, indices, found = find_nearest(torch.from_numpy(views), in_parts(torch.from_numpy(rows), 11), 4, skip)
+    np.testing.assert_array_equal(indices, expected)
+    np.testing.assert_allclose(distances, np.take_along_axis(tables.min(axis=0), expected, axis=1), rtol=1e-12)
+    np.testing.assert_array_equal(found, np.take_along_axis(tables.argmin(axis=0), expected, axis=1))
+
+
+def test_pixel_distances_are_in_grey_levels() -> None:
+    images = natural_images(3, (3, 24, 40))
+    shifted = (images.float() + 9).clamp(0, 255)
+    difference = (shifted - images.float()).square().mean(dim=(1, 2, 3)).sqrt()
+    assert torch.allclose((small_pixels(shifted) - small_pixels(images)).norm(dim=1), difference, rtol=1e-4)
+    grey = torch.stack([torch.full((3, 100, 70), level, dtype=torch.uint8) for level in (50, 90)])
+    features = small_pixels(grey)
+    assert features.shape == (2, 3 * 25 * 18)  # halved until the shorter side is at most 32
+    assert float((features[0] - features[1]).norm()) == pytest.approx(40, rel=1e-4)
+
+
+@pytest.mark.parametrize("kept_bytes", [2**30, 0])  # features kept, and computed twice
+def test_copies_and_flips_of_training_images_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
+) -> None:
+    monkeypatch.setattr(neighbours, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(neighbours, "BATCH", 8)
+    images = natural_images(30)
+    data = save_images(tmp_path / "data", images)
+    queries = torch.stack([images[7], images[12].flip(2), natural_images(1, seed=5)[0]])
+    plain, mirrored = (
+        search(queries, ImageDataset(DatasetConfig(path=str(data), mirror=mirror)), small_pixels, 3, CPU)
+        for mirror in (False, True)
+    )
+    assert [(row[0].index, row[0].flipped, row[0].distance) for row in mirrored[:2]] == [(7, False, 0), (12, True, 0)]
+    assert (plain[0][0].index, plain[0][0].distance) == (7, 0)
+    assert plain[1][0].distance > 10
+    assert [neighbours.is_authentic(row) for row in mirrored] == [False, False, True]
+
+    levels = images.double().flatten(1)  # 32 pixels: not reduced
+    table = torch.cdist(levels, levels).numpy() / np.sqrt(levels.shape[1])
+    np.fill_diagonal(table, np.inf)
+    for each in plain[2]:
+        expected = (queries[2].double() - images[each.index].double()).square().mean().sqrt()
+        assert each.distance == pytest.approx(float(expected), rel=1e-5)
+        assert each.own_distance == pytest.approx(table[each.index].min(), rel=1e-5)
+
+
+def test_the_command_writes_a_sheet_and_its_records(tmp_path: Path) -> None:
+    _, network = make_run(tmp_path)
+    output = run_ok("neighbours", f"--network={network}", "--seeds=3,5", "--count=4", f"--outdir={tmp_path / 'out'}")
+    records = read_lines(tmp_path / "out")
+    assert [record["image"] for record in records] == ["seed0003", "seed0005"]
+    authentic = sum(record["authentic"] for record in records)
+    assert f"{authentic} of 2 images authentic among 40 training images" in output
+    dataset = ImageDataset(DatasetConfig(path=records[0]["data"]))
+    for record in records:
+        distances = [each["distance"] for each in record["neighbours"]]
+        assert distances == sorted(distances)
+        assert len(distances) == 4
+        first = record["neighbours"][0]
+        assert record["authentic"] == (first["distance"] > first["own_distance"])
+        assert first["file"] == dataset.file_name(first["index"])
+        assert record["features"] == "pixels at 32 px"
+    H, W, _ = pixels(tmp_path / "out" / "neighbours.png").shape
+    assert W > 5 * 96
+    assert H > 2 * 96
+
+
+def test_features_of_a_detector_are_compared(tmp_path: Path) -> None:
+    data, network = make_run(tmp_path)
+    detector = script_program(tmp_path / "small.pt", SmallDetector())
+    options = [f"--network={network}", "--seeds=3", "--count=2", f"--data={data}", f"--outdir={tmp_path / 'out'}"]
+    run_ok("neighbours", *options, f"--detector={detector}")
+    run_ok("images", f"--network={network}", "--seeds=3", f"--outdir={tmp_path / 'out'}")
+    [record] = read_lines(tmp_path / "out")
+    assert record["features"] == "features of small.pt"
+    dataset = ImageDataset(DatasetConfig(path=str(data)))
+    made = torch.from_numpy(pixels(tmp_path / "out" / "seed0003.png").copy()).permute(2, 0, 1)[None]
+    rows, query = SmallDetector()(dataset.images(range(40)))[0].double(), SmallDetector()(made)[0].double()
+    distances = (rows - query).norm(dim=1).sort()
+    assert [each["index"] for each in record["neighbours"]] == distances.indices[:2].tolist()
+    assert [each["distance"] for each in record["neighbours"]] == pytest.approx(distances.values[:2].tolist(), rel=1e-4)
+
+
+class NoFeatures(torch.nn.Module):
+    """Detector that returns maps instead of vectors."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float()
+
+
+def test_bad_input_is_refused_before_anything_is_written(shapes32_zip: Path, tmp_path: Path) -> None:
+    data, network = make_run(tmp_path)
+    maps = script_program(tmp_path / "maps.pt", NoFeatures())
+    lpips = tmp_path / "weights-vgg16-lpips.pth"
+    torch.save({}, lpips)
+    for arguments, message in (
+        ([], "--seeds: specify images"),
+        (["--seeds=0-299"], "--seeds: 300 images; a sheet shows at most 256"),
+        (["--seeds=0", "--count=33"], "33 is not in the range 1<=x<=32"),
+        (["--seeds=0", f"--data={tmp_path / 'none.zip'}"], "none.zip"),
+        (["--seeds=0", f"--data={shapes32_zip}"], "the network generates images of 3x16x16"),
+        (["--seeds=0", f"--detector={maps}"], "expected features [B, F]"),
+        (["--seeds=0", "--detector=none.pt2"], "--detector=none.pt2: no such file or folder"),
+        (["--seeds=0", f"--detector={lpips}"], "LPIPS compares pairs of images"),
+    ):
+        result = run("neighbours", f"--network={network}", f"--outdir={tmp_path / 'out'}", *arguments)
+        assert result.exit_code == 2, (arguments, result.output)
+        assert message in result.stderr.splitlines()[-1], result.stderr
+        assert not (tmp_path / "out" / "neighbours.png").exists()
+    few = make_shapes(tmp_path / "few.zip", 16, 3)
+    result = run("neighbours", f"--network={network}", f"--outdir={tmp_path}", "--seeds=0", f"--data={few}")
+    assert "--count=6: " in result.stderr
+    assert "few.zip has 3 images; each row needs 6" in result.stderr
+    data.unlink()
+    result = run("neighbours", f"--network={network}", f"--outdir={tmp_path}", "--seeds=0")
+    assert "network.pkl): specify the training images with --data" in result.stderr
