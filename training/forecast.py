@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from dnnlib.config import UserError
 from torch_utils import distributed
 from torch_utils.misc import peak_memory
 from training.hooks import Hook, grid_count
@@ -94,13 +95,17 @@ class Probe(Hook):
 def measure(trainer: Trainer) -> dict[str, float]:
     """Train for up to 30 seconds without writing anything; return what the rest of the run takes.
 
-    Disk space is that of the files that the run adds to its folder, without TensorBoard's. A collective call.
+    Disk space is that of the files that the run adds to its folder, without TensorBoard's. A collective call. Raises
+    UserError if the run is complete.
     """
     left, probe = kimg_left(trainer), Probe()
-    disk = disk_space(trainer)
+    if not left:
+        raise UserError(f"--forecast: the run is complete at kimg {trainer.state.nimg / 1000:g}; give a longer --kimg")
     trainer.hooks = [probe]
     trainer.train()
     pace = probe.pace.seconds_per_kimg
+    trainer.stats.gather()
+    disk = distributed.from_main(lambda: disk_space(trainer, left))  # now that the optimizers have their moments
     values = {"kimg": left, "kimg_per_hour": 3600 / pace, "hours": pace * left / 3600, "disk_gb": disk / 1e9}
     peak = peak_memory()
     if peak:
@@ -138,12 +143,12 @@ def kimg_left(trainer: Trainer) -> float:
     return max(trainer.total_nimg - trainer.state.nimg, 0) / 1000
 
 
-def disk_space(trainer: Trainer) -> int:
-    """Return the bytes of the snapshots, averages, image grids and kept training states to the end of the run.
+def disk_space(trainer: Trainer, left: float) -> int:
+    """Return the bytes of the snapshots, averages, image grids and kept training states of the next `left` kimg.
 
     The files of the current state are written to a temporary folder; grids count as uncompressed.
     """
-    run, left, nimg = trainer.config.run, kimg_left(trainer), trainer.state.nimg
+    run, nimg = trainer.config.run, trainer.state.nimg
     with tempfile.TemporaryDirectory() as name:
         snapshot, state, average = (Path(name) / part for part in ("snapshot.pkl", "state.pt", "average.pt"))
         write_network(snapshot, capture_snapshot(trainer))
@@ -156,9 +161,5 @@ def disk_space(trainer: Trainer) -> int:
     grid_size = grid_count(trainer.dataset.img_shape) * prod(trainer.dataset.img_shape)
     snapshots = ceil(left / run.tick_kimg / run.snapshot_ticks) + 1
     states = min(snapshots, run.keep_last) + (left // run.keep_every if run.keep_every else 0)
-    if run.metrics != ():  # the best network
-        network_best, state_best = network_size, state_size * run.keep_best
-    else:
-        network_best = state_best = 0
-    files = snapshots * (network_size + averages + grid_size) + states * state_size
-    return int(files + network_best + state_best)
+    best = network_size + state_size * run.keep_best if run.metrics != () else 0
+    return int(snapshots * (network_size + averages + grid_size) + states * state_size + best)
