@@ -17,6 +17,7 @@ from training.training_loop import TrainState
 
 SHORT = [
     *SMALL,
+    "--batch=64",
     "--kimg=2",
     "--tick=1",
     "--snap=1",

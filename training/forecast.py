@@ -159,7 +159,7 @@ def disk_space(trainer: Trainer, left: float) -> int:
             averages += average.stat().st_size
         network_size, state_size = snapshot.stat().st_size, state.stat().st_size
     grid_size = grid_count(trainer.dataset.img_shape) * prod(trainer.dataset.img_shape)
-    snapshots = ceil(left / run.tick_kimg / run.snapshot_ticks) + 1
-    states = min(snapshots, run.keep_last) + (left // run.keep_every if run.keep_every else 0)
+    later = ceil(left / run.tick_kimg / run.snapshot_ticks)  # snapshots after the first, which has no averages
+    states = min(later, run.keep_last) + (left // run.keep_every if run.keep_every else 0)
     best = network_size + state_size * run.keep_best if run.metrics != () else 0
-    return int(snapshots * (network_size + averages + grid_size) + states * state_size + best)
+    return int((1 + later) * (network_size + grid_size) + later * averages + states * state_size + best)
