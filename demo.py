@@ -39,6 +39,7 @@ SIDE, STRIP = 6, 9  # images per side of each half of the overview, and per row 
 THREADS = os.environ.get("OMP_NUM_THREADS") or str(min(2, available_cores()))
 # R1 is stronger than for photographs; otherwise D separates drawn scenes from generated ones early.
 OPTIONS = ["--cfg=styleformer2", "--gamma=2", "--set=loss.n_critic=1", "--mbstd=4", "--d-arch=resnet"]
+FIRST = "--set=run.metrics_first=1"  # for the value of the untrained network
 CPU_OPTIONS = [
     *("--kimg=18", "--tick=1", "--snap=6", "--g_dict=128,64,32", "--num_layers=1,1,1", "--linformer=1"),
     *("--set=generator.linformer_k=32", "--cbase=512", "--set=discriminator.channel_max=128"),
@@ -62,7 +63,7 @@ def main(outdir: Path | None, device: str | None) -> None:
 
     run("dataset_tool.py", "--source=shapes", f"--dest={data}", "--max-images=8192")
     options = GPU_OPTIONS if chosen.type == "cuda" else CPU_OPTIONS
-    run("train.py", f"--outdir={runs}", f"--data={data}", *OPTIONS, *options, f"--metrics={METRIC}", device_flag)
+    run("train.py", f"--outdir={runs}", f"--data={data}", *OPTIONS, *options, f"--metrics={METRIC}", FIRST, device_flag)
     run_dir = next(runs.iterdir())
     snapshot = max(run_dir.glob("network-snapshot-*.pkl"))
     run("generate.py", f"--network={snapshot}", "--seeds=0-63", f"--outdir={images}", "--grid", device_flag)

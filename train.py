@@ -88,6 +88,8 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
         option("--seed", field="seed", metavar="INT", help="Random seed of weights, latents, data order, noise. [0]"),
         option("-n", "--dry-run", is_flag=True,
                help="Print the resolved options, parameter counts and the source of --resume; write nothing."),
+        option("--forecast", is_flag=True,
+               help="With -n: train for up to 30 seconds, and print the time, memory and disk space of the run."),
         settings_option(),
     ),
     "Data": (
@@ -275,7 +277,8 @@ def main(context: click.Context, **options: Any) -> None:
         preset=options["cfg"],
         texts=_option_texts(context),
     )
-    startup.train(request, dry_run=options["dry_run"], explain=partial(explain_error, context.command))
+    explain = partial(explain_error, context.command)
+    startup.train(request, dry_run=options["dry_run"], forecast=options["forecast"], explain=explain)
 
 
 def _option_texts(context: click.Context) -> dict[str, str]:

@@ -27,7 +27,7 @@ FLAGS = set(
     re.findall(
         r"\S+",
         """
-        outdir data cfg gpus device resume override desc seed dry-run cond subset holdout mirror workers
+        outdir data cfg gpus device resume override desc seed dry-run forecast cond subset holdout mirror workers
         kimg tick snap metrics detector log keep-best batch batch-gpu glr dlr loss gamma pl-weight mixing
         ema-kimg freezed aug p target augpipe gen g_dict num_layers base depth minimum_head linformer z-dim
         map-depth disc d-arch cbase mbstd precision fp32 nhwc nobench allow-tf32 graphs compile 

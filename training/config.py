@@ -70,6 +70,7 @@ class RunConfig:
     metrics_every: int | None = setting(
         None, "Interval between metric evaluations, in ticks; None: every snapshot.", at_least=1
     )
+    metrics_first: bool = setting(False, "Also compute the metrics before the first step, of random weights.")
     tick_metrics: tuple[str, ...] = setting((), "Cheap metrics to evaluate at every tick.")
     log: tuple[str, ...] | None = setting(
         None,
@@ -803,6 +804,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "run.keep_every": None,
     "run.keep_best": False,
     "run.metrics_every": None,
+    "run.metrics_first": False,
     "run.tick_metrics": (),
     "run.log": None,
     "run.detectors": (),

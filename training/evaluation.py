@@ -48,6 +48,8 @@ class Evaluation(Hook):
         self._evaluate(trainer, tick, self._due(tick))
 
     def _due(self, tick: Tick) -> list[str]:
+        if tick.is_first and not self.saver.run.metrics_first:
+            return []
         return [name for every, names in self.schedule if tick.reached(every) for name in names]
 
     def _missing(self, trainer: Trainer, tick: Tick) -> list[str]:

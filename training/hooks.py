@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,9 @@ class ImageGrids(Hook):
             save_image(grid, path)
         self.loggers.add_image(f"Images/{name}", grid, trainer.state.nimg)
 
-    def _count(self, trainer: Trainer) -> int:
-        """Return the number of images in a grid of about 1024 pixels: 8x8 to 16x16."""
-        side = max(trainer.dataset.img_shape[1:])
-        return min(max(1024 // side, 8), 16) ** 2
-
     def _indices(self, trainer: Trainer) -> torch.Tensor:
         generator = torch.Generator().manual_seed(trainer.config.seed)
-        return torch.randint(len(trainer.dataset), [self._count(trainer)], generator=generator)
+        return torch.randint(len(trainer.dataset), [grid_count(trainer.dataset.img_shape)], generator=generator)
 
     def _real_images(self, trainer: Trainer) -> torch.Tensor:
         return trainer.dataset.images(self._indices(trainer).tolist())
@@ -140,6 +136,11 @@ class ImageGrids(Hook):
         c = encode_labels(trainer.dataset.labels[indices].to(trainer.device), trainer.G.c_dim)
         parts = zip(z.split(trainer.batch_gpu), c.split(trainer.batch_gpu), strict=True)
         return torch.cat([to_uint8(G(zs, cs)).cpu() for zs, cs in parts])
+
+
+def grid_count(img_shape: Sequence[int]) -> int:
+    """Return the number of images (C, H, W) in a grid of about 1024 pixels: 8x8 to 16x16."""
+    return min(max(1024 // max(img_shape[1:]), 8), 16) ** 2
 
 
 class Folder(Hook):

@@ -22,6 +22,7 @@ from training import worker
 from training.config import PRESETS, RunConfig, TrainConfig
 from training.dataset import allow_open_files
 from training.evaluation import metric_names
+from training.forecast import describe
 from training.loggers import choose_loggers
 from training.restore import notes_on, transfer
 from training.resume import RunRequest, Start, choose_start, open_dataset
@@ -30,23 +31,29 @@ from training.snapshots.reading import load_network, transfer_options
 Explain = Callable[[UserError], str]
 
 
-def train(request: RunRequest, *, dry_run: bool, explain: Explain = str) -> None:
-    """Train, or print the resolved configuration of a dry run.
+def train(request: RunRequest, *, dry_run: bool, forecast: bool = False, explain: Explain = str) -> None:
+    """Train, or print the resolved configuration of a dry run, optionally with a forecast from a few steps.
 
     The start is chosen once: in this process or, under torchrun, on rank 0, which broadcasts it. Under torchrun,
     `explain` returns the message of a UserError on rank 0; otherwise the error is raised unchanged.
     """
+    if forecast and (not dry_run or distributed.launched_world_size() is not None):
+        raise UserError("--forecast: only with --dry-run, and with --gpus in place of torchrun")
     if distributed.launched_world_size() is None:
         start = prepare(request, dry_run=dry_run)
         if not dry_run:
             launch(partial(worker.train, start), start.config)
+        elif forecast:
+            launch(partial(worker.forecast, start, partial(_print_plan, start)), start.config)
+        else:
+            _print_plan(start)
     elif not dry_run:
         request = _as_launched(request)
         run = {path: text for path, text in request.texts.items() if path.startswith("run.")}
         config = override(PRESETS["auto"], parse_texts(PRESETS["auto"], run))
         launch(partial(_train_under_torchrun, request, explain), config)
     elif distributed.launched_rank() == 0:
-        prepare(_as_launched(request), dry_run=True)
+        _print_plan(prepare(_as_launched(request), dry_run=True))
 
 
 def launch(function: Callable[[], None], config: TrainConfig) -> None:
@@ -78,7 +85,7 @@ def _as_launched(request: RunRequest) -> RunRequest:
 
 
 def prepare(request: RunRequest, *, dry_run: bool) -> Start:
-    """Choose and check the start of a run; a dry run prints it and downloads nothing. Raises UserError."""
+    """Choose and check the start of a run; a dry run downloads nothing. Raises UserError."""
     start = choose_start(replace(request, transfer_options=partial(_transfer_options, dry_run=dry_run)))
     config = start.config
     setup = read_detectors(config.run.detectors)
@@ -89,10 +96,7 @@ def prepare(request: RunRequest, *, dry_run: bool) -> Start:
     if config.run.workers or config.run.num_gpus > 1:
         allow_open_files(config.run.workers or 0)
     start = replace(start, config=config)
-    if dry_run:
-        _print_plan(start)
-        return start
-    for name in [*metric_names(config.run, setup), *config.run.tick_metrics]:
+    for name in () if dry_run else (*metric_names(config.run, setup), *config.run.tick_metrics):
         metrics.registry.check_available(name, setup)
     return start
 
@@ -102,8 +106,8 @@ def _transfer_options(path: str, *, dry_run: bool) -> Mapping[str, Any]:
     return {} if dry_run and is_url(path) else transfer_options(path)
 
 
-def _print_plan(start: Start) -> None:
-    """Print configuration, parameter counts and initial weights; a snapshot at a URL is not downloaded."""
+def _print_plan(start: Start, forecast: Mapping[str, float] | None = None) -> None:
+    """Print configuration, parameter counts, initial weights and a forecast; a snapshot at a URL is not downloaded."""
     config, dataset = start.config, open_dataset(start.config.data)
     for note in dataset.notes:
         click.echo(f"Note: {note}", err=True)
@@ -116,5 +120,9 @@ def _print_plan(start: Start) -> None:
         for note in notes_on(start.snapshot, snapshot):
             click.echo(note, err=True)
         config, _ = transfer(config, networks, start.snapshot, snapshot)
-    plan = {"options": to_json(config), "parameters": parameters, "images": len(dataset)}
+    plan: dict[str, Any] = {"options": to_json(config), "parameters": parameters, "images": len(dataset)}
+    if forecast:
+        plan["forecast"] = {name: float(f"{value:.4g}") for name, value in forecast.items()}
     click.echo(json.dumps(plan, indent=2))
+    if forecast:
+        click.echo(describe(forecast), err=True)

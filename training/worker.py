@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from training.config import TrainConfig, micro_batches
 from training.data_sources.codec import SLOW_DECODER
 from training.dataset import ImageDataset
 from training.evaluation import Evaluation, build_context, metric_names
+from training.forecast import ForecastLine, measure
 from training.health import Diversity, HealthCheck
 from training.hooks import (
     Folder,
@@ -61,15 +61,7 @@ def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
     """Train; return whether a signal stopped training before the end."""
     if start.run_dir:
         distributed.from_main(partial(lock.acquire, start.run_dir))
-    device = distributed.use_device(start.config.run.device)
-    set_arithmetic(start.config)
-    operators = kernels.prepare(device)
-    dataset = ImageDataset(start.config.data)
-    if start.needs_batch_gpu:
-        sizes = micro_batches(start.config)
-        start = replace(start, config=auto_batch.choose_batch_gpu(start.config, dataset, device))
-        operators += f"\n{auto_batch.describe_choice(start.config, sizes)}"
-    config = start.config
+    config, dataset, device, operators = _set_up(start)
     with _memory_errors(config):
         trainer = Trainer(config, dataset, device)
         origin = restore.load(trainer, start)
@@ -97,6 +89,33 @@ def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
             outcome = "Stopped; --resume=latest resumes this run" if trainer.is_stopped else "Done"
             _print_on_main(f"{outcome}: {run_dir}")
     return trainer.is_stopped
+
+
+def _set_up(start: Start) -> tuple[TrainConfig, ImageDataset, torch.device, str]:
+    """Prepare the device; return the configuration with its micro-batch, dataset, device, and lines for the log."""
+    config = start.config
+    device = distributed.use_device(config.run.device)
+    set_arithmetic(config)
+    operators = kernels.prepare(device)
+    dataset = ImageDataset(config.data)
+    if start.needs_batch_gpu:
+        sizes = micro_batches(config)
+        config = auto_batch.choose_batch_gpu(config, dataset, device)
+        operators += f"\n{auto_batch.describe_choice(config, sizes)}"
+    return config, dataset, device, operators
+
+
+def forecast(start: Start, report: Callable[[dict[str, float]], None]) -> None:
+    """Measure what a run will take, as one of its processes, and report it on rank 0; nothing is kept."""
+    tune_allocator()
+    config, dataset, device, _ = _set_up(start)
+    with _memory_errors(config):
+        trainer = Trainer(config, dataset, device)
+        if start.run_dir or start.state:
+            restore.load(trainer, start)
+        values = measure(trainer)
+    if distributed.is_main():
+        report(values)
 
 
 @contextmanager
@@ -143,7 +162,7 @@ def build_hooks(
     chain: list[Hook] = [Folder(saver)]
     if data.holdout:
         chain.append(Overfitting(ImageDataset(data, held_out=True)))
-    chain += [Diversity(), TickLine(), HealthCheck(), JsonLog(run_dir), Log(loggers)]
+    chain += [ForecastLine(), Diversity(), TickLine(), HealthCheck(), JsonLog(run_dir), Log(loggers)]
     chain += [ImageGrids(run_dir, run.snapshot_ticks, loggers), Snapshots(saver, run.snapshot_ticks)]
     if run.profile_steps and distributed.is_main():
         chain.append(Profile(run_dir, run.profile_steps))
