@@ -16,9 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dnnlib.config import UserError
+from dnnlib.util import counted
 from exploration.model import atomic_write, check_seeds, gather_styles
 from exploration.opening import build_model, choose_label, is_mapping, open_network
-from exploration.output import counted, make_outdir
+from exploration.output import make_outdir
 from metrics.detectors import FILES, REPLACEABLE, DetectorSetup, Role, read_detectors
 from metrics.sampling import cut, explain_shape_mismatch
 from metrics.sliced_wasserstein import downsample
@@ -169,13 +170,15 @@ def draw(
     images: Tensor, names: Sequence[str], found: Sequence[Sequence[Neighbour]], dataset: ImageDataset
 ) -> np.ndarray:
     """Return a sheet: a row per generated image, uint8 (n, C, H, W), with its neighbours and their distances."""
+    columns = 1 + len(found[0])
     made, near = [], []
-    for tile, row in zip(tiles_of(images), found, strict=True):
+    for tile, row in zip(tiles_of(images, columns), found, strict=True):
         made.append([captioned(tile, "" if is_authentic(row) else "not authentic", TEXT_SIZE)])
         training = dataset.images([each.index for each in row])
         training = torch.stack([x.flip(2) if each.flipped else x for x, each in zip(training, row, strict=True)])
         captions = [f"{each.distance:.3g} / {each.own_distance:.3g}" for each in row]
-        near.append([captioned(x, text, TEXT_SIZE) for x, text in zip(tiles_of(training), captions, strict=True)])
+        tiles = tiles_of(training, columns)
+        near.append([captioned(x, text, TEXT_SIZE) for x, text in zip(tiles, captions, strict=True)])
     left = sheet(made, ["generated"], [caption_of(name) for name in names])
     right = sheet(near, ["nearest", *map(str, range(2, len(near[0]) + 1))])
     return np.concatenate([left, np.full_like(left[:, :FRAME_GAP], 255), right], axis=1)
