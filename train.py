@@ -89,7 +89,7 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
         option("-n", "--dry-run", is_flag=True,
                help="Print the resolved options, parameter counts and the source of --resume; write nothing."),
         option("--forecast", is_flag=True,
-               help="With -n: train for up to 30 seconds, and print the time, memory and disk space of the run."),
+               help="With -n: train for about 20 seconds, and print the time, memory and disk space of the run."),
         settings_option(),
     ),
     "Data": (

@@ -30,11 +30,12 @@ from exploration.model import Model, check_seeds, gather_styles, save_arrays
 from exploration.opening import is_mapping, open_model
 from exploration.output import make_outdir
 from torch_utils.images import save_pixels, to_uint8
-from torch_utils.sheets import arranged, caption_of, marked, overlay, sheet, tile_of, to_rgb
+from torch_utils.sheets import arranged, caption_of, largest_side, marked, overlay, sheet, tile_of, to_rgb
 from training.networks.attention import Attention, SelfAttention
 from training.networks.generator import Grid
 from training.networks.layers import Resampling
 
+MAX_BESIDE = 8  # queries up to which the two parts of a sheet are side by side
 MAX_SIDE = 128  # longer side in pixels of the images in a sheet, which has a row for each block
 
 
@@ -273,12 +274,13 @@ def block_title(number: int, grid: Sequence[int]) -> str:
 
 
 def draw_blocks(pixels: np.ndarray, found: AttentionMaps, name: str) -> np.ndarray:
-    """Draw one row per block over an image (H, W, 3): on the left its maps, averaged over heads, and the rollout."""
+    """Draw one row per block over an image (H, W, 3): its maps, averaged over heads; beside or below them the rollout."""
     titles = found.titles().values()
     maps = {f"{title}, all heads": maps.mean(axis=0) for title, maps in zip(titles, found.maps.values(), strict=True)}
     rolled = {f"input of {title}": maps for title, maps in zip(titles, found.rolled.values(), strict=True)}
     panels = {"Attention, mean of all heads": maps, "Rollout": rolled}
-    return arranged([[heat_sheet(pixels, found.pixels, name, rows, title) for title, rows in panels.items()]])
+    sheets = [heat_sheet(pixels, found.pixels, name, rows, title) for title, rows in panels.items()]
+    return arranged([sheets] if len(found.pixels) <= MAX_BESIDE else [[each] for each in sheets])
 
 
 def draw_heads(pixels: np.ndarray, found: AttentionMaps, name: str, block: str) -> np.ndarray:
@@ -295,14 +297,14 @@ def heat_sheet(
 
     The maps of a row share a colour scale.
     """
-    tile, size = tile_of(pixels, max_side=MAX_SIDE), pixels.shape[:2]
+    tile, size = tile_of(pixels, max_side=min(largest_side(len(queries)), MAX_SIDE)), pixels.shape[:2]
     peaks = [max(float(maps.max()), 0.0) for maps in rows.values()]
     tiles = [[marked(tile, x, y, size) for x, y in queries]]
     tiles += [
         [overlay(tile, weights, peak) for weights in maps] for maps, peak in zip(rows.values(), peaks, strict=True)
     ]
-    captions = [f"query ({x}, {y})" for x, y in queries]
-    return sheet(tiles, captions, [name, *rows], title=title, peaks=[None, *peaks])
+    captions = [f"({x}, {y})" for x, y in queries]
+    return sheet(tiles, captions, [f"{name}, query (x, y)", *rows], title=title, peaks=[None, *peaks])
 
 
 def draw_attention(
@@ -326,9 +328,8 @@ def draw_attention(
         save_pixels(draw_blocks(pixels, found, caption_of(name)), outdir / f"{name}-attention.png")
         for block in found.maps if heads else ():
             save_pixels(draw_heads(pixels, found, caption_of(name), block), outdir / f"{name}-{block}.png")
-    click.echo(
-        f"{counted(len(names), 'sheet')} in {outdir}, blocks {', '.join(found.maps)}; the values are in the .npz files"
-    )
+    blocks = "; ".join(f"{title} = {block}" for block, title in found.titles().items())
+    click.echo(f"{counted(len(names), 'sheet')} in {outdir}; names of the blocks in the .npz files: {blocks}")
 
 
 def maps_of(model: Model, ws: Tensor, queries: tuple[str, ...]) -> Iterator[tuple[np.ndarray, AttentionMaps]]:

@@ -266,11 +266,11 @@ def test_sheets_name_blocks_queries_and_peaks(
     with np.load(tmp_path / "seed0007-attention.npz") as arrays:
         maps = [arrays[f"map_{name}"] for name in ("8x8_0", "16x16_0", "16x16_1", "32x32_0")]
         rolled = [arrays[f"rollout_{name}"] for name in ("8x8_0", "16x16_0", "16x16_1", "32x32_0")]
-    columns = ["query (3, 5)", "query (30, 8)"]
+    columns, first = ["(3, 5)", "(30, 8)"], "seed 7, query (x, y)"
     of_blocks, of_rollout, *of_heads = sheets
-    assert of_blocks[:2] == (columns, ["seed 7", *(f"{block}, all heads" for block in blocks)])
+    assert of_blocks[:2] == (columns, [first, *(f"{block}, all heads" for block in blocks)])
     assert of_blocks[3] == [None, *(pytest.approx(heads.mean(axis=0).max()) for heads in maps)]
-    assert of_rollout[:3] == (columns, ["seed 7", *(f"input of {block}" for block in blocks)], "Rollout")
+    assert of_rollout[:3] == (columns, [first, *(f"input of {block}" for block in blocks)], "Rollout")
     assert of_rollout[3] == [None, *(pytest.approx(relevance.max()) for relevance in rolled)]
     assert [found[1][-1] for found in of_heads] == [
         f"{block}, head {len(heads) - 1}" for block, heads in zip(blocks, maps, strict=True)

@@ -381,6 +381,7 @@ def test_a_run_writes_its_averages_and_resumes_them(shapes_zip: Path, tmp_path: 
         path.touch()
     fewer = new_trainer(shapes_zip, (0.1,))
     restore.load_latest(fewer, tmp_path)
+    restore.discard_later(tmp_path, fewer.state.nimg)
     assert not stale.exists()
     assert copied.exists()
     assert len(post_hoc.list_files(tmp_path)) == len(SIGMAS)

@@ -255,6 +255,7 @@ def test_an_unusable_state_is_skipped_for_the_previous_one(
     )
     again = new_trainer(config)
     assert restore.load_latest(again, tmp_path).name == "training-state-000001.pt"
+    restore.discard_later(tmp_path, again.state.nimg)
     assert "Warning: " + str(newest) in capsys.readouterr().err
     assert digest(again.capture()["parts"]) == expected
     lines = (tmp_path / "stats.jsonl").read_text().splitlines()
@@ -265,9 +266,7 @@ def test_an_unusable_state_is_skipped_for_the_previous_one(
         restore.load_latest(again, tmp_path)
 
 
-def test_resuming_removes_only_partial_files_of_the_run(shapes_zip: Path, tmp_path: Path) -> None:
-    trainer = new_trainer(small_config(shapes_zip))
-    trainer.save(tmp_path / "training-state-000000.pt")
+def test_resuming_removes_only_partial_files_of_the_run(tmp_path: Path) -> None:
     names = ("training-state-000001.pt", "stats.jsonl", "metric-fid50k_full.jsonl", "fakes000001.png", "reals.png")
     own = [tmp_path / f".{name}.123{PARTIAL}" for name in (*names, "network-best-swd32.pkl", OPTIONS_FILE)]
     others = [".notes.2024", ".notes.2024.partial", ".backup.20241231", ".training-state-000001.pt.1", ".lock"]
@@ -275,7 +274,7 @@ def test_resuming_removes_only_partial_files_of_the_run(shapes_zip: Path, tmp_pa
         path.write_text("mine")
     (tmp_path / f".stats.jsonl.7{PARTIAL}").mkdir()
     (tmp_path / f".stats.jsonl.8{PARTIAL}" / "inside").mkdir(parents=True)
-    restore.load_latest(trainer, tmp_path)
+    restore.discard_later(tmp_path, 0)
     assert not any(path.exists() for path in own)
     kept = [*others, f".stats.jsonl.7{PARTIAL}", f".stats.jsonl.8{PARTIAL}"]
     assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(kept)

@@ -56,10 +56,15 @@ def tile_of(pixels: np.ndarray, min_side: int = MIN_TILE, max_side: int = MAX_TI
     return np.array(Image.fromarray(np.ascontiguousarray(pixels)).reduce(-(-longer // max_side)))
 
 
+def largest_side(columns: int) -> int:
+    """Return the longer side in pixels at which tiles of a sheet of this many columns keep MAX_WIDTH."""
+    return min(max(MAX_WIDTH // columns, LEAST_TILE), MAX_TILE)
+
+
 def tiles_of(images: Tensor, columns: int) -> list[np.ndarray]:
     """Convert uint8 images (n, C, h, w) to RGB tiles (H, W, 3) for a sheet of this many columns."""
-    max_side = min(max(MAX_WIDTH // columns, LEAST_TILE), MAX_TILE)
-    return [tile_of(to_rgb(pixels), max_side=max_side) for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
+    largest = largest_side(columns)
+    return [tile_of(to_rgb(pixels), max_side=largest) for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def overlay(image: np.ndarray, weights: np.ndarray, peak: float | None = None) -> np.ndarray:

@@ -34,7 +34,7 @@ OWN_PARTIAL = re.compile(
 def load(trainer: Trainer, start: Start) -> str:
     """Load the initial weights and state into the trainer, and record their origin; return a message for the log.
 
-    Raises UserError if a file is corrupt or does not fit.
+    Writes nothing. Raises UserError if a file is corrupt or does not fit.
     """
     if start.run_dir:
         path = load_latest(trainer, start.run_dir)
@@ -96,13 +96,18 @@ def load_latest(trainer: Trainer, run_dir: Path) -> Path:
     newest = run_dir / f"network-snapshot-{trainer.state.nimg // 1000:06d}.pkl"
     snapshots = [path for path in run_dir.glob("network-snapshot-*.pkl") if path <= newest]
     trainer.last_snapshot = max(snapshots, default=None)
-    if distributed.is_main():
-        _remove_leftovers(run_dir)
-        _remove_later_averages(run_dir, trainer.state.nimg)
-        for log in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
-            with warn_on_write_error():
-                _truncate_log(log, trainer.state.nimg / 1000)
     return chosen
+
+
+def discard_later(run_dir: Path, nimg: int) -> None:
+    """Remove from a resumed run what it wrote after the training state, which is at `nimg` images: it is repeated."""
+    if not distributed.is_main():
+        return
+    _remove_leftovers(run_dir)
+    _remove_later_averages(run_dir, nimg)
+    for log in [run_dir / "stats.jsonl", *run_dir.glob("metric-*.jsonl")]:
+        with warn_on_write_error():
+            _truncate_log(log, nimg / 1000)
 
 
 def _resume_newest(trainer: Trainer, run_dir: Path) -> Path:

@@ -65,6 +65,8 @@ def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
     with _memory_errors(config):
         trainer = Trainer(config, dataset, device)
         origin = restore.load(trainer, start)
+        if start.run_dir:
+            restore.discard_later(start.run_dir, trainer.state.nimg)
         config = trainer.config  # includes the origin of the weights
         trainer.synchronise()
         context = build_context(trainer)
