@@ -274,7 +274,7 @@ def block_title(number: int, grid: Sequence[int]) -> str:
 
 
 def draw_blocks(pixels: np.ndarray, found: AttentionMaps, name: str) -> np.ndarray:
-    """Draw one row per block over an image (H, W, 3): its maps, averaged over heads; beside or below them the rollout."""
+    """Draw one row per block over an image (H, W, 3): its maps, averaged over heads, and the rollout."""
     titles = found.titles().values()
     maps = {f"{title}, all heads": maps.mean(axis=0) for title, maps in zip(titles, found.maps.values(), strict=True)}
     rolled = {f"input of {title}": maps for title, maps in zip(titles, found.rolled.values(), strict=True)}
