@@ -328,10 +328,10 @@ def plot(folder: Path, names: set[str]) -> None:
 def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iterator[dict[str, Any] | UserError]:
     """Yield a record for each snapshot and metric; yield a UserError for an unreadable snapshot if there are several.
 
-    The statistics of the real images are shared by all snapshots of a run.
+    The statistics of the real images are shared by consecutive snapshots that were trained on the same images.
     """
     context: MetricContext | None = None
-    data = None
+    sources = None  # of the images in the context
     for path in paths:
         try:
             snapshot = load_network(path, device)
@@ -345,12 +345,11 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
             click.echo(note, err=True)
         config = snapshot_config(job, snapshot)
         execution.set_gpu_arithmetic(allow_tf32=config.allow_tf32)  # as in training
-        if context is None or config.data != data:
-            data = config.data
-            trained = override(snapshot.config, job.changes).data
-            context = build_context(
-                job, device, open_reals(job, path, data), G=snapshot.G_ema, **open_parts(job, trained)
-            )
+        trained = override(snapshot.config, job.changes).data
+        if context is None or (config.data, trained) != sources:
+            sources = config.data, trained
+            reals = open_reals(job, path, config.data)
+            context = build_context(job, device, reals, G=snapshot.G_ema, **open_parts(job, trained))
         is_first = snapshot.nimg == 0 and len(paths) > 1  # has no averages
         networks: list[tuple[Any, Plan | None]] = [(snapshot.G_ema, None)]
         if job.ema:

@@ -26,7 +26,7 @@ from metrics.likelihood import Mixture, likelihood_divergence
 from metrics.sampling import MetricContext
 from training.config import PRESETS
 from training.dataset import DatasetConfig, ImageDataset
-from training.snapshots.snapshot import save_network
+from training.snapshots.snapshot import load_network, save_network
 
 
 def features(count: int, dimensions: int, seed: int) -> Tensor:
@@ -252,6 +252,17 @@ def test_the_holdout_of_a_run_is_compared_with_training_images(
     assert own["authpct40"]["data_hash"] == parts["train"].content_hash
     assert list(own["fid40_full"]["results"]) == ["fid40_full"]
     assert own["fid40_full"]["num_real"] == 256
+
+
+def test_snapshots_in_a_folder_use_their_own_split(snapshots: dict[int, Path], detector: Path, tmp_path: Path) -> None:
+    for kimg, holdout in enumerate((20, 56)):
+        config = override(load_network(snapshots[0]).config, {"data.holdout": holdout})
+        name = f"network-snapshot-{kimg:06d}.pkl"
+        save_network(tmp_path / name, config=config, G_ema=build(config.generator), nimg=1000 * kimg)
+    result = calc(tmp_path, detector, "--metrics=fld20")
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(record["num_real"], record["num_holdout"]) for record in found] == [(236, 20), (200, 56)]
 
 
 def test_both_frechet_distances_equal_separate_measurements(
