@@ -25,7 +25,8 @@ from metrics.sampling import cut, explain_shape_mismatch
 from metrics.sliced_wasserstein import downsample
 from torch_utils.images import save_pixels
 from torch_utils.sheets import FRAME_GAP, TEXT_SIZE, caption_of, captioned, sheet, tiles_of, titled
-from training.dataset import DatasetConfig, ImageDataset
+from training.dataset import DatasetConfig, ImageDataset, check_given
+from training.snapshots.reading import open_images
 from training.snapshots.snapshot import Snapshot
 
 Embedding = Callable[[Tensor], Tensor]  # uint8 images (B, C, H, W) -> features (B, F)
@@ -209,22 +210,15 @@ def open_training_images(snapshot: Snapshot, data: str | None, count: int) -> Im
     """
     trained = snapshot.config.data
     config = replace(trained, use_labels=False) if data is None else DatasetConfig(path=data, mirror=trained.mirror)
-    try:
-        dataset = ImageDataset(config)
-    except UserError as error:
-        if data is not None:
-            raise
-        raise UserError(
-            f"{error} (the training dataset of {snapshot.path}): specify the training images with --data"
-        ) from None
+    dataset = open_images(config, snapshot.path, is_given=data is not None)
     shapes = tuple(snapshot.G_ema.img_shape), tuple(dataset.img_shape)
     if shapes[0] != shapes[1]:
         raise UserError(f"--data={config.path}: {explain_shape_mismatch(*shapes, of_network=True)}")
-    if dataset.num_originals < max(count, 2):
-        raise UserError(
-            f"--count={count}: {config.path} has {counted(dataset.num_originals, 'image')}; each row needs "
-            f"{max(count, 2)}: specify a smaller --count or more --data"
-        )
+    number = dataset.num_originals
+    if number < 2:
+        raise UserError(f"--data={config.path}: has {counted(number, 'image')}; specify at least 2 training images")
+    if number < count:
+        raise UserError(f"--count={count}: {config.path} has {counted(number, 'image')}; specify at most {number}")
     return dataset
 
 
@@ -244,6 +238,7 @@ def show_neighbours(
     **options: Any,
 ) -> None:
     """Run `generate.py neighbours`."""
+    check_given("--data", data)
     snapshot, torch_device = open_network(network, device, ema)
     c = choose_label(snapshot, class_index, label, is_needed=is_mapping(seeds, projected_w))
     model = build_model(snapshot, torch_device, c, **options)

@@ -347,7 +347,7 @@ def test_a_folder_of_images_can_replace_the_network(
     assert "5000 generated images are requested, but the set holds 21" in few.stderr
     without = calc("--metrics=swd12", network=fakes)
     assert without.exit_code == 2
-    assert "specify the real images with --data" in without.stderr
+    assert "specify the dataset with --data" in without.stderr
 
 
 def test_a_training_subset_does_not_limit_the_reals(snapshot: Path, detector_program: Path, tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_a_missing_training_dataset_is_requested_with_data(calc: CalcMetrics, sn
     save_network(path, config=config, G_ema=trained.G_ema, nimg=1000)
     result = calc("--metrics=swd12", network=path)
     assert result.exit_code == 2
-    assert f"(the training dataset of {path}): specify the real images with --data" in result.stderr
+    assert f"(the training dataset of {path}): specify the dataset with --data" in result.stderr
 
 
 def test_plots_include_earlier_results_with_equal_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -283,10 +283,12 @@ def test_both_frechet_distances_equal_separate_measurements(
     ("holdout", "arguments", "message"),
     [
         (0, ["--holdout=run"], "--holdout=run: the run held out no images"),
-        (0, ["--holdout=no-such.zip"], "no-such.zip"),
+        (0, ["--holdout=no-such.zip"], "Error: --holdout=no-such.zip does not exist: give a folder or .zip file"),
+        (0, ["--data=no-such.zip"], "Error: --data=no-such.zip does not exist: give a folder or .zip file"),
+        (0, ["--holdout={text}"], "Error: --holdout={text} is neither a folder nor a .zip file"),
         (0, ["--holdout={shapes}"], "--holdout: these are the training images"),
         (0, ["--metrics=fld5"], "metric fld5: needs images that the network was not trained on"),
-        (56, ["--holdout=run", "--data={few}"], "holdout=56: the dataset has 9 images: leave some for training"),
+        (56, ["--holdout=run", "--data={few}"], "few.zip: holdout=56: the dataset has 9 images: leave some"),
     ],
 )
 def test_unusable_holdouts_are_one_clear_message(
@@ -294,11 +296,13 @@ def test_unusable_holdouts_are_one_clear_message(
     message: str,
 ) -> None:  # fmt: skip
     few = make_shapes(tmp_path / "few.zip", 16, 9)
-    given = [argument.format(shapes=shapes_zip, few=few) for argument in arguments]
+    text = tmp_path / "notes.txt"
+    text.write_text("none")
+    given = [argument.format(shapes=shapes_zip, few=few, text=text) for argument in arguments]
     result = calc(snapshots[holdout], detector, "--metrics=fid20_full", *given)
     assert result.exit_code == 2, result.output
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error")]
-    assert message in line
+    assert message.format(text=text) in line
 
 
 def test_a_set_of_images_can_be_compared_with_held_out_images(detector: Path, shapes_zip: Path, tmp_path: Path) -> None:

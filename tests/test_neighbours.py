@@ -141,6 +141,14 @@ class NoFeatures(torch.nn.Module):
         return images.float()
 
 
+def test_a_missing_dataset_is_reported_before_the_network_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "network.pkl").write_bytes(b"no network")
+    result = run(
+        "neighbours", f"--network={tmp_path / 'network.pkl'}", f"--outdir={tmp_path}", "--data=none", "--seeds=0"
+    )
+    assert result.stderr.endswith("Error: --data=none does not exist: give a folder or .zip file of images\n")
+
+
 def test_bad_input_is_refused_before_anything_is_written(shapes32_zip: Path, tmp_path: Path) -> None:
     data, network = make_run(tmp_path)
     maps = script_program(tmp_path / "maps.pt", NoFeatures())
@@ -150,7 +158,10 @@ def test_bad_input_is_refused_before_anything_is_written(shapes32_zip: Path, tmp
         ([], "--seeds: specify images"),
         (["--seeds=0-299"], "--seeds: 300 images; a sheet shows at most 256"),
         (["--seeds=0", "--count=33"], "33 is not in the range 1<=x<=32"),
-        (["--seeds=0", f"--data={tmp_path / 'none.zip'}"], "none.zip"),
+        (
+            ["--seeds=0", f"--data={tmp_path / 'none.zip'}"],
+            f"Error: --data={tmp_path / 'none.zip'} does not exist: give",
+        ),
         (["--seeds=0", f"--data={shapes32_zip}"], "the network generates images of 3x16x16"),
         (["--seeds=0", f"--detector={maps}"], "expected features [B, F]"),
         (["--seeds=0", "--detector=none.pt2"], "--detector=none.pt2: no such file or folder"),
@@ -162,8 +173,10 @@ def test_bad_input_is_refused_before_anything_is_written(shapes32_zip: Path, tmp
         assert not (tmp_path / "out" / "neighbours.png").exists()
     few = make_shapes(tmp_path / "few.zip", 16, 3)
     result = run("neighbours", f"--network={network}", f"--outdir={tmp_path}", "--seeds=0", f"--data={few}")
-    assert "--count=6: " in result.stderr
-    assert "few.zip has 3 images; each row needs 6" in result.stderr
+    assert result.stderr.endswith(f"--count=6: {few} has 3 images; specify at most 3\n")
+    single = make_shapes(tmp_path / "single.zip", 16, 1)
+    result = run("neighbours", f"--network={network}", f"--outdir={tmp_path}", "--seeds=0", f"--data={single}")
+    assert result.stderr.endswith(f"--data={single}: has 1 image; specify at least 2 training images\n")
     data.unlink()
     result = run("neighbours", f"--network={network}", f"--outdir={tmp_path}", "--seeds=0")
-    assert "network.pkl): specify the training images with --data" in result.stderr
+    assert "network.pkl): specify the dataset with --data" in result.stderr

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch_utils.signals import Signals
 from training.data_sources.classes import note_on_gaps
 from training.data_sources.codec import PNG_START, decode_as, decode_image, read_shape, starts_as_plain_png
 from training.data_sources.dataset_json import DatasetJson
-from training.data_sources.files import labels_of, open_store, read_dataset_json
+from training.data_sources.files import check_exists, labels_of, open_store, read_dataset_json
 from training.data_sources.sizes import Shape, Size, Sizes, Survey, build_command, describe_shape, suggest_size
 
 try:
@@ -279,6 +279,23 @@ class ImageDataset:
             name = self._store.names[position]
             digest.update(f"\n{name!r} {self._store.fingerprint(name)}".encode())
         return digest.hexdigest()
+
+
+@contextmanager
+def naming(option: str, path: str) -> Iterator[None]:
+    """Begin the message of a UserError raised inside with the option that gave the path of a dataset."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        raise UserError(f"{option}={text}" if text.startswith(path) else f"{option}={path}: {text}") from None
+
+
+def check_given(option: str, path: str | None) -> None:
+    """Raise UserError, which names the option, if the path of a dataset is given and does not exist."""
+    if path is not None:
+        with naming(option, path):
+            check_exists(Path(path))
 
 
 class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
