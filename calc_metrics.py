@@ -352,7 +352,7 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
         if context is None or (config.data, trained) != sources:
             sources = config.data, trained
             reals = open_images(config.data, path, is_given="data.path" in job.changes)
-            context = build_context(job, device, reals, G=snapshot.G_ema, **open_parts(job, trained))
+            context = build_context(job, device, reals, G=snapshot.G_ema, **open_parts(job, trained, reals))
         is_first = snapshot.nimg == 0 and len(paths) > 1  # has no averages
         networks: list[tuple[Any, Plan | None]] = [(snapshot.G_ema, None)]
         if job.ema:
@@ -405,11 +405,11 @@ def snapshot_config(job: Job, snapshot: Snapshot) -> Any:
     return override(snapshot.config, limits | job.changes)
 
 
-def open_parts(job: Job, trained: DatasetConfig | None) -> dict[str, Any]:
+def open_parts(job: Job, trained: DatasetConfig | None, reals: ImageDataset) -> dict[str, Any]:
     """Return the fields of a MetricContext with the training and held-out images, without flips.
 
     `trained` are the images that the run trained on; None if the run is unknown. Raises UserError if --holdout=run is
-    given and the run held out no images.
+    given and the run held out no images, and if --holdout contains the reals.
     """
     if job.holdout == RUN and trained and not trained.holdout:
         raise UserError("--holdout=run: the run held out no images; specify a dataset of images it was not trained on")
@@ -418,7 +418,11 @@ def open_parts(job: Job, trained: DatasetConfig | None) -> dict[str, Any]:
         return {"held_out": ImageDataset(own, held_out=True), "compares_holdout": True}
     if job.holdout:
         with naming("--holdout", job.holdout):
-            return {"held_out": ImageDataset(DatasetConfig(path=job.holdout)), "compares_holdout": True}
+            held_out = ImageDataset(DatasetConfig(path=job.holdout))
+        if reals.overlaps(held_out):
+            remedy = "specify images that the network was not trained on"
+            raise UserError(f"--holdout={job.holdout}: contains images of {reals.path}; {remedy}")
+        return {"held_out": held_out, "compares_holdout": True}
     if "data.path" in job.changes or all(find(name, job.setup)[0].part == "all" for name in job.metric_names):
         return {}
     train = None if own.max_images is None and not own.holdout else ImageDataset(own)
@@ -429,7 +433,7 @@ def measure_images(job: Job, device: torch.device) -> Iterator[dict[str, Any] | 
     """Yield a record for each metric of a job on a set of images."""
     data = DatasetConfig(path=job.changes["data.path"], mirror=job.changes.get("data.mirror", False))
     reals, fakes = with_labels("--data", data), with_labels("--network", DatasetConfig(path=str(job.network)))
-    context = build_context(job, device, reals, fakes=fakes, **open_parts(job, None))
+    context = build_context(job, device, reals, fakes=fakes, **open_parts(job, None, reals))
     for result in compute_all(job.metric_names, context):
         yield result_to_json(result, context, snapshot=job.network, kimg=None, data=data.path)
 

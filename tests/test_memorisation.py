@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 from conftest import SMALL, make_shapes
 from exploration_helpers import build
 from metric_helpers import ArrayImages, SmallDetector, bound, natural_images, script_program
+from PIL import Image
 from torch import Tensor
 
 import calc_metrics
@@ -203,6 +205,30 @@ def test_held_out_images_must_differ_from_the_training_images(detector: Path) ->
         context_of(detector, natural_images(5), held_out=OtherImages(natural_images(5, (3, 16, 16))))
 
 
+def test_datasets_with_common_images_overlap(tmp_path: Path) -> None:
+    def opened(path: Path, **changes: Any) -> ImageDataset:
+        return ImageDataset(DatasetConfig(path=str(path), **changes))
+
+    def scenes(name: str, count: int, seed: int = 0) -> Path:
+        return make_shapes(tmp_path / f"{name}.zip", 16, count, seed)
+
+    train, other = scenes("train", 120), scenes("other", 120, seed=1)
+    assert opened(train).overlaps(opened(scenes("more", 150)))
+    assert not opened(train).overlaps(opened(other))
+    assert opened(train, max_images=1).overlaps(opened(train, max_images=1, seed=1))
+    with zipfile.ZipFile(train) as source, zipfile.ZipFile(other, "a") as archive:
+        name = next(name for name in source.namelist() if name.endswith(".png"))
+        archive.writestr("copy.png", source.read(name))
+    assert not opened(train).overlaps(opened(other))  # a single duplicate
+    assert opened(train, max_images=60).overlaps(opened(train, holdout=60))
+
+    for folder in (tmp_path / "all" / "val", tmp_path / "beside"):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "image.png")
+    assert opened(tmp_path / "all").overlaps(opened(tmp_path / "all" / "val"))
+    assert not opened(tmp_path / "all").overlaps(opened(tmp_path / "beside"))
+
+
 # calc_metrics.py --holdout and training.
 
 
@@ -269,7 +295,7 @@ def test_both_frechet_distances_equal_separate_measurements(
     snapshots: dict[int, Path], detector: Path, tmp_path: Path
 ) -> None:
     """Against a dataset of held-out images, each distance is that to this dataset alone."""
-    other = make_shapes(tmp_path / "other.zip", 16, 300)
+    other = make_shapes(tmp_path / "other.zip", 16, 300, seed=1)
     found = records(calc(snapshots[0], detector, f"--holdout={other}", "--metrics=fid40_full"))["fid40_full"]
     assert (found["num_real"], found["num_holdout"]) == (256, 256)
     alone = records(calc(snapshots[0], detector, "--metrics=fid40_full"))["fid40_full"]["results"]["fid40_full"]
@@ -286,7 +312,8 @@ def test_both_frechet_distances_equal_separate_measurements(
         (0, ["--holdout=no-such.zip"], "Error: --holdout=no-such.zip does not exist: give a folder or .zip file"),
         (0, ["--data=no-such.zip"], "Error: --data=no-such.zip does not exist: give a folder or .zip file"),
         (0, ["--holdout={text}"], "Error: --holdout={text} is neither a folder nor a .zip file"),
-        (0, ["--holdout={shapes}"], "--holdout: these are the training images"),
+        (0, ["--holdout={few}"], "few.zip: contains images of "),
+        (56, ["--holdout={shapes}"], "shapes.zip: contains images of "),
         (0, ["--metrics=fld5"], "metric fld5: needs images that the network was not trained on"),
         (56, ["--holdout=run", "--data={few}"], "few.zip: holdout=56: the dataset has 9 images: leave some"),
     ],
@@ -306,10 +333,10 @@ def test_unusable_holdouts_are_one_clear_message(
 
 
 def test_a_set_of_images_can_be_compared_with_held_out_images(detector: Path, shapes_zip: Path, tmp_path: Path) -> None:
-    other, fakes = (make_shapes(tmp_path / f"{name}.zip", 16, count) for name, count in (("other", 40), ("fakes", 60)))
+    other, fakes = make_shapes(tmp_path / "other.zip", 16, 40, seed=1), make_shapes(tmp_path / "fakes.zip", 16, 60)
     result = calc(fakes, detector, f"--data={shapes_zip}", f"--holdout={other}", "--metrics=fld50,authpct50")
     found = records(result)
-    assert found["authpct50"]["results"]["authpct50"] < 10  # the scenes of a dataset depend on their number only
+    assert found["authpct50"]["results"]["authpct50"] < 10  # copies: the first scenes of the dataset
     assert found["fld50"]["results"]["fld50_generalisation_gap"] != 0
     refused = calc(fakes, detector, f"--data={shapes_zip}", "--holdout=run", "--metrics=fld50")
     assert refused.exit_code == 2
