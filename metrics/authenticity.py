@@ -21,7 +21,7 @@ def authentic_percent(train: Tensor, fake: Tensor) -> float:
     if len(train) < 2:
         raise UserError(f"needs at least 2 training images, got {len(train)}")
     _, index = nearest(fake, train)  # j
-    _, other = nearest(train, train, rank=2)  # k; rank 1 is the image itself
+    _, other = nearest(train, train, is_same=True)  # k
     # The distances of the search are products of matrices, in which small distances cancel.
     distance, own = (fake - train[index]).norm(dim=1), (train[index] - train[other[index]]).norm(dim=1)
     return 100 * float((distance > own).double().mean())

@@ -25,6 +25,7 @@ from metrics import registry
 from metrics.authenticity import authentic_percent
 from metrics.detectors import read_detectors
 from metrics.likelihood import Mixture, likelihood_divergence
+from metrics.precision_recall import nearest
 from metrics.sampling import MetricContext
 from training.config import PRESETS
 from training.dataset import DatasetConfig, ImageDataset
@@ -95,6 +96,16 @@ def test_authpct_of_uniform_samples_on_a_line_is_a_third() -> None:
 def test_a_copy_of_a_duplicated_training_image_is_not_authentic() -> None:
     real = features(80, 64, 1) + 1000
     assert authentic_percent(torch.cat([real, real]), real) == 0
+
+
+def test_copies_of_nearly_equal_training_images_are_not_authentic() -> None:
+    """The distances between the pairs are lost in the rounding of |x|^2 + |y|^2 - 2 x y."""
+    real = features(80, 64, 1)
+    twins = real + 3e-4 * features(80, 64, 2)
+    assert numpy_authentic_percent(torch.cat([real, twins]).double().numpy(), real.double().numpy()) == 0
+    assert authentic_percent(torch.cat([real, twins]), real) == 0
+    _, other = nearest(torch.cat([real, twins]), torch.cat([real, twins]), is_same=True)
+    assert torch.equal(other, torch.arange(160).roll(80))
 
 
 def test_authpct_separates_copies_from_held_out_images(detector: Path) -> None:
