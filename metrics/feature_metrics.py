@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from dnnlib.config import UserError
 from metrics.authenticity import authenticity_numbers
 from metrics.detectors import TVGG16, Role
 from metrics.feature_stats import Moments, Recipe, Rows, Side, StatRequest, statistics_of
@@ -18,9 +19,9 @@ from metrics.frechet import frechet_numbers, warn_few_images
 from metrics.inception_score import class_sums, score_numbers
 from metrics.kernel import kernel_numbers, subsets
 from metrics.mind import mind_numbers
-from metrics.precision_recall import density_coverage_numbers, precision_recall_numbers
+from metrics.precision_recall import DC_NEIGHBOURS, PR_NEIGHBOURS, density_coverage_numbers, precision_recall_numbers
 from metrics.registry import Measurement, register_metric
-from metrics.sampling import MAX_REALS, NUM_IMAGES, MetricContext, Part
+from metrics.sampling import FAKES, MAX_REALS, NUM_IMAGES, REALS, MetricContext, Part
 
 Reals = Literal["all", "most", "train", "equal", "paired", "none"]
 PROTOCOLS: dict[Reals, str] = {  # number of images
@@ -47,6 +48,7 @@ class FeatureMetric:
     protocol        processing of the features; the number of images is appended
     role            the detector
     reals           number of reals, a key of PROTOCOLS; `equal` and `paired` include flipped reals under --mirror
+    min_sizes       required numbers of reals and fakes
     compares_holdout    with MetricContext.compares_holdout, also compute the metric, with the suffixes _train and
                     _holdout, for equal numbers of training and held-out images
     recipe          Side -> the statistic to compute for that side
@@ -62,6 +64,7 @@ class FeatureMetric:
     paper: str
     role: Role
     reals: Reals
+    min_sizes: tuple[int, int] = (0, 0)
     recipe: Callable[[Side], Recipe]
     numbers: Callable[..., dict[str, float]]
     clean_numbers: Callable[..., dict[str, float]] | None = None
@@ -87,7 +90,11 @@ class FeatureMetric:
             "none": 0,
         }
         limit = limits[self.reals]
-        sizes = {"num_real": total if limit is None else min(limit, total), "num_fake": num_fake, "seed": context.seed}
+        num_real = total if limit is None else min(limit, total)
+        for least, size, images in zip(self.min_sizes, (num_real, num_fake), (REALS[context.part], FAKES), strict=True):
+            if size < least:
+                raise UserError(f"needs at least {least} {images}, got {size}")
+        sizes = {"num_real": num_real, "num_fake": num_fake, "seed": context.seed}
         real, fake = (self.recipe(Side(of=of, **sizes)) for of in ("real", "fake"))
         requests = [StatRequest(of="fake", role=self.role, count=num_fake, recipe=fake)]
         if self.reals != "none":
@@ -229,6 +236,7 @@ PRECISION = FeatureMetric(
     paper="Kynkaanniemi et al. 2019",
     role="vgg16",
     reals="most",
+    min_sizes=(PR_NEIGHBOURS + 1, PR_NEIGHBOURS + 1),
     recipe=always(Rows(half=True)),
     numbers=precision_recall_numbers,
     library_suffix="_tvgg16",
@@ -243,6 +251,7 @@ DENSITY = FeatureMetric(
     paper="Naeem et al. 2020",
     role="vgg16",
     reals="most",
+    min_sizes=(DC_NEIGHBOURS + 1, 1),
     recipe=always(Rows()),
     numbers=density_coverage_numbers,
     library_suffix="_tvgg16",
@@ -256,6 +265,7 @@ AUTHENTICITY = FeatureMetric(
     paper="Alaa et al. 2022, Stein et al. 2023",
     role="inception",
     reals="train",
+    min_sizes=(2, 1),
     recipe=always(Rows()),
     numbers=authenticity_numbers,
     higher_is_better=True,

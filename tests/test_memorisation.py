@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,20 @@ def test_authpct_separates_copies_from_held_out_images(detector: Path) -> None:
     assert 40 <= results(context_of(detector, images[400:]), "authpct200")["authpct200"] <= 60
 
 
-def test_authpct_refuses_a_single_training_image(detector: Path) -> None:
-    context = context_of(detector, natural_images(5), images=OtherImages(natural_images(1, seed=3)))
-    with pytest.raises(UserError, match="metric authpct5: needs at least 2 training images, got 1"):
-        results(context, "authpct5")
+@pytest.mark.parametrize(
+    ("name", "reals", "message"),
+    [
+        ("authpct5", 1, "metric authpct5: needs at least 2 training images, got 1"),
+        ("pr53_full", 3, "metric pr53_full: needs at least 4 real images, got 3"),
+        ("pr33_full", 8, "metric pr33_full: needs at least 4 generated images, got 3"),
+        ("dc5_full", 5, "metric dc5_full: needs at least 6 real images, got 5"),
+    ],
+)
+def test_too_few_images_are_refused_before_any_pass(detector: Path, name: str, reals: int, message: str) -> None:
+    setup = read_detectors((f"inception:{detector}", f"vgg16:{detector}"))
+    context = replace(context_of(detector, natural_images(5), images=OtherImages(natural_images(reals))), setup=setup)
+    with pytest.raises(UserError, match=f"^{message}$"):
+        registry.prepare([name], context)
 
 
 # Feature likelihood divergence.
