@@ -115,14 +115,21 @@ def _origin(record: Record) -> str:
 
 def describe(spec: MetricSpec, setup: DetectorSetup = STANDARD) -> list[tuple[str, str]]:
     """Return (heading, text) of everything that a user should know about a metric, in the order of reading."""
+
+    def name_of(suffix: str) -> str:
+        return f"{spec.pattern}{spec.library_suffix}{suffix}"
+
     flips = "counted among the reals with --mirror" if spec.counts_flips else "never counted among the reals"
     needs, missing = "; ".join(map(setup.needs, spec.roles)), spec.missing(setup)
+    directed = [suffix for suffix in spec.values if spec.is_higher_better(suffix) is not None]
+    better = f"{'higher' if spec.higher_is_better else 'lower'} values"
+    better += f" of {', '.join(map(name_of, directed))}" if 0 < len(directed) < len(spec.values) else ""
     rows = [
         ("measures", spec.help),
         ("note", spec.note),
         ("status", "no result of a network: only reals are compared" if spec.is_floor else ""),
-        ("better", f"{'higher' if spec.higher_is_better else 'lower'} values" if not spec.is_floor else ""),
-        ("values", ", ".join(f"{spec.pattern}{spec.library_suffix}{suffix}" for suffix in spec.values)),
+        ("better", better if directed else ""),
+        ("values", ", ".join(map(name_of, spec.values))),
         ("protocol", spec.protocol),
         ("--protocol=clean", spec.clean or ""),
         ("detector", "; ".join(map(setup.describe, spec.roles)) or "none"),

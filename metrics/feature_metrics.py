@@ -32,6 +32,7 @@ PROTOCOLS: dict[Reals, str] = {  # number of images
     "paired": "50,000 or <N> fakes, at most as many as there are reals, and as many reals",
     "none": "50,000 fakes or <N>",
 }
+COMPARED = ("_train", "_holdout")  # suffixes of the values against equal numbers of training and held-out images
 COMPARISON = "with --holdout, also _train and _holdout: equal numbers of training and of held-out images"
 
 
@@ -44,7 +45,7 @@ def no_warnings(*results: object) -> tuple[str, ...]:
 class FeatureMetric:
     """A metric on the features of one detector.
 
-    pattern, help, paper, note, values, clean, library_suffix, higher_is_better    as in MetricSpec
+    pattern, help, paper, note, values, undirected, clean, library_suffix, higher_is_better    as in MetricSpec
     protocol        processing of the features; the number of images is appended
     role            the detector
     reals           number of reals, a key of PROTOCOLS; `equal` and `paired` include flipped reals under --mirror
@@ -71,6 +72,7 @@ class FeatureMetric:
     warnings: Callable[..., tuple[str, ...]] = no_warnings
     note: str = ""
     values: tuple[str, ...] = ("",)
+    undirected: tuple[str, ...] = ()
     clean: str | None = None
     library_suffix: str = ""
     higher_is_better: bool = False
@@ -119,7 +121,7 @@ class FeatureMetric:
         sizes = {request.of: statistics.size(request) for request in main}
         numbers = self.clean_numbers if self.clean_numbers and context.setup.protocol == "clean" else self.numbers
         values, warnings = numbers(*results), self.warnings(*results)
-        for suffix, request in zip(("_train", "_holdout"), compared, strict=False):
+        for suffix, request in zip(COMPARED, compared, strict=False):
             sides = statistics[request], results[1]
             values |= {f"{suffix}{key}": value for key, value in numbers(*sides).items()}
             warnings += self.warnings(*sides)
@@ -145,7 +147,8 @@ def register_feature_metric(metric: FeatureMetric) -> None:
         protocol=f"{metric.protocol}; {PROTOCOLS[metric.reals]}",
         paper=metric.paper,
         note="; ".join(filter(None, [metric.note, COMPARISON if metric.compares_holdout else ""])),
-        values=metric.values,
+        values=(*metric.values, *(COMPARED if metric.compares_holdout else ())),
+        undirected=metric.undirected,
         roles=(metric.role,),
         plan=metric.plan,
         counts_flips=metric.reals in ("equal", "paired"),
@@ -188,6 +191,7 @@ KID = FeatureMetric(
     help="kernel inception distance between N fakes and all reals, unbiased for small sets",
     note="not multiplied by 1000, as it often is in papers; no deviation if both sets fit into one subset",
     values=("", "_std"),
+    undirected=("_std",),
     protocol="100 subsets of at most 1,000",
     paper="Binkowski et al. 2018",
     role="inception",
@@ -219,6 +223,7 @@ SCORE = FeatureMetric(
     pattern="is<N>",
     help="inception score of N fakes; uses no reals",
     values=("_mean", "_std"),
+    undirected=("_std",),
     protocol="class logits (of Inception: 1008, without bias), 10 splits",
     paper="Salimans et al. 2016",
     role="inception",

@@ -141,6 +141,7 @@ def register_likelihood(pattern: str, role: Role) -> None:
         help="feature likelihood divergence of N fakes from images that were not used in training",
         note="requires --holdout; the generalisation gap is below 0 if training images are memorised",
         values=("", "_generalisation_gap"),
+        undirected=("_generalisation_gap",),
         protocol="Gaussians at 10,000 fakes or <N>, 50 steps of Adam; at most 50,000 training and 50,000 other images",
         paper="Jiralerspong et al. 2023",
         roles=(role,),

@@ -243,8 +243,8 @@ def test_every_metric_can_be_explained(spec: metrics.MetricSpec) -> None:
 def test_explanations_state_direction_values_and_requirements() -> None:
     text = " ".join(explain("is10k,kid50k_full").stdout.split())
     first, _, second = text.partition("kid<N>_full: ")
-    assert "better higher values values is<N>_mean, is<N>_std protocol" in first
-    assert "better lower values values kid<N>_full, kid<N>_full_std protocol" in second
+    assert "better higher values of is<N>_mean values is<N>_mean, is<N>_std protocol" in first
+    assert "better lower values of kid<N>_full values kid<N>_full, kid<N>_full_std protocol" in second
     for part in (first, second):
         assert "needs weights-inception-2015-12-05-6726825d.pth, downloaded on first use; the package torch-f" in part
     unknown = explain("kid,swdd")
@@ -347,7 +347,7 @@ def test_a_folder_of_images_can_replace_the_network(
     assert "5000 generated images are requested, but the set holds 21" in few.stderr
     without = calc("--metrics=swd12", network=fakes)
     assert without.exit_code == 2
-    assert "specify the dataset with --data" in without.stderr
+    assert "specify the real images with --data" in without.stderr
 
 
 def test_a_training_subset_does_not_limit_the_reals(snapshot: Path, detector_program: Path, tmp_path: Path) -> None:

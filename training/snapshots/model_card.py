@@ -105,7 +105,7 @@ def _describe_metrics(snapshot: Path) -> str:
 
 def _describe_metric(record: dict[str, Any]) -> str:
     """Return a list item with the meaning of a record's metric, and all that its value depends on."""
-    spec = find_recorded(record["metric"])
+    spec, _ = find_recorded(record["metric"]) or (None, "")
     direction = "higher" if spec and spec.higher_is_better else "lower"
     meaning = f"{spec.help}; {direction} is better. " if spec else ""
     settings = [record.get("detector"), record["protocol"]]
