@@ -9,13 +9,15 @@ from typing import Any
 
 from dnnlib.util import format_time, redraw
 from metrics.detectors import DetectorSetup
-from metrics.registry import STANDARD, MetricSpec
+from metrics.registry import HOLDOUT_VALUES, STANDARD, MetricSpec
 from metrics.sampling import Pass, Progress
 from torch_utils import distributed
 
 ANNOUNCED = 60.0  # seconds; metrics that take longer are announced
 MEASURED = 3.0  # seconds after the first batch until the speed is measured
 WARM_UP = 20.0  # seconds; a first batch that takes longer measures the speed too
+
+EQUAL_NUMBERS = "_train and _holdout compare with equal numbers of training and held-out images"
 
 Record = dict[str, Any]  # as registry.result_to_json returns it
 
@@ -130,6 +132,7 @@ def describe(spec: MetricSpec, setup: DetectorSetup = STANDARD) -> list[tuple[st
         ("status", "no result of a network: only reals are compared" if spec.is_floor else ""),
         ("better", better if directed else ""),
         ("values", ", ".join(map(name_of, spec.values))),
+        ("--holdout", EQUAL_NUMBERS if set(HOLDOUT_VALUES) <= set(spec.values) else ""),
         ("protocol", spec.protocol),
         ("--protocol=clean", spec.clean or ""),
         ("detector", "; ".join(map(setup.describe, spec.roles)) or "none"),

@@ -20,7 +20,7 @@ from metrics.inception_score import class_sums, score_numbers
 from metrics.kernel import kernel_numbers, subsets
 from metrics.mind import mind_numbers
 from metrics.precision_recall import DC_NEIGHBOURS, PR_NEIGHBOURS, density_coverage_numbers, precision_recall_numbers
-from metrics.registry import Measurement, register_metric
+from metrics.registry import HOLDOUT_VALUES, Measurement, register_metric
 from metrics.sampling import FAKES, MAX_REALS, NUM_IMAGES, REALS, MetricContext, Part
 
 Reals = Literal["all", "most", "train", "equal", "paired", "none"]
@@ -32,8 +32,6 @@ PROTOCOLS: dict[Reals, str] = {  # number of images
     "paired": "50,000 or <N> fakes, at most as many as there are reals, and as many reals",
     "none": "50,000 fakes or <N>",
 }
-COMPARED = ("_train", "_holdout")  # suffixes of the values against equal numbers of training and held-out images
-COMPARISON = "with --holdout, also _train and _holdout: equal numbers of training and of held-out images"
 
 
 def no_warnings(*results: object) -> tuple[str, ...]:
@@ -50,8 +48,7 @@ class FeatureMetric:
     role            the detector
     reals           number of reals, a key of PROTOCOLS; `equal` and `paired` include flipped reals under --mirror
     min_sizes       required numbers of reals and fakes
-    compares_holdout    with MetricContext.compares_holdout, also compute the metric, with the suffixes _train and
-                    _holdout, for equal numbers of training and held-out images
+    compares_holdout    with MetricContext.compares_holdout, also compute the HOLDOUT_VALUES
     recipe          Side -> the statistic to compute for that side
     numbers         (statistic of reals, statistic of fakes) -> {name suffix: value}, the main value first;
                     (statistic of fakes) -> the same if `reals` is "none". Collective: equal results on all processes
@@ -121,7 +118,7 @@ class FeatureMetric:
         sizes = {request.of: statistics.size(request) for request in main}
         numbers = self.clean_numbers if self.clean_numbers and context.setup.protocol == "clean" else self.numbers
         values, warnings = numbers(*results), self.warnings(*results)
-        for suffix, request in zip(COMPARED, compared, strict=False):
+        for suffix, request in zip(HOLDOUT_VALUES, compared, strict=False):
             sides = statistics[request], results[1]
             values |= {f"{suffix}{key}": value for key, value in numbers(*sides).items()}
             warnings += self.warnings(*sides)
@@ -146,8 +143,8 @@ def register_feature_metric(metric: FeatureMetric) -> None:
         help=metric.help,
         protocol=f"{metric.protocol}; {PROTOCOLS[metric.reals]}",
         paper=metric.paper,
-        note="; ".join(filter(None, [metric.note, COMPARISON if metric.compares_holdout else ""])),
-        values=(*metric.values, *(COMPARED if metric.compares_holdout else ())),
+        note=metric.note,
+        values=(*metric.values, *(HOLDOUT_VALUES if metric.compares_holdout else ())),
         undirected=metric.undirected,
         roles=(metric.role,),
         plan=metric.plan,
@@ -264,8 +261,8 @@ DENSITY = FeatureMetric(
 )
 AUTHENTICITY = FeatureMetric(
     pattern="authpct<N>",
-    help="percentage of N fakes that are not copies of training images",
-    note="a fake is no copy if its nearest training image is nearer to another training image than to the fake",
+    help="percentage of N fakes that are authentic: no copies of training images",
+    note="a fake is authentic if its nearest training image is nearer to another training image than to the fake",
     protocol="distances in float32",
     paper="Alaa et al. 2022, Stein et al. 2023",
     role="inception",

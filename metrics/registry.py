@@ -46,6 +46,7 @@ COMPARABLE = (  # two records of a metric are comparable if these fields are equ
     "num_fake",
     "holdout_hash",
 )
+HOLDOUT_VALUES = ("_train", "_holdout")  # against equal numbers of training and held-out images
 STANDARD = DetectorSetup()  # the networks of the literature, with the protocol of the StyleGAN family
 
 
