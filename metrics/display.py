@@ -22,7 +22,7 @@ EQUAL_NUMBERS = "_train and _holdout compare with equal numbers of training and 
 Record = dict[str, Any]  # as registry.result_to_json returns it
 
 
-class Pace:
+class PassSpeed:
     """Speed of a pass, measured after the first batch, whose time includes loading and warming up."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class ProgressLine(Progress):
 
     def __init__(self) -> None:
         self.plan("", ())
-        self.pace, self.shown = Pace(), self.start
+        self.speed, self.shown = PassSpeed(), self.start
 
     def plan(self, metrics: str, passes: Sequence[Pass]) -> None:
         self.metrics, self.passes, self.start = metrics, passes, time.monotonic()
@@ -60,15 +60,15 @@ class ProgressLine(Progress):
             return
         now, on_screen = time.monotonic(), sys.stderr.isatty()
         if done == 0:
-            self.pace, self.shown, self.number = Pace(), now, self.number + 1
+            self.speed, self.shown, self.number = PassSpeed(), now, self.number + 1
             return
         text = f"{name}: {done} of {total}"
         if done == total:
             _print(text)
             return
-        left = self.pace.seconds_left(done, total)
+        left = self.speed.seconds_left(done, total)
         if left is not None and not self.is_announced and now - self.start + left > ANNOUNCED:
-            self._announce(name, total, now - self.pace.start + left)
+            self._announce(name, total, now - self.speed.start + left)
         if now - self.shown > (0.5 if on_screen else 30):
             self.shown = now
             text += "" if left is None else f", {format_time(left)} left"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from metrics.authenticity import authentic_percent
 from metrics.detectors import read_detectors
 from metrics.likelihood import Mixture, likelihood_divergence
 from metrics.precision_recall import nearest
-from metrics.sampling import MetricContext
+from metrics.sampling import MetricContext, Pass, Progress
 from training.config import PRESETS
 from training.dataset import DatasetConfig, ImageDataset
 from training.snapshots.snapshot import load_network, save_network
@@ -178,7 +179,7 @@ def test_fld_equals_a_float64_reference(copies: int) -> None:
     real, holdout, fake = features(90, 6, 1), features(50, 6, 2), features(40, 6, 3)
     fake[:copies] = real[:copies]
     order = np.random.RandomState(4).permutation(90)
-    measured = likelihood_divergence(real, holdout, fake, order)
+    measured = likelihood_divergence(real, holdout, fake, order, list[int]().append)
     assert measured == pytest.approx(numpy_divergence((real, holdout, fake), order), rel=2e-3, abs=0.05)
 
 
@@ -186,7 +187,7 @@ def test_fld_accepts_constant_features() -> None:
     real, holdout, fake = features(60, 4, 1), features(40, 4, 2), features(50, 4, 3)
     for rows in (real, holdout, fake):
         rows[:, 2] = 7
-    measured = likelihood_divergence(real, holdout, fake, np.arange(60))
+    measured = likelihood_divergence(real, holdout, fake, np.arange(60), list[int]().append)
     assert measured == pytest.approx(numpy_divergence((real, holdout, fake), np.arange(60)), rel=2e-3, abs=0.05)
 
 
@@ -194,10 +195,33 @@ def test_a_mixture_of_one_centre_has_the_likelihood_of_its_parts() -> None:
     """With all centres at one place the best variance of Gaussian points is their mean square."""
     points = torch.from_numpy(np.random.RandomState(0).standard_normal((2000, 3))).float()
     points -= points.mean(dim=0)
-    mixture = Mixture(torch.zeros(2, 3), points)
+    mixture = Mixture(torch.zeros(2, 3), points, list[int]().append)
     variance = float(points.double().square().mean())
     assert mixture.log_variance.exp().tolist() == pytest.approx([variance] * 3, rel=0.05)
     assert mixture.nll(points) == pytest.approx(np.log(2 * np.pi * variance) / 2 + 0.5, abs=0.01)
+
+
+class Reports(Progress):
+    """Progress that keeps its reports."""
+
+    def __init__(self) -> None:
+        self.plans: list[tuple[str, list[Pass]]] = []
+        self.reports: list[tuple[str, int, int]] = []
+
+    def plan(self, metrics: str, passes: Sequence[Pass]) -> None:
+        self.plans.append((metrics, [*passes]))
+        self.reports = []
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        self.reports.append((name, done, total))
+
+
+def test_fld_reports_the_steps_of_its_fits(detector: Path) -> None:
+    progress = Reports()
+    results(context_of(detector, natural_images(9, seed=2), progress=progress), "fld9")
+    assert progress.plans[-1] == ("fld9", [("fitting steps", 100)])
+    steps = [*range(51), *range(50, 101)]  # of the fakes' mixture, then of the reference
+    assert progress.reports == [("fitting steps", step, 100) for step in steps]
 
 
 def test_fld_and_its_gap_detect_a_generator_that_copies(detector: Path) -> None:
