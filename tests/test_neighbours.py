@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from exploration import neighbours
-from exploration.neighbours import find_nearest, search, small_pixels
+from exploration.neighbours import Neighbour, find_nearest, search, small_pixels
+from torch_utils.sheets import TEXT_SIZE, column_width
 from training.dataset import DatasetConfig, ImageDataset
 
 CPU = torch.device("cpu")
@@ -112,10 +113,42 @@ def test_the_command_writes_a_sheet_and_its_records(tmp_path: Path) -> None:
         first = record["neighbours"][0]
         assert record["authentic"] == (first["distance"] > first["own_distance"])
         assert first["file"] == dataset.file_name(first["index"])
-        assert record["features"] == "pixels at 32 px"
+        assert record["features"] == "pixels at 16x16"
     H, W, _ = pixels(tmp_path / "out" / "neighbours.png").shape
     assert W > 5 * 96
     assert H > 2 * 96
+
+
+@pytest.mark.parametrize(("side", "name"), [(16, "16x16"), (32, "32x32"), (48, "24x24"), (96, "24x24"), (65, "17x17")])
+def test_the_compared_resolution_is_stated(side: int, name: str) -> None:
+    embed, features = neighbours.choose_embedding(None, (3, side, side), CPU)
+    assert features == f"pixels at {name}"
+    assert embed(torch.zeros(2, 3, side, side)).shape == (2, 3 * int(name[:2]) ** 2)
+    assert neighbours.choose_embedding(None, (1, 40, 100), CPU)[1] == "pixels at 50x20"
+
+
+def test_rows_of_a_sheet_are_aligned_under_wide_captions(tmp_path: Path) -> None:
+    """Tiles of white frames: the columns of frames have one width and one pitch in all rows."""
+    images = torch.zeros(32, 3, 24, 64, dtype=torch.uint8)
+    images[:, 0] = 255  # red
+    dataset = ImageDataset(DatasetConfig(path=str(save_images(tmp_path / "data", images))))
+    own = (0.000615, 7.0, 0.00152)
+    found = [
+        [
+            Neighbour(index=index, flipped=False, distance=own[(index + row) % 3], own_distance=own[row])
+            for index in range(32)
+        ]
+        for row in range(3)
+    ]
+    drawn = neighbours.draw(images[:3], ["1", "2", "3"], found, dataset).astype(int)
+    is_red = (drawn[:, :, 0] == 255) & (drawn[:, :, 1] == 0)
+    starts = [np.flatnonzero(np.diff(row.astype(int), prepend=0) == 1) for row in is_red if row.sum() > 32]
+    assert all(row.tolist() == starts[0].tolist() for row in starts)
+    assert len(starts[0]) == 33
+    assert len(set(np.diff(starts[0][1:]))) == 1
+    assert is_red[:, -1].sum() == 0  # the last tile is narrower than its caption, so it is not cut off
+    pitch = starts[0][2] - starts[0][1]
+    assert pitch > column_width(0, ["0.000615 / 0.00152"], TEXT_SIZE)
 
 
 def test_features_of_a_detector_are_compared(tmp_path: Path) -> None:
