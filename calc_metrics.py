@@ -245,7 +245,7 @@ def find_run(path: Path, subjects: list[Path] | None) -> Path | None:
     return folder if subjects and (folder / OPTIONS_FILE).is_file() else None
 
 
-def check_holdout(subjects: list[Path] | None, holdout: str | None) -> None:
+def check_holdout(subjects: list[Path] | None, holdout: str | Path | None) -> None:
     """Raise UserError if --holdout does not exist, or refers to the run of a set of images, which has none."""
     if holdout != RUN:
         check_given("--holdout", holdout)

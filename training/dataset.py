@@ -307,10 +307,10 @@ def naming(option: str, path: str) -> Iterator[None]:
         raise UserError(f"{option}={text}" if text.startswith(path) else f"{option}={path}: {text}") from None
 
 
-def check_given(option: str, path: str | None) -> None:
+def check_given(option: str, path: str | Path | None) -> None:
     """Raise UserError, which names the option, if the path of a dataset is given and does not exist."""
     if path is not None:
-        with naming(option, path):
+        with naming(option, str(path)):
             check_exists(Path(path))
 
 
