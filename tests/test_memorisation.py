@@ -100,7 +100,7 @@ def test_a_copy_of_a_duplicated_training_image_is_not_authentic() -> None:
     assert authentic_percent(torch.cat([real, real]), real) == 0
 
 
-def test_copies_of_nearly_equal_training_images_are_not_authentic() -> None:
+def test_copies_of_nearly_equal_images_are_not_authentic() -> None:
     """The distances between the pairs are lost in the rounding of |x|^2 + |y|^2 - 2 x y."""
     real = features(80, 64, 1)
     twins = real + 3e-4 * features(80, 64, 2)

@@ -174,7 +174,7 @@ class NoFeatures(torch.nn.Module):
         return images.float()
 
 
-def test_a_missing_dataset_is_reported_before_the_network_is_loaded(tmp_path: Path) -> None:
+def test_a_missing_dataset_is_reported_before_loading(tmp_path: Path) -> None:
     (tmp_path / "network.pkl").write_bytes(b"no network")
     result = run(
         "neighbours", f"--network={tmp_path / 'network.pkl'}", f"--outdir={tmp_path}", "--data=none", "--seeds=0"
