@@ -37,12 +37,12 @@ from reporting.drawing import check_matplotlib, draw_png
 from reporting.run_reader import read_run
 from torch_utils import distributed, kernels
 from training.data_sources.codec import SLOW_DECODER
-from training.dataset import DatasetConfig, ImageDataset
+from training.dataset import DatasetConfig, ImageDataset, check_given, naming
 from training.networks import execution
 from training.snapshots import post_hoc
 from training.snapshots.exchange import is_folder
 from training.snapshots.post_hoc import Plan
-from training.snapshots.reading import load_network, local_file
+from training.snapshots.reading import load_network, local_file, open_images
 from training.snapshots.snapshot import Snapshot, list_snapshots
 
 RUN = "run"  # value of --holdout: the images that the training run held out
@@ -191,6 +191,7 @@ def main(
     if subjects is None and context.params["data"] is None:
         raise UserError(f"--network={network}: is a set of images: specify the real images with --data")
     check_lengths(subjects, ema is not None)
+    check_given("--data", options["data"])
     check_holdout(subjects, options["holdout"])
     if options["plot"]:
         check_plot(network, subjects, folder)
@@ -245,8 +246,10 @@ def find_run(path: Path, subjects: list[Path] | None) -> Path | None:
 
 
 def check_holdout(subjects: list[Path] | None, holdout: str | Path | None) -> None:
-    """Raise UserError if --holdout refers to the run of a set of images, which has none."""
-    if holdout == RUN and subjects is None:
+    """Raise UserError if --holdout does not exist, or refers to the run of a set of images, which has none."""
+    if holdout != RUN:
+        check_given("--holdout", holdout)
+    elif subjects is None:
         raise UserError("--holdout=run: a set of images belongs to no run; specify a dataset of held-out images")
 
 
@@ -328,10 +331,10 @@ def plot(folder: Path, names: set[str]) -> None:
 def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iterator[dict[str, Any] | UserError]:
     """Yield a record for each snapshot and metric; yield a UserError for an unreadable snapshot if there are several.
 
-    The statistics of the real images are shared by all snapshots of a run.
+    The statistics of the real images are shared by consecutive snapshots that were trained on the same images.
     """
     context: MetricContext | None = None
-    data = None
+    sources = None  # of the images in the context
     for path in paths:
         try:
             snapshot = load_network(path, device)
@@ -345,12 +348,11 @@ def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iter
             click.echo(note, err=True)
         config = snapshot_config(job, snapshot)
         execution.set_gpu_arithmetic(allow_tf32=config.allow_tf32)  # as in training
-        if context is None or config.data != data:
-            data = config.data
-            trained = override(snapshot.config, job.changes).data
-            context = build_context(
-                job, device, open_reals(job, path, data), G=snapshot.G_ema, **open_parts(job, trained)
-            )
+        trained = override(snapshot.config, job.changes).data
+        if context is None or (config.data, trained) != sources:
+            sources = config.data, trained
+            reals = open_images(config.data, path, is_given="data.path" in job.changes)
+            context = build_context(job, device, reals, G=snapshot.G_ema, **open_parts(job, trained, reals))
         is_first = snapshot.nimg == 0 and len(paths) > 1  # has no averages
         networks: list[tuple[Any, Plan | None]] = [(snapshot.G_ema, None)]
         if job.ema:
@@ -393,16 +395,6 @@ def with_length(record: dict[str, Any], plan: Plan) -> dict[str, Any]:
     return {**record, **names, "ema": plan.sigma, "ema_residual": plan.residual, "ema_files": len(plan.files)}
 
 
-def open_reals(job: Job, snapshot: Path, data: DatasetConfig) -> ImageDataset:
-    """Open the real images. Raises UserError, which states where an unspecified path comes from."""
-    try:
-        return ImageDataset(data)
-    except UserError as error:
-        if "data.path" in job.changes:
-            raise
-        raise UserError(f"{error} (the training dataset of {snapshot}): specify the real images with --data") from None
-
-
 def snapshot_config(job: Job, snapshot: Snapshot) -> Any:
     """Return the configuration of a snapshot with the job's changes.
 
@@ -413,18 +405,24 @@ def snapshot_config(job: Job, snapshot: Snapshot) -> Any:
     return override(snapshot.config, limits | job.changes)
 
 
-def open_parts(job: Job, trained: DatasetConfig | None) -> dict[str, Any]:
+def open_parts(job: Job, trained: DatasetConfig | None, reals: ImageDataset) -> dict[str, Any]:
     """Return the fields of a MetricContext with the training and held-out images, without flips.
 
     `trained` are the images that the run trained on; None if the run is unknown. Raises UserError if --holdout=run is
-    given and the run held out no images.
+    given and the run held out no images, and if --holdout contains the reals.
     """
     if job.holdout == RUN and trained and not trained.holdout:
         raise UserError("--holdout=run: the run held out no images; specify a dataset of images it was not trained on")
     own = replace(trained, mirror=False) if trained else DatasetConfig()
+    if job.holdout == RUN:
+        return {"held_out": ImageDataset(own, held_out=True), "compares_holdout": True}
     if job.holdout:
-        config = own if job.holdout == RUN else DatasetConfig(path=job.holdout)
-        return {"held_out": ImageDataset(config, held_out=job.holdout == RUN), "compares_holdout": True}
+        with naming("--holdout", job.holdout):
+            held_out = ImageDataset(DatasetConfig(path=job.holdout))
+        if reals.overlaps(held_out):
+            remedy = "specify images that the network was not trained on"
+            raise UserError(f"--holdout={job.holdout}: contains images of {reals.path}; {remedy}")
+        return {"held_out": held_out, "compares_holdout": True}
     if "data.path" in job.changes or all(find(name, job.setup)[0].part == "all" for name in job.metric_names):
         return {}
     train = None if own.max_images is None and not own.holdout else ImageDataset(own)
@@ -434,16 +432,17 @@ def open_parts(job: Job, trained: DatasetConfig | None) -> dict[str, Any]:
 def measure_images(job: Job, device: torch.device) -> Iterator[dict[str, Any] | UserError]:
     """Yield a record for each metric of a job on a set of images."""
     data = DatasetConfig(path=job.changes["data.path"], mirror=job.changes.get("data.mirror", False))
-    reals, fakes = (with_labels(config) for config in (data, DatasetConfig(path=str(job.network))))
-    context = build_context(job, device, reals, fakes=fakes, **open_parts(job, None))
+    reals, fakes = with_labels("--data", data), with_labels("--network", DatasetConfig(path=str(job.network)))
+    context = build_context(job, device, reals, fakes=fakes, **open_parts(job, None, reals))
     for result in compute_all(job.metric_names, context):
         yield result_to_json(result, context, snapshot=job.network, kimg=None, data=data.path)
 
 
-def with_labels(config: DatasetConfig) -> ImageDataset:
-    """Open a dataset, with labels if it has any."""
-    dataset = ImageDataset(config)
-    return ImageDataset(replace(config, use_labels=True)) if dataset.has_labels else dataset
+def with_labels(option: str, config: DatasetConfig) -> ImageDataset:
+    """Open the dataset of an option, with labels if it has any."""
+    with naming(option, config.path):
+        dataset = ImageDataset(config)
+        return ImageDataset(replace(config, use_labels=True)) if dataset.has_labels else dataset
 
 
 def build_context(job: Job, device: torch.device, reals: ImageDataset, **sources: Any) -> MetricContext:

@@ -24,13 +24,14 @@ from metrics.detectors import FILES, REPLACEABLE, DetectorSetup, Role, read_dete
 from metrics.sampling import cut, explain_shape_mismatch
 from metrics.sliced_wasserstein import downsample
 from torch_utils.images import save_pixels
-from torch_utils.sheets import FRAME_GAP, TEXT_SIZE, caption_of, captioned, sheet, tiles_of, titled
-from training.dataset import DatasetConfig, ImageDataset
+from torch_utils.sheets import FRAME_GAP, caption_of, captioned, column_width, sheet, text_size, tiles_of, titled
+from training.dataset import DatasetConfig, ImageDataset, check_given
+from training.snapshots.reading import open_images
 from training.snapshots.snapshot import Snapshot
 
 Embedding = Callable[[Tensor], Tensor]  # uint8 images (B, C, H, W) -> features (B, F)
 
-SIDE = 32  # pixels: images are compared at the first resolution whose shorter side is at most this long
+SIDE = 32  # pixels: upper bound for the shorter side of the images that are compared
 BATCH = 64  # training images read at a time
 KEPT_BYTES = 2**30  # features are kept in memory up to this size, and computed twice beyond it
 MAX_ROWS = 256  # of a sheet
@@ -49,21 +50,27 @@ class Neighbour:
     own_distance: float
 
 
-def small_pixels(images: Tensor) -> Tensor:
-    """Return pixels as features (B, F), whose Euclidean distance is the root mean square difference in grey levels.
-
-    Images are low-pass filtered and halved, as in a Gaussian pyramid, until their shorter side is at most SIDE pixels.
-    """
+def reduced(images: Tensor) -> Tensor:
+    """Low-pass filter and halve images, as in a Gaussian pyramid, until their shorter side is at most SIDE pixels."""
     x = images.float()
     while min(x.shape[2:]) > SIDE:
         x = downsample(x)
+    return x
+
+
+def small_pixels(images: Tensor) -> Tensor:
+    """Return the `reduced` pixels as features (B, F): distances are root mean square differences in grey levels."""
+    x = reduced(images)
     return x.flatten(1) / math.sqrt(x[0].numel())
 
 
-def choose_embedding(detector: str | None, device: torch.device) -> tuple[Embedding, str]:
-    """Return the features of --detector, or pixels, and their name."""
+def choose_embedding(
+    detector: str | None, img_shape: tuple[int, int, int], device: torch.device
+) -> tuple[Embedding, str]:
+    """Return the features of --detector, or pixels, of images (C, H, W), and their name."""
     if detector is None:
-        return small_pixels, f"pixels at {SIDE} px"
+        H, W = reduced(torch.zeros(1, *img_shape)).shape[2:]
+        return small_pixels, f"pixels at {W}x{H}"
     setup = read_detectors((detector,))
     role = role_of(setup, detector)
     setup.prepare(role)
@@ -171,17 +178,31 @@ def draw(
 ) -> np.ndarray:
     """Return a sheet: a row per generated image, uint8 (n, C, H, W), with its neighbours and their distances."""
     columns = 1 + len(found[0])
-    made, near = [], []
-    for tile, row in zip(tiles_of(images, columns), found, strict=True):
-        made.append([captioned(tile, "" if is_authentic(row) else "not authentic", TEXT_SIZE)])
-        training = dataset.images([each.index for each in row])
-        training = torch.stack([x.flip(2) if each.flipped else x for x, each in zip(training, row, strict=True)])
-        captions = [f"{each.distance:.3g} / {each.own_distance:.3g}" for each in row]
-        tiles = tiles_of(training, columns)
-        near.append([captioned(x, text, TEXT_SIZE) for x, text in zip(tiles, captions, strict=True)])
+    training = [torch.stack([_image_of(each, dataset) for each in row]) for row in found]
+    distances = [[f"{each.distance:.3g} / {each.own_distance:.3g}" for each in row] for row in found]
+    verdicts = [["" if is_authentic(row) else "not authentic"] for row in found]
+    made = _captioned_rows([[tile] for tile in tiles_of(images, columns)], verdicts)
+    near = _captioned_rows([tiles_of(row, columns) for row in training], distances)
     left = sheet(made, ["generated"], [caption_of(name) for name in names])
-    right = sheet(near, ["nearest", *map(str, range(2, len(near[0]) + 1))])
+    right = sheet(near, ["nearest", *map(str, range(2, columns))])
     return np.concatenate([left, np.full_like(left[:, :FRAME_GAP], 255), right], axis=1)
+
+
+def _image_of(neighbour: Neighbour, dataset: ImageDataset) -> Tensor:
+    """Return the training image (C, H, W) as it was compared, possibly flipped."""
+    image = dataset.images([neighbour.index])[0]
+    return image.flip(2) if neighbour.flipped else image
+
+
+def _captioned_rows(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]]) -> list[list[np.ndarray]]:
+    """Return tiles (H, W, 3) above their captions, all of the width of the widest caption."""
+    H, W, _ = rows[0][0].shape
+    size = text_size(H, W)
+    width = column_width(W, [text for row in captions for text in row], size)
+    return [
+        [captioned(tile, text, size, width) for tile, text in zip(*row, strict=True)]
+        for row in zip(rows, captions, strict=True)
+    ]
 
 
 def to_lines(names: Sequence[str], found: Sequence[Sequence[Neighbour]], dataset: ImageDataset, features: str) -> str:
@@ -209,22 +230,15 @@ def open_training_images(snapshot: Snapshot, data: str | None, count: int) -> Im
     """
     trained = snapshot.config.data
     config = replace(trained, use_labels=False) if data is None else DatasetConfig(path=data, mirror=trained.mirror)
-    try:
-        dataset = ImageDataset(config)
-    except UserError as error:
-        if data is not None:
-            raise
-        raise UserError(
-            f"{error} (the training dataset of {snapshot.path}): specify the training images with --data"
-        ) from None
+    dataset = open_images(config, snapshot.path, is_given=data is not None)
     shapes = tuple(snapshot.G_ema.img_shape), tuple(dataset.img_shape)
     if shapes[0] != shapes[1]:
         raise UserError(f"--data={config.path}: {explain_shape_mismatch(*shapes, of_network=True)}")
-    if dataset.num_originals < max(count, 2):
-        raise UserError(
-            f"--count={count}: {config.path} has {counted(dataset.num_originals, 'image')}; each row needs "
-            f"{max(count, 2)}: specify a smaller --count or more --data"
-        )
+    number = dataset.num_originals
+    if number < 2:
+        raise UserError(f"--data={config.path}: has {counted(number, 'image')}; specify at least 2 training images")
+    if number < count:
+        raise UserError(f"--count={count}: {config.path} has {counted(number, 'image')}; specify at most {number}")
     return dataset
 
 
@@ -244,6 +258,7 @@ def show_neighbours(
     **options: Any,
 ) -> None:
     """Run `generate.py neighbours`."""
+    check_given("--data", data)
     snapshot, torch_device = open_network(network, device, ema)
     c = choose_label(snapshot, class_index, label, is_needed=is_mapping(seeds, projected_w))
     model = build_model(snapshot, torch_device, c, **options)
@@ -252,7 +267,7 @@ def show_neighbours(
     if len(names) > MAX_ROWS:
         raise UserError(f"--seeds: {len(names)} images; a sheet shows at most {MAX_ROWS}")
     dataset = open_training_images(snapshot, data, count)
-    embed, features = choose_embedding(detector, torch_device)
+    embed, features = choose_embedding(detector, dataset.img_shape, torch_device)
     make_outdir(outdir)
     images = model.images(ws)
     found = search(images, dataset, embed, count, torch_device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dnnlib.config import UserError
 from metrics.feature_stats import Result
 from metrics.precision_recall import nearest
 
@@ -14,14 +13,12 @@ def authentic_percent(train: Tensor, fake: Tensor) -> float:
 
         authentic_i = d(fake_i, train_j) > min_{k != j} d(train_j, train_k),     j = argmin_j d(fake_i, train_j)
 
-    as in Stein et al. 2023. A sample from the distribution of the training images is authentic unless it and a training
-    image are nearest neighbours of each other: in a third of the cases for F = 1, and more often in features of images.
-    Collective. Raises UserError for fewer than 2 training images.
+    as in Stein et al. 2023, for N of at least 2. A sample from the distribution of the training images is not authentic
+    if it and a training image are nearest neighbours of each other; so a third of such samples are authentic for F = 1,
+    more in features of images. Collective.
     """
-    if len(train) < 2:
-        raise UserError(f"needs at least 2 training images, got {len(train)}")
     _, index = nearest(fake, train)  # j
-    _, other = nearest(train, train, rank=2)  # k; rank 1 is the image itself
+    _, other = nearest(train, train, is_same=True)  # k
     # The distances of the search are products of matrices, in which small distances cancel.
     distance, own = (fake - train[index]).norm(dim=1), (train[index] - train[other[index]]).norm(dim=1)
     return 100 * float((distance > own).double().mean())

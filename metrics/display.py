@@ -9,7 +9,7 @@ from typing import Any
 
 from dnnlib.util import format_time, redraw
 from metrics.detectors import DetectorSetup
-from metrics.registry import STANDARD, MetricSpec
+from metrics.registry import HOLDOUT_VALUES, STANDARD, MetricSpec
 from metrics.sampling import Pass, Progress
 from torch_utils import distributed
 
@@ -17,10 +17,12 @@ ANNOUNCED = 60.0  # seconds; metrics that take longer are announced
 MEASURED = 3.0  # seconds after the first batch until the speed is measured
 WARM_UP = 20.0  # seconds; a first batch that takes longer measures the speed too
 
+EQUAL_NUMBERS = "_train and _holdout compare with equal numbers of training and held-out images"
+
 Record = dict[str, Any]  # as registry.result_to_json returns it
 
 
-class Pace:
+class PassSpeed:
     """Speed of a pass, measured after the first batch, whose time includes loading and warming up."""
 
     def __init__(self) -> None:
@@ -47,7 +49,7 @@ class ProgressLine(Progress):
 
     def __init__(self) -> None:
         self.plan("", ())
-        self.pace, self.shown = Pace(), self.start
+        self.speed, self.shown = PassSpeed(), self.start
 
     def plan(self, metrics: str, passes: Sequence[Pass]) -> None:
         self.metrics, self.passes, self.start = metrics, passes, time.monotonic()
@@ -58,15 +60,15 @@ class ProgressLine(Progress):
             return
         now, on_screen = time.monotonic(), sys.stderr.isatty()
         if done == 0:
-            self.pace, self.shown, self.number = Pace(), now, self.number + 1
+            self.speed, self.shown, self.number = PassSpeed(), now, self.number + 1
             return
         text = f"{name}: {done} of {total}"
         if done == total:
             _print(text)
             return
-        left = self.pace.seconds_left(done, total)
+        left = self.speed.seconds_left(done, total)
         if left is not None and not self.is_announced and now - self.start + left > ANNOUNCED:
-            self._announce(name, total, now - self.pace.start + left)
+            self._announce(name, total, now - self.speed.start + left)
         if now - self.shown > (0.5 if on_screen else 30):
             self.shown = now
             text += "" if left is None else f", {format_time(left)} left"
@@ -115,14 +117,22 @@ def _origin(record: Record) -> str:
 
 def describe(spec: MetricSpec, setup: DetectorSetup = STANDARD) -> list[tuple[str, str]]:
     """Return (heading, text) of everything that a user should know about a metric, in the order of reading."""
+
+    def name_of(suffix: str) -> str:
+        return f"{spec.pattern}{spec.library_suffix}{suffix}"
+
     flips = "counted among the reals with --mirror" if spec.counts_flips else "never counted among the reals"
     needs, missing = "; ".join(map(setup.needs, spec.roles)), spec.missing(setup)
+    directed = [suffix for suffix in spec.values if spec.is_higher_better(suffix) is not None]
+    better = f"{'higher' if spec.higher_is_better else 'lower'} values"
+    better += f" of {', '.join(map(name_of, directed))}" if 0 < len(directed) < len(spec.values) else ""
     rows = [
         ("measures", spec.help),
         ("note", spec.note),
         ("status", "no result of a network: only reals are compared" if spec.is_floor else ""),
-        ("better", f"{'higher' if spec.higher_is_better else 'lower'} values" if not spec.is_floor else ""),
-        ("values", ", ".join(f"{spec.pattern}{spec.library_suffix}{suffix}" for suffix in spec.values)),
+        ("better", better if directed else ""),
+        ("values", ", ".join(map(name_of, spec.values))),
+        ("--holdout", EQUAL_NUMBERS if set(HOLDOUT_VALUES) <= set(spec.values) else ""),
         ("protocol", spec.protocol),
         ("--protocol=clean", spec.clean or ""),
         ("detector", "; ".join(map(setup.describe, spec.roles)) or "none"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from dnnlib.config import UserError
 from metrics.authenticity import authenticity_numbers
 from metrics.detectors import TVGG16, Role
 from metrics.feature_stats import Moments, Recipe, Rows, Side, StatRequest, statistics_of
@@ -18,9 +19,9 @@ from metrics.frechet import frechet_numbers, warn_few_images
 from metrics.inception_score import class_sums, score_numbers
 from metrics.kernel import kernel_numbers, subsets
 from metrics.mind import mind_numbers
-from metrics.precision_recall import density_coverage_numbers, precision_recall_numbers
-from metrics.registry import Measurement, register_metric
-from metrics.sampling import MAX_REALS, NUM_IMAGES, MetricContext, Part
+from metrics.precision_recall import DC_NEIGHBOURS, PR_NEIGHBOURS, density_coverage_numbers, precision_recall_numbers
+from metrics.registry import HOLDOUT_VALUES, Measurement, register_metric
+from metrics.sampling import FAKES, MAX_REALS, NUM_IMAGES, REALS, MetricContext, Part
 
 Reals = Literal["all", "most", "train", "equal", "paired", "none"]
 PROTOCOLS: dict[Reals, str] = {  # number of images
@@ -31,7 +32,6 @@ PROTOCOLS: dict[Reals, str] = {  # number of images
     "paired": "50,000 or <N> fakes, at most as many as there are reals, and as many reals",
     "none": "50,000 fakes or <N>",
 }
-COMPARISON = "with --holdout, also _train and _holdout: equal numbers of training and of held-out images"
 
 
 def no_warnings(*results: object) -> tuple[str, ...]:
@@ -43,12 +43,12 @@ def no_warnings(*results: object) -> tuple[str, ...]:
 class FeatureMetric:
     """A metric on the features of one detector.
 
-    pattern, help, paper, note, values, clean, library_suffix, higher_is_better    as in MetricSpec
+    pattern, help, paper, note, values, undirected, clean, library_suffix, higher_is_better    as in MetricSpec
     protocol        processing of the features; the number of images is appended
     role            the detector
     reals           number of reals, a key of PROTOCOLS; `equal` and `paired` include flipped reals under --mirror
-    compares_holdout    with MetricContext.compares_holdout, also compute the metric, with the suffixes _train and
-                    _holdout, for equal numbers of training and held-out images
+    min_sizes       required numbers of reals and fakes
+    compares_holdout    with MetricContext.compares_holdout, also compute the HOLDOUT_VALUES
     recipe          Side -> the statistic to compute for that side
     numbers         (statistic of reals, statistic of fakes) -> {name suffix: value}, the main value first;
                     (statistic of fakes) -> the same if `reals` is "none". Collective: equal results on all processes
@@ -62,12 +62,14 @@ class FeatureMetric:
     paper: str
     role: Role
     reals: Reals
+    min_sizes: tuple[int, int] = (0, 0)
     recipe: Callable[[Side], Recipe]
     numbers: Callable[..., dict[str, float]]
     clean_numbers: Callable[..., dict[str, float]] | None = None
     warnings: Callable[..., tuple[str, ...]] = no_warnings
     note: str = ""
     values: tuple[str, ...] = ("",)
+    undirected: tuple[str, ...] = ()
     clean: str | None = None
     library_suffix: str = ""
     higher_is_better: bool = False
@@ -87,7 +89,11 @@ class FeatureMetric:
             "none": 0,
         }
         limit = limits[self.reals]
-        sizes = {"num_real": total if limit is None else min(limit, total), "num_fake": num_fake, "seed": context.seed}
+        num_real = total if limit is None else min(limit, total)
+        for least, size, images in zip(self.min_sizes, (num_real, num_fake), (REALS[context.part], FAKES), strict=True):
+            if size < least:
+                raise UserError(f"needs at least {least} {images}, got {size}")
+        sizes = {"num_real": num_real, "num_fake": num_fake, "seed": context.seed}
         real, fake = (self.recipe(Side(of=of, **sizes)) for of in ("real", "fake"))
         requests = [StatRequest(of="fake", role=self.role, count=num_fake, recipe=fake)]
         if self.reals != "none":
@@ -112,7 +118,7 @@ class FeatureMetric:
         sizes = {request.of: statistics.size(request) for request in main}
         numbers = self.clean_numbers if self.clean_numbers and context.setup.protocol == "clean" else self.numbers
         values, warnings = numbers(*results), self.warnings(*results)
-        for suffix, request in zip(("_train", "_holdout"), compared, strict=False):
+        for suffix, request in zip(HOLDOUT_VALUES, compared, strict=False):
             sides = statistics[request], results[1]
             values |= {f"{suffix}{key}": value for key, value in numbers(*sides).items()}
             warnings += self.warnings(*sides)
@@ -137,8 +143,9 @@ def register_feature_metric(metric: FeatureMetric) -> None:
         help=metric.help,
         protocol=f"{metric.protocol}; {PROTOCOLS[metric.reals]}",
         paper=metric.paper,
-        note="; ".join(filter(None, [metric.note, COMPARISON if metric.compares_holdout else ""])),
-        values=metric.values,
+        note=metric.note,
+        values=(*metric.values, *(HOLDOUT_VALUES if metric.compares_holdout else ())),
+        undirected=metric.undirected,
         roles=(metric.role,),
         plan=metric.plan,
         counts_flips=metric.reals in ("equal", "paired"),
@@ -181,6 +188,7 @@ KID = FeatureMetric(
     help="kernel inception distance between N fakes and all reals, unbiased for small sets",
     note="not multiplied by 1000, as it often is in papers; no deviation if both sets fit into one subset",
     values=("", "_std"),
+    undirected=("_std",),
     protocol="100 subsets of at most 1,000",
     paper="Binkowski et al. 2018",
     role="inception",
@@ -212,6 +220,7 @@ SCORE = FeatureMetric(
     pattern="is<N>",
     help="inception score of N fakes; uses no reals",
     values=("_mean", "_std"),
+    undirected=("_std",),
     protocol="class logits (of Inception: 1008, without bias), 10 splits",
     paper="Salimans et al. 2016",
     role="inception",
@@ -229,6 +238,7 @@ PRECISION = FeatureMetric(
     paper="Kynkaanniemi et al. 2019",
     role="vgg16",
     reals="most",
+    min_sizes=(PR_NEIGHBOURS + 1, PR_NEIGHBOURS + 1),
     recipe=always(Rows(half=True)),
     numbers=precision_recall_numbers,
     library_suffix="_tvgg16",
@@ -243,6 +253,7 @@ DENSITY = FeatureMetric(
     paper="Naeem et al. 2020",
     role="vgg16",
     reals="most",
+    min_sizes=(DC_NEIGHBOURS + 1, 1),
     recipe=always(Rows()),
     numbers=density_coverage_numbers,
     library_suffix="_tvgg16",
@@ -250,12 +261,13 @@ DENSITY = FeatureMetric(
 )
 AUTHENTICITY = FeatureMetric(
     pattern="authpct<N>",
-    help="percentage of N fakes that are not copies of training images",
-    note="a fake is no copy if its nearest training image is nearer to another training image than to the fake",
+    help="percentage of N fakes that are authentic: no copies of training images",
+    note="a fake is authentic if its nearest training image is nearer to another training image than to the fake",
     protocol="distances in float32",
     paper="Alaa et al. 2022, Stein et al. 2023",
     role="inception",
     reals="train",
+    min_sizes=(2, 1),
     recipe=always(Rows()),
     numbers=authenticity_numbers,
     higher_is_better=True,

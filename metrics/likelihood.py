@@ -10,7 +10,9 @@ that were held out of training. With NLL the mean negative log-likelihood per fe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,6 +33,9 @@ LEARNING_RATE = 0.5
 MIN_DISTANCE = 1e-3  # squared distance of a copy: bounds the likelihood, which would be infinite
 BLOCK = 1024  # rows processed at a time
 MIN_LOGIT = -80  # smaller responsibilities would be subnormal numbers, which are slow on a CPU
+FITTING = "fitting steps"  # name of the progress
+
+Report = Callable[[int], None]  # receives the number of steps done
 
 
 class Mixture:
@@ -40,10 +45,10 @@ class Mixture:
 
     The broad one has the mean square of the points around its centre as variance, so no point has a density near 0.
     The other s maximise the likelihood of the points: Adam from s_j = log((min_i |x_i - c_j|^2 + 0.001) / F).
-    Collective: each process computes a share of the points.
+    Collective: each process computes a share of the points. `report` is called with 0, and after each of the STEPS.
     """
 
-    def __init__(self, centres: Tensor, points: Tensor) -> None:
+    def __init__(self, centres: Tensor, points: Tensor, report: Report) -> None:
         self.F, self.num_points = points.shape[1], len(points)
         self.centres = torch.cat([centres, centres.mean(dim=0, keepdim=True)]).double()  # (M + 1, F)
         squares = squared_distances(points, self.centres)
@@ -52,14 +57,16 @@ class Mixture:
         start = gather_rows(closest[None]).amin(dim=0).double()
         start[-1] = broad
         self.log_variance = torch.log((start + MIN_DISTANCE) / self.F)  # s, (M + 1,)
-        self._fit(squares)
+        self._fit(squares, report)
 
-    def _fit(self, squares: Tensor) -> None:
+    def _fit(self, squares: Tensor, report: Report) -> None:
         optimizer = torch.optim.Adam([self.log_variance], lr=LEARNING_RATE)
-        for _ in range(STEPS):
+        report(0)
+        for step in range(STEPS):
             self.log_variance.grad = self._gradient(squares)
             optimizer.step()
             self.log_variance.clamp_(min=math.log(MIN_DISTANCE / self.F))
+            report(step + 1)
 
     def _gradient(self, squares: Tensor) -> Tensor:
         """Return the gradient of the NLL per dimension, (M + 1,), with the responsibilities r_ij = p(j | x_i):
@@ -105,21 +112,25 @@ def squared_distances(points: Tensor, centres: Tensor) -> Tensor:
     return result
 
 
-def likelihood_divergence(train: Tensor, holdout: Tensor, fake: Tensor, order: np.ndarray) -> tuple[float, float]:
+def likelihood_divergence(
+    train: Tensor, holdout: Tensor, fake: Tensor, order: np.ndarray, report: Report
+) -> tuple[float, float]:
     """Return FLD and the generalisation gap of features (N, F). Collective.
 
     Features are standardised by the held-out images. `order` is a random permutation of the training images: of its
     first half at most as many images as fakes are the centres of the reference mixture, which is fitted to the other
-    half. The gap is 100 (NLL of the training images - NLL of the held-out images) under the fakes' mixture.
+    half. The gap is 100 (NLL of the training images - NLL of the held-out images) under the fakes' mixture. `report`
+    receives 0 to 2 STEPS.
     """
     mean, std = holdout.mean(dim=0), holdout.std(dim=0)
     train, holdout, fake = ((x - mean) / torch.where(std > 0, std, 1) for x in (train, holdout, fake))
-    index = torch.from_numpy(order).to(train.device)
-    half = len(train) // 2
-    reference = Mixture(train[index[:half][: len(fake)]], train[index[half:]]).nll(holdout)
-    mixture = Mixture(fake, train)
+    mixture = Mixture(fake, train, report)
     nll = mixture.nll(holdout)
-    return 100 * (nll - reference), 100 * (mixture.nll(train) - nll)
+    gap = mixture.nll(train) - nll
+    index, half = torch.from_numpy(order).to(train.device), len(train) // 2
+    centres, points = train[index[:half][: len(fake)]], train[index[half:]]
+    reference = Mixture(centres, points, lambda steps: report(STEPS + steps)).nll(holdout)
+    return 100 * (nll - reference), 100 * gap
 
 
 def register_likelihood(pattern: str, role: Role) -> None:
@@ -139,8 +150,9 @@ def register_likelihood(pattern: str, role: Role) -> None:
     @register_metric(
         pattern,
         help="feature likelihood divergence of N fakes from images that were not used in training",
-        note="requires --holdout; the generalisation gap is below 0 if training images are memorised",
+        note="requires held-out images; the generalisation gap is below 0 if training images are memorised",
         values=("", "_generalisation_gap"),
+        undirected=("_generalisation_gap",),
         protocol="Gaussians at 10,000 fakes or <N>, 50 steps of Adam; at most 50,000 training and 50,000 other images",
         paper="Jiralerspong et al. 2023",
         roles=(role,),
@@ -150,7 +162,9 @@ def register_likelihood(pattern: str, role: Role) -> None:
     def fld(context: MetricContext, name: str, count: int | None) -> Measurement:
         train, holdout, fake = (statistics_of(context)[request]["rows"] for request in plan(context, count))
         order = random_stream(context.seed, "fld").permutation(len(train))
-        divergence, gap = likelihood_divergence(train, holdout, fake, order)
+        context.progress.plan(name, [(FITTING, 2 * STEPS)])
+        report = partial(context.progress, FITTING, total=2 * STEPS)
+        divergence, gap = likelihood_divergence(train, holdout, fake, order, report)
         return Measurement(
             values={name: divergence, f"{name}_generalisation_gap": gap},
             num_real=len(train),

@@ -46,6 +46,7 @@ COMPARABLE = (  # two records of a metric are comparable if these fields are equ
     "num_fake",
     "holdout_hash",
 )
+HOLDOUT_VALUES = ("_train", "_holdout")  # against equal numbers of training and held-out images
 STANDARD = DetectorSetup()  # the networks of the literature, with the protocol of the StyleGAN family
 
 
@@ -83,6 +84,7 @@ class MetricSpec:
     help            one line: what the metric measures
     note            what else a user should know
     values          suffixes of the values' names, the main value first; `<...>` stands for a level, class or similar
+    undirected      suffixes of the values of which neither higher nor lower ones are better, such as deviations
     is_floor        the metric compares reals with reals: a value to compare with, no result of a network
     roles           the detectors
     plan            returns the requested statistics of their features, so that metrics share passes over images
@@ -104,6 +106,7 @@ class MetricSpec:
     paper: str
     note: str = ""
     values: tuple[str, ...] = ("",)
+    undirected: tuple[str, ...] = ()
     is_floor: bool = False
     roles: tuple[Role, ...] = ()
     plan: Plan = _no_plan
@@ -116,9 +119,21 @@ class MetricSpec:
 
     def match(self, name: str) -> re.Match[str] | None:
         """Match the name of a metric; group 'N' is the count if the pattern contains <N>."""
-        count = r"(?P<N>[1-9]\d*k?)?"
-        pattern = re.escape(self.pattern).replace(re.escape("<N>"), count)
-        return re.fullmatch(f"{pattern}(?P<library>{self.library_suffix})?", name)
+        return re.fullmatch(self._expression(), name)
+
+    def match_value(self, name: str, value: str) -> re.Match[str] | None:
+        """Match the recorded name of a value, one of `values`; the groups 'detector' and 'part' are what varies."""
+        detector = "(?P<detector>_.+)?" if self.roles else "(?P<detector>)"
+        part = re.sub("<.*>", "(?P<part>[^_]+)", re.escape(value)) if "<" in value else f"{re.escape(value)}(?P<part>)"
+        return re.fullmatch(f"{self._expression()}{detector}{part}", name)
+
+    def _expression(self) -> str:
+        pattern = re.escape(self.pattern).replace(re.escape("<N>"), r"(?P<N>[1-9]\d*k?)?")
+        return f"{pattern}(?P<library>{self.library_suffix})?"
+
+    def is_higher_better(self, value: str = "") -> bool | None:
+        """Return whether higher numbers of a value, one of `values`, are better; None if it has no direction."""
+        return None if self.is_floor or value in self.undirected else self.higher_is_better
 
     def missing(self, setup: DetectorSetup) -> str | None:
         """Return a message with the missing file or package and its remedy, or None. Fetches nothing."""
@@ -193,14 +208,19 @@ def find(name: str, setup: DetectorSetup = STANDARD) -> tuple[MetricSpec, int | 
     )
 
 
-def find_recorded(name: str) -> MetricSpec | None:
-    """Return the metric of a recorded name or value; None if unknown."""
-    for part in (name, name.rpartition("_")[0]):  # a custom detector appends its name after the last "_"
-        try:
-            return find(part)[0]
-        except UserError:
-            continue
-    return None
+def find_recorded(name: str) -> tuple[MetricSpec, str] | None:
+    """Return the metric of a recorded name, and the suffix of the value among its `values`; None if unknown.
+
+    The name is that of a metric ("") or a value: the metric, the suffix of a custom detector, the suffix of the value,
+    and the length of a rebuilt average of weights. The reading in which the least of it is arbitrary text is chosen.
+    """
+    name = re.sub(r"_ema[\d.e+-]+$", "", name)
+    found = []
+    for spec in registered_metrics():
+        for value in ("", *spec.values):
+            if match := spec.match_value(name, value):
+                found.append((len(match["detector"] or "") + len(match["part"]), spec, value))
+    return min(found, key=lambda reading: reading[0])[1:] if found else None
 
 
 def resolve(names: str | Iterable[str], setup: DetectorSetup = STANDARD) -> list[str]:
@@ -220,8 +240,21 @@ def _recorded_name(name: str, setup: DetectorSetup) -> str:
         raise UserError(f"--protocol=clean: metric {name} does not support this protocol, only {with_clean} do")
     if spec.library_suffix and name.endswith(spec.library_suffix) and _has_program(spec, setup):
         raise UserError(f"metric {name}: the suffix denotes a different network than --detector; omit the suffix")
+    _check_suffix(name, spec, setup)
     suffix = _suffix(spec, setup) or ("" if _has_program(spec, setup) else spec.library_suffix)
     return name.removesuffix(suffix) + suffix if suffix else name
+
+
+def _check_suffix(name: str, spec: MetricSpec, setup: DetectorSetup) -> None:
+    """Raise UserError if the suffix of a custom detector turns the name of a metric into another metric or value."""
+    suffix = _suffix(spec, setup)
+    standard = name.removesuffix(suffix)
+    recorded = standard + suffix
+    if suffix and (suffix in spec.values or any(other.match(recorded) for other in registered_metrics())):
+        raise UserError(
+            f"--detector={setup.program}: results of {standard} would be saved as {recorded}, which is another metric "
+            "or value; rename the file"
+        )
 
 
 def _has_program(spec: MetricSpec, setup: DetectorSetup) -> bool:

@@ -26,7 +26,7 @@ from torch_utils.distributed import rank, world_size
 from torch_utils.images import to_uint8
 from torch_utils.misc import derive_seed
 
-Pass = tuple[str, int]  # name and number of the items, e.g. ("real images", 500)
+Pass = tuple[str, int]  # name and number of the items, e.g. ("real images", 500) or ("fitting steps", 100)
 Batches = Iterator[tuple[range, Tensor]]  # (positions in the set, uint8 images [B, C, H, W])
 FAKES = "generated images"  # name of a pass
 Part = Literal["all", "train", "holdout"]  # of the reals: the whole dataset, the training images, held-out images

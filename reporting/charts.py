@@ -174,9 +174,9 @@ def _differs(key: str, lines: Sequence[Line]) -> bool:
 
 
 def higher_is_better(metric: str) -> bool | None:
-    """Return whether a higher value of a metric is better; None for an unknown metric."""
-    spec = registry.find_recorded(metric)
-    return spec.higher_is_better if spec else None
+    """Return whether a higher number of a recorded metric or value is better; None if unknown, or if neither is."""
+    found = registry.find_recorded(metric)
+    return found[0].is_higher_better(found[1]) if found else None
 
 
 def index_of_best(curve: Curve, *, higher: bool) -> int:

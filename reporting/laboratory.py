@@ -203,8 +203,9 @@ class Comparison:
 
     `at` and `reference_at` are their positions in kimg or minutes: equal, or along `end` their last ages. `interval`
     has a confidence of 95 %. `verdict` is `better` or `worse` if it excludes 0, else `no difference shown`. In the
-    screening stage it is `promising` or `not promising`, and `incomplete` in both stages if a run is missing or has not
-    reached the last age of its arm.
+    screening stage it is `promising` or `not promising`. In both stages it is `higher` or `lower` if the interval of a
+    value without a better direction excludes 0, and `incomplete` if a run is missing or has not reached the last age of
+    its arm.
     """
 
     stage: Stage
@@ -351,7 +352,10 @@ def _judge(stage: Stage, metric: str, values: dict[int, float], reference: dict[
     """Return the verdict of a complete comparison."""
     confidence = SCREENING_CONFIDENCE if stage == "screen" else CONFIDENCE
     interval = welch_interval([*values.values()], [*reference.values()], confidence)
-    is_better = interval.excludes_zero and (interval.estimate > 0) == bool(higher_is_better(metric))
+    is_higher, higher = interval.estimate > 0, higher_is_better(metric)
+    if interval.excludes_zero and higher is None:
+        return "higher" if is_higher else "lower"
+    is_better = interval.excludes_zero and is_higher == higher
     if stage == "screen":
         return "promising" if is_better else "not promising"
     return "better" if is_better else "worse" if interval.excludes_zero else "no difference shown"

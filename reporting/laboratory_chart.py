@@ -70,8 +70,8 @@ def _draw_intervals(
     labels = [escape_text(f"{arm} minus {against}") for arm, against in pairs]
     axes.set(xlim=(-limit, limit), ylim=(0.6 - max(len(pairs), 1), 0.6))
     axes.set_yticks([-i for i in range(len(pairs))], labels)
-    direction = "higher is better" if higher_is_better(metric) else "lower is better"
-    axes.set_xlabel(escape_text(f"difference of mean {metric} with Welch's 95 % interval ({direction})"))
+    direction = {True: " (higher is better)", False: " (lower is better)", None: ""}[higher_is_better(metric)]
+    axes.set_xlabel(escape_text(f"difference of mean {metric} with Welch's 95 % interval{direction}"))
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right", "left"]].set_visible(False)
     _add_key(axes, comparisons)

@@ -82,12 +82,13 @@ def _overview(runs: Sequence[Run]) -> str:
 
 
 def _best_and_last(name: str, curve: Curve | None) -> tuple[str, str]:
+    """Return the best value, "" if the metric is unknown or has no better direction, and the last value."""
     if curve is None:
         return "", ""
     last = f"{curve.values[-1]:.5g}"
     higher = higher_is_better(name)
     if higher is None:
-        return "?", last
+        return "", last
     best = index_of_best(curve, higher=higher)
     return f"{curve.values[best]:.5g} at {curve.kimg[best]:g} kimg", last
 

@@ -111,9 +111,9 @@ def launch_as(monkeypatch: pytest.MonkeyPatch, **changes: str) -> None:
         monkeypatch.setenv(name, value)
 
 
-def make_shapes(path: Path, side: int, count: int) -> Path:
-    """Build a dataset of labelled scenes of side x side pixels."""
-    options = [f"--max-images={count}", f"--width={side}", f"--height={side}", "--workers=1"]
+def make_shapes(path: Path, side: int, count: int, seed: int = 0) -> Path:
+    """Build a dataset of labelled scenes of side x side pixels; scene i depends on (seed, i)."""
+    options = [f"--max-images={count}", f"--width={side}", f"--height={side}", "--workers=1", f"--seed={seed}"]
     result = CliRunner().invoke(dataset_tool.main, ["--source=shapes", f"--dest={path}", *options])
     assert result.exit_code == 0, result.output
     return path

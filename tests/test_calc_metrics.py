@@ -243,8 +243,8 @@ def test_every_metric_can_be_explained(spec: metrics.MetricSpec) -> None:
 def test_explanations_state_direction_values_and_requirements() -> None:
     text = " ".join(explain("is10k,kid50k_full").stdout.split())
     first, _, second = text.partition("kid<N>_full: ")
-    assert "better higher values values is<N>_mean, is<N>_std protocol" in first
-    assert "better lower values values kid<N>_full, kid<N>_full_std protocol" in second
+    assert "better higher values of is<N>_mean values is<N>_mean, is<N>_std protocol" in first
+    assert "better lower values of kid<N>_full values kid<N>_full, kid<N>_full_std protocol" in second
     for part in (first, second):
         assert "needs weights-inception-2015-12-05-6726825d.pth, downloaded on first use; the package torch-f" in part
     unknown = explain("kid,swdd")
@@ -449,7 +449,7 @@ def test_a_missing_training_dataset_is_requested_with_data(calc: CalcMetrics, sn
     save_network(path, config=config, G_ema=trained.G_ema, nimg=1000)
     result = calc("--metrics=swd12", network=path)
     assert result.exit_code == 2
-    assert f"(the training dataset of {path}): specify the real images with --data" in result.stderr
+    assert f"(the training dataset of {path}): specify the dataset with --data" in result.stderr
 
 
 def test_plots_include_earlier_results_with_equal_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

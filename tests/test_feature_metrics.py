@@ -29,6 +29,7 @@ from metrics.mind import mind_numbers, random_directions, sliced_distance
 from metrics.precision_recall import density_coverage, precision_recall
 from metrics.registry import compute_all, find
 from metrics.sampling import MetricContext, Progress, choose_fakes, choose_reals, shard
+from reporting.charts import higher_is_better
 from training.dataset import DatasetConfig, ImageDataset
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
@@ -590,6 +591,54 @@ def test_inception_score_requires_class_logits(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="returns no class logits"):
         results(build(bound_to(path)), "is50")
     assert results(build(bound_to(path)), "fid50")["fid50"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "value", "direction"),
+    [
+        ("fid5k_full", "fid<N>_full", "", False),
+        ("fid5k_full_det", "fid<N>_full", "", False),
+        ("fid5k_full_holdout", "fid<N>_full", "_holdout", False),
+        ("fid5k_full_my-det_train", "fid<N>_full", "_train", False),
+        ("fid5k_full_det_train_ema0.05", "fid<N>_full", "_train", False),
+        ("fid5k_class_det_17", "fid<N>_class", "_<class>", False),
+        ("kid5k_full_std", "kid<N>_full", "_std", None),
+        ("kid5k_full_det_std", "kid<N>_full", "_std", None),
+        ("is50k", "is<N>", "", True),
+        ("is50k_det_mean", "is<N>", "_mean", True),
+        ("is50k_std", "is<N>", "_std", None),
+        ("pr50k3_full_tvgg16_recall", "pr<N>3_full", "_recall", True),
+        ("authpct5k_dinov2", "authpct<N>_dinov2", "", True),
+        ("fld5k_generalisation_gap", "fld<N>", "_generalisation_gap", None),
+        ("fld5k_dinov2_generalisation_gap", "fld<N>_dinov2", "_generalisation_gap", None),
+        ("fld5k_det_generalisation_gap_ema0.1", "fld<N>", "_generalisation_gap", None),
+        ("swd5k_16", "swd<N>", "_<side>", False),
+        ("swd5k_floor_16", "swd<N>_floor", "_<side>", None),
+    ],
+)
+def test_recorded_names_of_values_are_read(name: str, pattern: str, value: str, direction: bool | None) -> None:
+    found = metrics.registry.find_recorded(name)
+    assert found is not None
+    assert (found[0].pattern, found[1]) == (pattern, value)
+    assert higher_is_better(name) is direction
+
+
+@pytest.mark.parametrize("name", ["fidelity", "swd5k_my-det_16", "loss", "ema0.05"])
+def test_names_of_no_metric_are_not_read(name: str) -> None:
+    assert metrics.registry.find_recorded(name) is None
+    assert higher_is_better(name) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("dinov2", "fld5k"), ("dinov2", "authpct5k_dinov2"), ("full", "fid5k"), ("std", "kid5k"), ("train", "fid5k_full")],
+)
+def test_detectors_may_not_have_the_names_of_metrics(file: str, name: str, tmp_path: Path) -> None:
+    setup = DetectorSetup(program=tmp_path / f"{file}.pt2")
+    recorded = name.removesuffix("_dinov2") + f"_{file}"
+    with pytest.raises(UserError, match=f"{file}.pt2: results of .* would be saved as {recorded}, .*; rename the file"):
+        metrics.resolve(name, setup)
+    assert metrics.resolve("fd5k_dinov2", setup) == ["fd5k_dinov2"]
 
 
 def test_metric_names_have_a_suffix_for_other_detectors(detector_setup: DetectorSetup) -> None:

@@ -147,6 +147,32 @@ def test_the_card_states_each_protocol_once(snapshot: Snapshot, tmp_path: Path) 
     assert text.count("; lower is better. Protocol: patches of &lt;N>; truncation psi 0.7; const noise.\n") == 1
 
 
+def test_the_card_states_the_images_of_each_value(snapshot: Snapshot, tmp_path: Path) -> None:
+    names = ["fid50_full_det", "fid50_full_det_train", "fid50_full_det_holdout"]
+    split = {"num_real": 100, "num_fake": 50, "num_holdout": 20}
+    record(snapshot, "fid50_full_det", 1.0, results=dict.fromkeys(names, 1.0), **split)
+    record(snapshot, "fld50", 2.0, results={"fld50": 2.0, "fld50_generalisation_gap": -3.0}, **split)
+    record(snapshot, "authpct50", 61.0, num_real=100, num_fake=50, num_holdout=0)
+    record(snapshot, "swd50_floor", 1.0, num_fake=50)
+    record(snapshot, "mymetric", 1.0, num_fake=0)  # unknown: without generated images it is a floor
+    config = override(snapshot.config, {"data.max_images": 100, "data.holdout": 20})
+    save_hub_folder(tmp_path / "cars", replace(snapshot, config=config))
+    card = ModelCard.load(tmp_path / "cars" / "README.md")
+    rows = dict(re.findall(r"^\| (\w+) \| [-\d.]+ \| (.+) \|$", card.text, re.MULTILINE))
+    assert rows == {
+        "authpct50": "50 generated, 100 real (cars.zip)",
+        "fid50_full_det": "50 generated, 100 real (cars.zip)",
+        "fid50_full_det_train": "50 generated, 20 training (cars.zip)",
+        "fid50_full_det_holdout": "50 generated, 20 held-out",
+        "fld50": "50 generated, 100 real (cars.zip), 20 held-out",
+        "fld50_generalisation_gap": "50 generated, 100 real (cars.zip), 20 held-out",
+    }
+    published = {result.metric_type for result in card.data.eval_results}
+    assert published == {"authpct50", "fid50_full_det", "fld50", "fld50_generalisation_gap"}
+    assert "| dataset | cars.zip, a random subset of 100 images, 20 images held out |" in card.text
+    assert "no copies of training images; a fake is authentic if its nearest training image is nearer to" in card.text
+
+
 @pytest.mark.parametrize("name", ["cifar", "styleformer2", "stylegan2", "transgan-cifar", "r3gan-cifar", "tiny"])
 def test_only_changes_to_the_preset_are_published(name: str) -> None:
     env = Environment(img_shape=(3, 32, 32), c_dim=3, on_gpu=True, has_bf16=True)

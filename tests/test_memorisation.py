@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from click.testing import CliRunner, Result
 from conftest import SMALL, make_shapes
 from exploration_helpers import build
 from metric_helpers import ArrayImages, SmallDetector, bound, natural_images, script_program
+from PIL import Image
 from torch import Tensor
 
 import calc_metrics
@@ -23,10 +27,11 @@ from metrics import registry
 from metrics.authenticity import authentic_percent
 from metrics.detectors import read_detectors
 from metrics.likelihood import Mixture, likelihood_divergence
-from metrics.sampling import MetricContext
+from metrics.precision_recall import nearest
+from metrics.sampling import MetricContext, Pass, Progress
 from training.config import PRESETS
 from training.dataset import DatasetConfig, ImageDataset
-from training.snapshots.snapshot import save_network
+from training.snapshots.snapshot import load_network, save_network
 
 
 def features(count: int, dimensions: int, seed: int) -> Tensor:
@@ -95,16 +100,36 @@ def test_a_copy_of_a_duplicated_training_image_is_not_authentic() -> None:
     assert authentic_percent(torch.cat([real, real]), real) == 0
 
 
+def test_copies_of_nearly_equal_images_are_not_authentic() -> None:
+    """The distances between the pairs are lost in the rounding of |x|^2 + |y|^2 - 2 x y."""
+    real = features(80, 64, 1)
+    twins = real + 3e-4 * features(80, 64, 2)
+    assert numpy_authentic_percent(torch.cat([real, twins]).double().numpy(), real.double().numpy()) == 0
+    assert authentic_percent(torch.cat([real, twins]), real) == 0
+    _, other = nearest(torch.cat([real, twins]), torch.cat([real, twins]), is_same=True)
+    assert torch.equal(other, torch.arange(160).roll(80))
+
+
 def test_authpct_separates_copies_from_held_out_images(detector: Path) -> None:
     images = natural_images(600)
     assert results(context_of(detector, images[:400]), "authpct300")["authpct300"] < 10
     assert 40 <= results(context_of(detector, images[400:]), "authpct200")["authpct200"] <= 60
 
 
-def test_authpct_refuses_a_single_training_image(detector: Path) -> None:
-    context = context_of(detector, natural_images(5), images=OtherImages(natural_images(1, seed=3)))
-    with pytest.raises(UserError, match="metric authpct5: needs at least 2 training images, got 1"):
-        results(context, "authpct5")
+@pytest.mark.parametrize(
+    ("name", "reals", "message"),
+    [
+        ("authpct5", 1, "metric authpct5: needs at least 2 training images, got 1"),
+        ("pr53_full", 3, "metric pr53_full: needs at least 4 real images, got 3"),
+        ("pr33_full", 8, "metric pr33_full: needs at least 4 generated images, got 3"),
+        ("dc5_full", 5, "metric dc5_full: needs at least 6 real images, got 5"),
+    ],
+)
+def test_too_few_images_are_refused_before_any_pass(detector: Path, name: str, reals: int, message: str) -> None:
+    setup = read_detectors((f"inception:{detector}", f"vgg16:{detector}"))
+    context = replace(context_of(detector, natural_images(5), images=OtherImages(natural_images(reals))), setup=setup)
+    with pytest.raises(UserError, match=f"^{message}$"):
+        registry.prepare([name], context)
 
 
 # Feature likelihood divergence.
@@ -154,7 +179,7 @@ def test_fld_equals_a_float64_reference(copies: int) -> None:
     real, holdout, fake = features(90, 6, 1), features(50, 6, 2), features(40, 6, 3)
     fake[:copies] = real[:copies]
     order = np.random.RandomState(4).permutation(90)
-    measured = likelihood_divergence(real, holdout, fake, order)
+    measured = likelihood_divergence(real, holdout, fake, order, list[int]().append)
     assert measured == pytest.approx(numpy_divergence((real, holdout, fake), order), rel=2e-3, abs=0.05)
 
 
@@ -162,7 +187,7 @@ def test_fld_accepts_constant_features() -> None:
     real, holdout, fake = features(60, 4, 1), features(40, 4, 2), features(50, 4, 3)
     for rows in (real, holdout, fake):
         rows[:, 2] = 7
-    measured = likelihood_divergence(real, holdout, fake, np.arange(60))
+    measured = likelihood_divergence(real, holdout, fake, np.arange(60), list[int]().append)
     assert measured == pytest.approx(numpy_divergence((real, holdout, fake), np.arange(60)), rel=2e-3, abs=0.05)
 
 
@@ -170,10 +195,33 @@ def test_a_mixture_of_one_centre_has_the_likelihood_of_its_parts() -> None:
     """With all centres at one place the best variance of Gaussian points is their mean square."""
     points = torch.from_numpy(np.random.RandomState(0).standard_normal((2000, 3))).float()
     points -= points.mean(dim=0)
-    mixture = Mixture(torch.zeros(2, 3), points)
+    mixture = Mixture(torch.zeros(2, 3), points, list[int]().append)
     variance = float(points.double().square().mean())
     assert mixture.log_variance.exp().tolist() == pytest.approx([variance] * 3, rel=0.05)
     assert mixture.nll(points) == pytest.approx(np.log(2 * np.pi * variance) / 2 + 0.5, abs=0.01)
+
+
+class Reports(Progress):
+    """Progress that keeps its reports."""
+
+    def __init__(self) -> None:
+        self.plans: list[tuple[str, list[Pass]]] = []
+        self.reports: list[tuple[str, int, int]] = []
+
+    def plan(self, metrics: str, passes: Sequence[Pass]) -> None:
+        self.plans.append((metrics, [*passes]))
+        self.reports = []
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        self.reports.append((name, done, total))
+
+
+def test_fld_reports_the_steps_of_its_fits(detector: Path) -> None:
+    progress = Reports()
+    results(context_of(detector, natural_images(9, seed=2), progress=progress), "fld9")
+    assert progress.plans[-1] == ("fld9", [("fitting steps", 100)])
+    steps = [*range(51), *range(50, 101)]  # of the fakes' mixture, then of the reference
+    assert progress.reports == [("fitting steps", step, 100) for step in steps]
 
 
 def test_fld_and_its_gap_detect_a_generator_that_copies(detector: Path) -> None:
@@ -201,6 +249,30 @@ def test_held_out_images_must_differ_from_the_training_images(detector: Path) ->
         context_of(detector, natural_images(5), held_out=OtherImages(natural_images(600)[:400]))
     with pytest.raises(UserError, match=r"--holdout: the images are 3x16x16 .*, but those of the dataset 3x32x32"):
         context_of(detector, natural_images(5), held_out=OtherImages(natural_images(5, (3, 16, 16))))
+
+
+def test_datasets_with_common_images_overlap(tmp_path: Path) -> None:
+    def opened(path: Path, **changes: Any) -> ImageDataset:
+        return ImageDataset(DatasetConfig(path=str(path), **changes))
+
+    def scenes(name: str, count: int, seed: int = 0) -> Path:
+        return make_shapes(tmp_path / f"{name}.zip", 16, count, seed)
+
+    train, other = scenes("train", 120), scenes("other", 120, seed=1)
+    assert opened(train).overlaps(opened(scenes("more", 150)))
+    assert not opened(train).overlaps(opened(other))
+    assert opened(train, max_images=1).overlaps(opened(train, max_images=1, seed=1))
+    with zipfile.ZipFile(train) as source, zipfile.ZipFile(other, "a") as archive:
+        name = next(name for name in source.namelist() if name.endswith(".png"))
+        archive.writestr("copy.png", source.read(name))
+    assert not opened(train).overlaps(opened(other))  # a single duplicate
+    assert opened(train, max_images=60).overlaps(opened(train, holdout=60))
+
+    for folder in (tmp_path / "all" / "val", tmp_path / "beside"):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "image.png")
+    assert opened(tmp_path / "all").overlaps(opened(tmp_path / "all" / "val"))
+    assert not opened(tmp_path / "all").overlaps(opened(tmp_path / "beside"))
 
 
 # calc_metrics.py --holdout and training.
@@ -254,11 +326,22 @@ def test_the_holdout_of_a_run_is_compared_with_training_images(
     assert own["fid40_full"]["num_real"] == 256
 
 
+def test_snapshots_in_a_folder_use_their_own_split(snapshots: dict[int, Path], detector: Path, tmp_path: Path) -> None:
+    for kimg, holdout in enumerate((20, 56)):
+        config = override(load_network(snapshots[0]).config, {"data.holdout": holdout})
+        name = f"network-snapshot-{kimg:06d}.pkl"
+        save_network(tmp_path / name, config=config, G_ema=build(config.generator), nimg=1000 * kimg)
+    result = calc(tmp_path, detector, "--metrics=fld20")
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(record["num_real"], record["num_holdout"]) for record in found] == [(236, 20), (200, 56)]
+
+
 def test_both_frechet_distances_equal_separate_measurements(
     snapshots: dict[int, Path], detector: Path, tmp_path: Path
 ) -> None:
     """Against a dataset of held-out images, each distance is that to this dataset alone."""
-    other = make_shapes(tmp_path / "other.zip", 16, 300)
+    other = make_shapes(tmp_path / "other.zip", 16, 300, seed=1)
     found = records(calc(snapshots[0], detector, f"--holdout={other}", "--metrics=fid40_full"))["fid40_full"]
     assert (found["num_real"], found["num_holdout"]) == (256, 256)
     alone = records(calc(snapshots[0], detector, "--metrics=fid40_full"))["fid40_full"]["results"]["fid40_full"]
@@ -272,10 +355,13 @@ def test_both_frechet_distances_equal_separate_measurements(
     ("holdout", "arguments", "message"),
     [
         (0, ["--holdout=run"], "--holdout=run: the run held out no images"),
-        (0, ["--holdout=no-such.zip"], "no-such.zip"),
-        (0, ["--holdout={shapes}"], "--holdout: these are the training images"),
+        (0, ["--holdout=no-such.zip"], "Error: --holdout=no-such.zip does not exist: give a folder or .zip file"),
+        (0, ["--data=no-such.zip"], "Error: --data=no-such.zip does not exist: give a folder or .zip file"),
+        (0, ["--holdout={text}"], "Error: --holdout={text} is neither a folder nor a .zip file"),
+        (0, ["--holdout={few}"], "few.zip: contains images of "),
+        (56, ["--holdout={shapes}"], "shapes.zip: contains images of "),
         (0, ["--metrics=fld5"], "metric fld5: needs images that the network was not trained on"),
-        (56, ["--holdout=run", "--data={few}"], "holdout=56: the dataset has 9 images: leave some for training"),
+        (56, ["--holdout=run", "--data={few}"], "few.zip: holdout=56: the dataset has 9 images: leave some"),
     ],
 )
 def test_unusable_holdouts_are_one_clear_message(
@@ -283,18 +369,20 @@ def test_unusable_holdouts_are_one_clear_message(
     message: str,
 ) -> None:  # fmt: skip
     few = make_shapes(tmp_path / "few.zip", 16, 9)
-    given = [argument.format(shapes=shapes_zip, few=few) for argument in arguments]
+    text = tmp_path / "notes.txt"
+    text.write_text("none")
+    given = [argument.format(shapes=shapes_zip, few=few, text=text) for argument in arguments]
     result = calc(snapshots[holdout], detector, "--metrics=fid20_full", *given)
     assert result.exit_code == 2, result.output
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error")]
-    assert message in line
+    assert message.format(text=text) in line
 
 
 def test_a_set_of_images_can_be_compared_with_held_out_images(detector: Path, shapes_zip: Path, tmp_path: Path) -> None:
-    other, fakes = (make_shapes(tmp_path / f"{name}.zip", 16, count) for name, count in (("other", 40), ("fakes", 60)))
+    other, fakes = make_shapes(tmp_path / "other.zip", 16, 40, seed=1), make_shapes(tmp_path / "fakes.zip", 16, 60)
     result = calc(fakes, detector, f"--data={shapes_zip}", f"--holdout={other}", "--metrics=fld50,authpct50")
     found = records(result)
-    assert found["authpct50"]["results"]["authpct50"] < 10  # the scenes of a dataset depend on their number only
+    assert found["authpct50"]["results"]["authpct50"] < 10  # copies: the first scenes of the dataset
     assert found["fld50"]["results"]["fld50_generalisation_gap"] != 0
     refused = calc(fakes, detector, f"--data={shapes_zip}", "--holdout=run", "--metrics=fld50")
     assert refused.exit_code == 2

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from exploration import neighbours
-from exploration.neighbours import find_nearest, search, small_pixels
+from exploration.neighbours import Neighbour, find_nearest, search, small_pixels
+from torch_utils.sheets import TEXT_SIZE, column_width
 from training.dataset import DatasetConfig, ImageDataset
 
 CPU = torch.device("cpu")
@@ -112,10 +113,42 @@ def test_the_command_writes_a_sheet_and_its_records(tmp_path: Path) -> None:
         first = record["neighbours"][0]
         assert record["authentic"] == (first["distance"] > first["own_distance"])
         assert first["file"] == dataset.file_name(first["index"])
-        assert record["features"] == "pixels at 32 px"
+        assert record["features"] == "pixels at 16x16"
     H, W, _ = pixels(tmp_path / "out" / "neighbours.png").shape
     assert W > 5 * 96
     assert H > 2 * 96
+
+
+@pytest.mark.parametrize(("side", "name"), [(16, "16x16"), (32, "32x32"), (48, "24x24"), (96, "24x24"), (65, "17x17")])
+def test_the_compared_resolution_is_stated(side: int, name: str) -> None:
+    embed, features = neighbours.choose_embedding(None, (3, side, side), CPU)
+    assert features == f"pixels at {name}"
+    assert embed(torch.zeros(2, 3, side, side)).shape == (2, 3 * int(name[:2]) ** 2)
+    assert neighbours.choose_embedding(None, (1, 40, 100), CPU)[1] == "pixels at 50x20"
+
+
+def test_rows_of_a_sheet_are_aligned_under_wide_captions(tmp_path: Path) -> None:
+    """Tiles of white frames: the columns of frames have one width and one pitch in all rows."""
+    images = torch.zeros(32, 3, 24, 64, dtype=torch.uint8)
+    images[:, 0] = 255  # red
+    dataset = ImageDataset(DatasetConfig(path=str(save_images(tmp_path / "data", images))))
+    own = (0.000615, 7.0, 0.00152)
+    found = [
+        [
+            Neighbour(index=index, flipped=False, distance=own[(index + row) % 3], own_distance=own[row])
+            for index in range(32)
+        ]
+        for row in range(3)
+    ]
+    drawn = neighbours.draw(images[:3], ["1", "2", "3"], found, dataset).astype(int)
+    is_red = (drawn[:, :, 0] == 255) & (drawn[:, :, 1] == 0)
+    starts = [np.flatnonzero(np.diff(row.astype(int), prepend=0) == 1) for row in is_red if row.sum() > 32]
+    assert all(row.tolist() == starts[0].tolist() for row in starts)
+    assert len(starts[0]) == 33
+    assert len(set(np.diff(starts[0][1:]))) == 1
+    assert is_red[:, -1].sum() == 0  # the last tile is narrower than its caption, so it is not cut off
+    pitch = starts[0][2] - starts[0][1]
+    assert pitch > column_width(0, ["0.000615 / 0.00152"], TEXT_SIZE)
 
 
 def test_features_of_a_detector_are_compared(tmp_path: Path) -> None:
@@ -141,6 +174,14 @@ class NoFeatures(torch.nn.Module):
         return images.float()
 
 
+def test_a_missing_dataset_is_reported_before_loading(tmp_path: Path) -> None:
+    (tmp_path / "network.pkl").write_bytes(b"no network")
+    result = run(
+        "neighbours", f"--network={tmp_path / 'network.pkl'}", f"--outdir={tmp_path}", "--data=none", "--seeds=0"
+    )
+    assert result.stderr.endswith("Error: --data=none does not exist: give a folder or .zip file of images\n")
+
+
 def test_bad_input_is_refused_before_anything_is_written(shapes32_zip: Path, tmp_path: Path) -> None:
     data, network = make_run(tmp_path)
     maps = script_program(tmp_path / "maps.pt", NoFeatures())
@@ -150,7 +191,10 @@ def test_bad_input_is_refused_before_anything_is_written(shapes32_zip: Path, tmp
         ([], "--seeds: specify images"),
         (["--seeds=0-299"], "--seeds: 300 images; a sheet shows at most 256"),
         (["--seeds=0", "--count=33"], "33 is not in the range 1<=x<=32"),
-        (["--seeds=0", f"--data={tmp_path / 'none.zip'}"], "none.zip"),
+        (
+            ["--seeds=0", f"--data={tmp_path / 'none.zip'}"],
+            f"Error: --data={tmp_path / 'none.zip'} does not exist: give",
+        ),
         (["--seeds=0", f"--data={shapes32_zip}"], "the network generates images of 3x16x16"),
         (["--seeds=0", f"--detector={maps}"], "expected features [B, F]"),
         (["--seeds=0", "--detector=none.pt2"], "--detector=none.pt2: no such file or folder"),
@@ -162,8 +206,10 @@ def test_bad_input_is_refused_before_anything_is_written(shapes32_zip: Path, tmp
         assert not (tmp_path / "out" / "neighbours.png").exists()
     few = make_shapes(tmp_path / "few.zip", 16, 3)
     result = run("neighbours", f"--network={network}", f"--outdir={tmp_path}", "--seeds=0", f"--data={few}")
-    assert "--count=6: " in result.stderr
-    assert "few.zip has 3 images; each row needs 6" in result.stderr
+    assert result.stderr.endswith(f"--count=6: {few} has 3 images; specify at most 3\n")
+    single = make_shapes(tmp_path / "single.zip", 16, 1)
+    result = run("neighbours", f"--network={network}", f"--outdir={tmp_path}", "--seeds=0", f"--data={single}")
+    assert result.stderr.endswith(f"--data={single}: has 1 image; specify at least 2 training images\n")
     data.unlink()
     result = run("neighbours", f"--network={network}", f"--outdir={tmp_path}", "--seeds=0")
-    assert "network.pkl): specify the training images with --data" in result.stderr
+    assert "network.pkl): specify the dataset with --data" in result.stderr

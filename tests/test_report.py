@@ -436,6 +436,16 @@ def test_unusual_names_and_numbers_are_shown(tmp_path: Path) -> None:
     assert list(read_run(run, "run").metrics) == ["swd5k"]
 
 
+@pytest.mark.usefixtures("_without_charts")
+def test_a_value_without_a_better_direction_has_no_best(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=2)
+    (run / "metric-swd5k_floor.jsonl").write_text(metric_line(2, 1.5, results={"swd5k_floor": 1.5}))
+    assert run_report(run).exit_code == 0
+    text = (run / "report" / "report.html").read_text()
+    assert "<th>swd5k_floor, best</th><th>last</th>" in text
+    assert "<td></td><td>1.5</td>" in text
+
+
 def test_names_are_not_parsed_as_formulas(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=2)
     (run / "metric-swd5k.jsonl").rename(run / "metric-a$b_$c.jsonl")

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch_utils.signals import Signals
 from training.data_sources.classes import note_on_gaps
 from training.data_sources.codec import PNG_START, decode_as, decode_image, read_shape, starts_as_plain_png
 from training.data_sources.dataset_json import DatasetJson
-from training.data_sources.files import labels_of, open_store, read_dataset_json
+from training.data_sources.files import ZipStore, check_exists, labels_of, open_store, read_dataset_json
 from training.data_sources.sizes import Shape, Size, Sizes, Survey, build_command, describe_shape, suggest_size
 
 try:
@@ -44,6 +44,7 @@ RESIDENT_BYTES = 2 * 2**30
 RESIDENT_PART = 1024  # images decoded at a time
 START_BYTES = 1 << 16  # header of a file other than PNG; enough for most JPEGs (size after the EXIF data)
 JPEG_START = b"\xff\xd8\xff"
+MAX_SHARED = 0.01  # of the smaller of two datasets: more equal images are no coincidence
 
 
 LabelKind = Literal["classes", "vectors"]
@@ -157,6 +158,21 @@ class ImageDataset:
         mirrored = index >= n
         batch[mirrored] = batch[mirrored][:, :, ::-1]
         return torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
+
+    def overlaps(self, other: ImageDataset) -> bool:
+        """Return whether two datasets are one file, a folder and a folder in it, or share more than MAX_SHARED.
+
+        Images of zip files are compared by size and CRC-32, others not at all.
+        """
+        one, two = self.path.resolve(), other.path.resolve()
+        if isinstance(self._store, ZipStore) and isinstance(other._store, ZipStore):
+            shared = self._fingerprints() & other._fingerprints()
+            return one == two or len(shared) > MAX_SHARED * min(self.num_originals, other.num_originals)
+        are_folders = one.is_dir() and two.is_dir()
+        return are_folders and (one.is_relative_to(two) or two.is_relative_to(one))
+
+    def _fingerprints(self) -> set[tuple[int, ...]]:
+        return {self._store.fingerprint(self._store.names[position]) for position in self._subset}
 
     @property
     def is_raw(self) -> bool:
@@ -279,6 +295,23 @@ class ImageDataset:
             name = self._store.names[position]
             digest.update(f"\n{name!r} {self._store.fingerprint(name)}".encode())
         return digest.hexdigest()
+
+
+@contextmanager
+def naming(option: str, path: str) -> Iterator[None]:
+    """Begin the message of a UserError raised inside with the option that gave the path of a dataset."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        raise UserError(f"{option}={text}" if text.startswith(path) else f"{option}={path}: {text}") from None
+
+
+def check_given(option: str, path: str | Path | None) -> None:
+    """Raise UserError, which names the option, if the path of a dataset is given and does not exist."""
+    if path is not None:
+        with naming(option, str(path)):
+            check_exists(Path(path))
 
 
 class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):

@@ -219,8 +219,7 @@ def open_store(path: Path, listing: Listing | None = None) -> FileStore:
 
     Raises UserError if the path does not exist, is neither a folder nor a .zip file, or contains no images.
     """
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give a folder or .zip file of images")
+    check_exists(path)
     if (path / OPTIONS_FILE).exists():
         raise UserError(f"{path} is the folder of a run, not a dataset: give the dataset that the run was trained on")
     if path.is_dir():
@@ -240,6 +239,12 @@ def open_store(path: Path, listing: Listing | None = None) -> FileStore:
         held = f"; it holds{','.join(line.removeprefix(' ') for line in others)}" if others else ""
         raise UserError(f"{path} holds no images{held}: check the path")
     return store
+
+
+def check_exists(path: Path) -> None:
+    """Raise UserError if the path of a dataset does not exist."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a folder or .zip file of images")
 
 
 def _list_images(path: Path) -> Listing:

@@ -22,7 +22,7 @@ from torch_utils.images import save_pixels, to_uint8
 from torch_utils.sheets import labelled_grid
 from training.config import TrainConfig
 from training.snapshots.exchange import load_folder, new_folder, write_folder
-from training.snapshots.model_card import SAMPLES, num_samples, read_records, write_card
+from training.snapshots.model_card import SAMPLES, is_split_value, num_samples, read_records, write_card
 from training.snapshots.snapshot import Snapshot
 
 try:
@@ -121,6 +121,7 @@ def sample_images(snapshot: Snapshot) -> tuple[torch.Tensor, list[str]]:
 
 
 def _to_results(record: dict[str, Any]) -> list[EvalResult]:
+    """Return the values of a record that were measured on the dataset, not on equal parts of its images or others."""
     name = Path(record["data"]).name
     return [
         EvalResult(
@@ -131,4 +132,5 @@ def _to_results(record: dict[str, Any]) -> list[EvalResult]:
             metric_value=value,
         )
         for metric, value in record["results"].items()
+        if not is_split_value(metric)
     ]

@@ -13,7 +13,7 @@ from typing import Any
 from dnnlib.config import ConfigError, differences, family_of, override, to_json
 from dnnlib.download import sha256_of_file
 from dnnlib.util import counted, read_metric_records
-from metrics.registry import find_recorded
+from metrics.registry import HOLDOUT_VALUES, find_recorded
 from training.config import PRESETS, Environment, TrainConfig, apply_options, resolve
 from training.networks import DISCRIMINATORS, GENERATORS
 from training.snapshots.snapshot import Snapshot
@@ -84,30 +84,51 @@ def read_records(snapshot: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_complete(record: dict[str, Any]) -> bool:
-    """Return whether a record contains all fields that the model card shows, and measures generated images."""
-    texts = (record.get(name) for name in ("metric", "data", "protocol"))
-    num_real, num_fake = record.get("num_real"), record.get("num_fake")
-    is_measured = isinstance(num_real, int) and isinstance(num_fake, int) and num_fake > 0
-    return all(isinstance(text, str) for text in texts) and is_measured
+    """Return whether a record contains all fields that the model card shows, and is no floor."""
+    texts = [record.get(name) for name in ("metric", "data", "protocol")]
+    numbers = [record.get("num_real"), record.get("num_fake"), record.get("num_holdout", 0)]
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(number, int) for number in numbers):
+        return False
+    found = find_recorded(record["metric"])
+    return not found[0].is_floor if found else record["num_fake"] > 0
+
+
+def is_split_value(name: str) -> bool:
+    """Return whether a recorded value compares with equal numbers of training and held-out images."""
+    found = find_recorded(name)
+    return found is not None and found[1] in HOLDOUT_VALUES
 
 
 def _describe_metrics(snapshot: Path) -> str:
     """Return a table of the values, and below it each metric's meaning and protocol once."""
     rows, notes = ["| metric | value | images |", "|---|---|---|"], []
     for record in read_records(snapshot):
-        source = f"{Path(record['data']).name}{', with flips' if record.get('mirror') else ''}"
-        real = f", {record['num_real']:,} real ({source})" if record["num_real"] else ""
-        images = f"{record['num_fake']:,} generated{real}"
-        rows += [f"| {name} | {value:.5g} | {images} |" for name, value in record["results"].items()]
+        rows += [f"| {name} | {value:.5g} | {_images_of(record, name)} |" for name, value in record["results"].items()]
         notes.append(_describe_metric(record))
     return "\n".join([*rows, "", *notes]) if notes else "No metrics are recorded."
 
 
+def _images_of(record: dict[str, Any], name: str) -> str:
+    """Return the numbers of images that a value of a record depends on."""
+    spec, value = find_recorded(name) or (None, "")
+    num_real, num_holdout = record["num_real"], record.get("num_holdout", 0)
+    source = f"({Path(record['data']).name}{', with flips' if record.get('mirror') else ''})"
+    held_out = f"{num_holdout:,} held-out" if num_holdout else ""
+    if value in HOLDOUT_VALUES:
+        reals = [held_out if value == "_holdout" else f"{num_holdout:,} training {source}"]
+    else:
+        has_split = spec is not None and set(HOLDOUT_VALUES) <= set(spec.values)
+        reals = [f"{num_real:,} real {source}" if num_real else "", "" if has_split else held_out]
+    return ", ".join(filter(None, [f"{record['num_fake']:,} generated", *reals]))
+
+
 def _describe_metric(record: dict[str, Any]) -> str:
     """Return a list item with the meaning of a record's metric, and all that its value depends on."""
-    spec = find_recorded(record["metric"])
-    direction = "higher" if spec and spec.higher_is_better else "lower"
-    meaning = f"{spec.help}; {direction} is better. " if spec else ""
+    meaning = ""
+    if found := find_recorded(record["metric"]):
+        spec = found[0]
+        direction = f"{'higher' if spec.higher_is_better else 'lower'} is better"
+        meaning = f"{'; '.join(filter(None, [spec.help, spec.note, direction]))}. "
     settings = [record.get("detector"), record["protocol"]]
     settings += [f"truncation psi {record['truncation_psi']:g}"] if record.get("truncation_psi", 1) != 1 else []
     settings += [f"{record['noise_mode']} noise"] if record.get("noise_mode") else []
@@ -120,6 +141,7 @@ def _describe_training(snapshot: Snapshot, config: TrainConfig) -> str:
     data += ["with labels"] if config.data.use_labels else []
     data += ["with flips"] if config.data.mirror else []
     data += [f"a random subset of {config.data.max_images:,} images"] if config.data.max_images else []
+    data += [f"{counted(config.data.holdout, 'image')} held out"] if config.data.holdout else []
     num_parameters = sum(parameter.numel() for parameter in snapshot.G_ema.parameters())
     choices = _choices(config)
     rows = {

@@ -9,6 +9,7 @@ import torch
 
 from dnnlib.config import UserError
 from dnnlib.download import fetch, is_url
+from training.dataset import DatasetConfig, ImageDataset, naming
 from training.snapshots import snapshot
 from training.snapshots.exchange import is_folder, load_folder, read_folder
 from training.snapshots.foreign import PRESET, is_foreign, read_foreign
@@ -56,3 +57,17 @@ def local_snapshot(path: str | Path) -> Path:
     if snapshots := list_snapshots(path):
         return snapshots[-1]
     raise UserError(f"{path}: neither a run (network-snapshot-*.pkl) nor a folder of safetensors (config.json)")
+
+
+def open_images(config: DatasetConfig, path: Path, *, is_given: bool) -> ImageDataset:
+    """Open the training dataset of the snapshot in `path` or, if `is_given`, the dataset of --data.
+
+    Raises UserError, which names --data or states that the dataset is that of the snapshot.
+    """
+    if is_given:
+        with naming("--data", config.path):
+            return ImageDataset(config)
+    try:
+        return ImageDataset(config)
+    except UserError as error:
+        raise UserError(f"{error} (the training dataset of {path}): specify the dataset with --data") from None
