@@ -141,7 +141,7 @@ def test_the_info_commands_of_the_readme_run(monkeypatch: pytest.MonkeyPatch) ->
     (command,) = [command for command in readme_commands("legacy.py") if command[0] == "info"]
     result = CliRunner().invoke(legacy.main, command)
     assert result.exit_code == 0, result.output
-    assert "styleformer2, 424,636 parameters" in result.output
+    assert "styleformer2, 184,806 parameters" in result.output
 
 
 def test_the_commands_and_code_of_exchange_md_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
