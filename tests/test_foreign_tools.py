@@ -90,7 +90,7 @@ def test_metrics_of_a_foreign_network_are_computed(
     assert not list((tmp_path / "cache").rglob("metric-*.jsonl"))
     assert "results" in run_ok(legacy.main, "info", theirs, "--json")
     refused = run(calc_metrics.main, f"--network={theirs}", "--metrics=swd32", "--device=cpu")
-    assert (refused.exit_code, "specify the real images with --data" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "specify the dataset with --data" in refused.stderr) == (2, True)
 
 
 SHORT = [*SMALL, "--kimg=0.016", "--tick=0.016", "--snap=1", "--metrics=none", "--device=cpu"]

@@ -120,7 +120,7 @@ def test_a_snapshot_holds_each_network_under_its_name(shapes_zip: Path, tmp_path
 
 
 def test_metrics_and_grids_use_g_ema(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = new_trainer(shapes_zip, ema__rampup=None, run__metrics=("swd20",))
+    trainer = new_trainer(shapes_zip, ema__rampup=None, run__metrics=("swd20",), run__metrics_first=True)
     evaluated: list[Any] = []
 
     def evaluate(names: Any, context: Any) -> list[Any]:
@@ -130,7 +130,7 @@ def test_metrics_and_grids_use_g_ema(shapes_zip: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr("metrics.registry.compute_all", evaluate)
     loggers = Loggers((), tmp_path, trainer.config)
     pictures = hooks.ImageGrids(tmp_path, 1, loggers)
-    monkeypatch.setattr(pictures, "_count", lambda trainer: 16)
+    monkeypatch.setattr(hooks, "grid_count", lambda img_shape: 16)
     trainer.hooks = [Evaluation(new_saver(tmp_path, trainer.config), build_context(trainer), loggers), pictures]
     train_steps(trainer, 1)
     assert all(G is trainer.ema.module for G in evaluated)
