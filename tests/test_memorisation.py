@@ -268,6 +268,11 @@ def test_datasets_with_common_images_overlap(tmp_path: Path) -> None:
     assert not opened(train).overlaps(opened(other))  # a single duplicate
     assert opened(train, max_images=60).overlaps(opened(train, holdout=60))
 
+    # 1,500 uncompressed images of one size have 2^16 CRCs: about 34 in common with other images.
+    many, others = opened(scenes("many", 1500)), opened(scenes("others", 1500, seed=1))
+    assert len(many._by_fingerprint().keys() & others._by_fingerprint().keys()) > 15
+    assert not many.overlaps(others)
+
     for folder in (tmp_path / "all" / "val", tmp_path / "beside"):
         folder.mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / "image.png")

@@ -44,6 +44,7 @@ RESIDENT_BYTES = 2 * 2**30
 RESIDENT_PART = 1024  # images decoded at a time
 START_BYTES = 1 << 16  # header of a file other than PNG; enough for most JPEGs (size after the EXIF data)
 JPEG_START = b"\xff\xd8\xff"
+MAX_COMPARED = 1000  # fingerprints whose images are read to find out whether two datasets overlap
 MAX_SHARED = 0.01  # of the smaller of two datasets: more equal images are no coincidence
 
 
@@ -162,17 +163,28 @@ class ImageDataset:
     def overlaps(self, other: ImageDataset) -> bool:
         """Return whether two datasets are one file, a folder and a folder in it, or share more than MAX_SHARED.
 
-        Images of zip files are compared by size and CRC-32, others not at all.
+        Only images of zip files are compared: those of equal fingerprint, up to MAX_COMPARED fingerprints, by pixel.
         """
         one, two = self.path.resolve(), other.path.resolve()
-        if isinstance(self._store, ZipStore) and isinstance(other._store, ZipStore):
-            shared = self._fingerprints() & other._fingerprints()
-            return one == two or len(shared) > MAX_SHARED * min(self.num_originals, other.num_originals)
-        are_folders = one.is_dir() and two.is_dir()
-        return are_folders and (one.is_relative_to(two) or two.is_relative_to(one))
+        if not (isinstance(self._store, ZipStore) and isinstance(other._store, ZipStore)):
+            are_folders = one.is_dir() and two.is_dir()
+            return are_folders and (one.is_relative_to(two) or two.is_relative_to(one))
+        mine, theirs = self._by_fingerprint(), other._by_fingerprint()
+        alike = sorted(mine.keys() & theirs.keys())
+        compared = alike[:MAX_COMPARED]
+        equal = sum(not self._contents(mine[key]).isdisjoint(other._contents(theirs[key])) for key in compared)
+        num_shared = equal * len(alike) / max(len(compared), 1)
+        return one == two or num_shared > MAX_SHARED * min(self.num_originals, other.num_originals)
 
-    def _fingerprints(self) -> set[tuple[int, ...]]:
-        return {self._store.fingerprint(self._store.names[position]) for position in self._subset}
+    def _by_fingerprint(self) -> dict[tuple[int, ...], list[int]]:
+        """Return the indices of the images by fingerprint; different images can have the same fingerprint."""
+        indices: dict[tuple[int, ...], list[int]] = {}
+        for index, position in enumerate(self._subset):
+            indices.setdefault(self._store.fingerprint(self._store.names[position]), []).append(index)
+        return indices
+
+    def _contents(self, indices: Sequence[int]) -> set[bytes]:
+        return {image.numpy().tobytes() for image in self.images(indices)}
 
     @property
     def is_raw(self) -> bool:
