@@ -36,6 +36,7 @@ from training.networks.generator import Grid
 from training.networks.layers import Resampling
 
 MAX_BESIDE = 8  # queries up to which the two parts of a sheet are side by side
+MAX_QUERIES = 64  # columns of a sheet
 MAX_SIDE = 128  # longer side in pixels of the images in a sheet, which has a row for each block
 
 
@@ -184,19 +185,26 @@ def tokens_of(pixels: Tensor, grid: Grid, img_size: Grid) -> Tensor:
 def choose_pixels(queries: Sequence[str], records: Sequence[BlockRecord], image: int, img_size: Grid) -> Tensor:
     """Parse queries such as '5,12', 'grid:2' (the centres of 2 x 2 cells) or 'most:3' into pixels (Q, 2), as (x, y).
 
-    Raises UserError for any other form, and for pixels outside the image.
+    Raises UserError for any other form, for pixels outside the image, and for more than MAX_QUERIES.
     """
     height, width = img_size
     pixels: list[tuple[int, int]] = []
     for query in queries:
         match = re.fullmatch(r"(\d{1,9}),(\d{1,9})|(grid|most):([1-9]\d{0,2})", query)
         if not match:
-            raise UserError(f"--query={query}: specify a pixel X,Y, or grid:N, or most:N for the most attended pixels")
+            raise UserError(
+                f"--query={query}: specify a pixel X,Y, or grid:N, or most:N for the most attended pixels, "
+                "with N below 1000"
+            )
         x, y, kind, count = match.groups()
         if kind == "most":
             pixels += most_attended(records, image, img_size, int(count))
         elif kind == "grid":
             n = int(count)
+            if n > min(img_size):
+                raise UserError(
+                    f"--query={query}: the images are {width}x{height}; specify at most grid:{min(img_size)}"
+                )
             pixels += [
                 ((2 * i + 1) * width // (2 * n), (2 * j + 1) * height // (2 * n)) for j in range(n) for i in range(n)
             ]
@@ -206,6 +214,8 @@ def choose_pixels(queries: Sequence[str], records: Sequence[BlockRecord], image:
             raise UserError(
                 f"--query={query}: the images are {width}x{height}, so X is at most {width - 1} and Y {height - 1}"
             )
+    if len(pixels) > MAX_QUERIES:
+        raise UserError(f"--query: {len(pixels)} pixels; a sheet shows at most {MAX_QUERIES}")
     return torch.tensor(pixels, device=records[0].q.device)
 
 

@@ -24,7 +24,17 @@ from metrics.detectors import FILES, REPLACEABLE, DetectorSetup, Role, read_dete
 from metrics.sampling import cut, explain_shape_mismatch
 from metrics.sliced_wasserstein import downsample
 from torch_utils.images import save_pixels
-from torch_utils.sheets import FRAME_GAP, caption_of, captioned, column_width, sheet, text_size, tiles_of, titled
+from torch_utils.sheets import (
+    FRAME_GAP,
+    TEXT_SIZE,
+    caption_of,
+    captioned,
+    column_width,
+    sheet,
+    text_size,
+    tiles_of,
+    titled,
+)
 from training.dataset import DatasetConfig, ImageDataset, check_given
 from training.snapshots.reading import open_images
 from training.snapshots.snapshot import Snapshot
@@ -272,7 +282,7 @@ def show_neighbours(
     images = model.images(ws)
     found = search(images, dataset, embed, count, torch_device)
     title = f"Distance ({features}) / distance from that training image to its nearest training image"
-    save_pixels(titled(draw(images, names, found, dataset), title), outdir / "neighbours.png")
+    save_pixels(titled(draw(images, names, found, dataset), title, indent=TEXT_SIZE / 2), outdir / "neighbours.png")
     with atomic_write(outdir / "neighbours.jsonl") as temporary:
         temporary.write_text(to_lines(names, found, dataset, features), encoding="utf-8")
     authentic, path = sum(map(is_authentic, found)), outdir / "neighbours.png"

@@ -256,7 +256,7 @@ def choose_fakes(context: MetricContext, fakes: Images, count: int) -> list[int]
     if len(fakes) < count:
         raise UserError(
             f"{count} generated images are requested, but the set holds {len(fakes)}: "
-            f"request fewer, e.g. fid{len(fakes)}_full, or generate more"
+            f"specify metrics of at most that number, e.g. fid{len(fakes)}_full or swd{len(fakes)}, or generate more"
         )
     return [int(index) for index in random_stream(context.seed, "fakes").permutation(len(fakes))[:count]]
 
