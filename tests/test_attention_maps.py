@@ -247,7 +247,7 @@ def test_queries_are_pixels_or_grids() -> None:
     for query in ("32,0", "0,32", "grid:0", "5", "most", "-1,2"):
         with pytest.raises(UserError, match=f"--query={query}"):
             choose_pixels([query], records, 0, (32, 32))
-    with pytest.raises(UserError, match="--query=grid:33: .* 32x32; specify at most grid:32"):
+    with pytest.raises(UserError, match=r"--query=grid:33: .* 32x32; specify at most grid:32"):
         choose_pixels(["grid:33"], records, 0, (32, 32))
     with pytest.raises(UserError, match="--query: 65 pixels; a sheet shows at most 64"):
         choose_pixels(["grid:8", "0,0"], records, 0, (32, 32))
