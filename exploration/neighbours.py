@@ -24,17 +24,7 @@ from metrics.detectors import FILES, REPLACEABLE, DetectorSetup, Role, read_dete
 from metrics.sampling import cut, explain_shape_mismatch
 from metrics.sliced_wasserstein import downsample
 from torch_utils.images import save_pixels
-from torch_utils.sheets import (
-    FRAME_GAP,
-    TEXT_SIZE,
-    caption_of,
-    captioned,
-    column_width,
-    sheet,
-    text_size,
-    tiles_of,
-    titled,
-)
+from torch_utils.sheets import FRAME_GAP, TEXT_SIZE, caption_of, captioned_rows, sheet, tiles_of, titled
 from training.dataset import DatasetConfig, ImageDataset, check_given
 from training.snapshots.reading import open_images
 from training.snapshots.snapshot import Snapshot
@@ -191,8 +181,8 @@ def draw(
     training = [torch.stack([_image_of(each, dataset) for each in row]) for row in found]
     distances = [[f"{each.distance:.3g} / {each.own_distance:.3g}" for each in row] for row in found]
     verdicts = [["" if is_authentic(row) else "not authentic"] for row in found]
-    made = _captioned_rows([[tile] for tile in tiles_of(images, columns)], verdicts)
-    near = _captioned_rows([tiles_of(row, columns) for row in training], distances)
+    made = captioned_rows([[tile] for tile in tiles_of(images, columns)], verdicts)
+    near = captioned_rows([tiles_of(row, columns) for row in training], distances)
     left = sheet(made, ["generated"], [caption_of(name) for name in names])
     right = sheet(near, ["nearest", *map(str, range(2, columns))])
     return np.concatenate([left, np.full_like(left[:, :FRAME_GAP], 255), right], axis=1)
@@ -202,17 +192,6 @@ def _image_of(neighbour: Neighbour, dataset: ImageDataset) -> Tensor:
     """Return the training image (C, H, W) as it was compared, possibly flipped."""
     image = dataset.images([neighbour.index])[0]
     return image.flip(2) if neighbour.flipped else image
-
-
-def _captioned_rows(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]]) -> list[list[np.ndarray]]:
-    """Return tiles (H, W, 3) above their captions, all of the width of the widest caption."""
-    H, W, _ = rows[0][0].shape
-    size = text_size(H, W)
-    width = column_width(W, [text for row in captions for text in row], size)
-    return [
-        [captioned(tile, text, size, width) for tile, text in zip(*row, strict=True)]
-        for row in zip(rows, captions, strict=True)
-    ]
 
 
 def to_lines(names: Sequence[str], found: Sequence[Sequence[Neighbour]], dataset: ImageDataset, features: str) -> str:

@@ -38,18 +38,19 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     return result
 
 
-def nearest(x: Tensor, others: Tensor, rank: int = 1, *, is_same: bool = False) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor, others: Tensor, rank: int = 1, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the distance of each row of x to the nearest of the others, (N,), and its index, (N,). Collective.
 
-    `rank` 2 is the second nearest, and so on. With `is_same`, both sets are the same, and no row is near to itself.
+    `rank` 2 is the second nearest, and so on. `skip` (N,) is for each row the index of one of the others to ignore.
     """
     share = own_shard(len(x))
     values, indices = [x.new_empty(0)], [torch.zeros(0, dtype=torch.int64, device=x.device)]
     for start in range(share.start, share.stop, BLOCK):
-        table = distances(x[start : min(start + BLOCK, share.stop)], others).float()
-        if is_same:
-            table[:, start : start + len(table)].fill_diagonal_(math.inf)
-        found = table.kthvalue(rank, dim=1)
+        stop = min(start + BLOCK, share.stop)
+        table = distances(x[start:stop], others).float()
+        if skip is not None:
+            table.scatter_(1, skip[start:stop, None], math.inf)
+        found = table.min(dim=1) if rank == 1 else table.kthvalue(rank, dim=1)
         values.append(found.values.to(x.dtype))
         indices.append(found.indices)
     return gather_rows(torch.cat(values)[:, None])[:, 0], gather_rows(torch.cat(indices)[:, None])[:, 0]
@@ -59,7 +60,7 @@ def radii(x: Tensor, neighbours: int) -> Tensor:
     """Return the distance of each row to its k-th nearest other row, (N,), on every process. Collective."""
     if len(x) <= neighbours:
         raise UserError(f"{len(x)} images are too few for {neighbours} neighbours each: use more images")
-    return nearest(x, x, neighbours, is_same=True)[0]
+    return nearest(x, x, neighbours, skip=torch.arange(len(x), device=x.device))[0]
 
 
 def count_balls(x: Tensor, centres: Tensor, radius: Tensor) -> Tensor:

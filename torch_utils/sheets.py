@@ -162,6 +162,17 @@ def captioned(tile: np.ndarray, caption: str, size: int, width: int = 0) -> np.n
     return drawing((width, H + math.ceil(1.5 * size)), [(tile, ((width - W) // 2, 0))], [text])
 
 
+def captioned_rows(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]]) -> list[list[np.ndarray]]:
+    """Return tiles (H, W, 3) above their captions, all of the width of the widest caption."""
+    H, W, _ = rows[0][0].shape
+    size = text_size(H, W)
+    width = column_width(W, [text for row in captions for text in row], size)
+    return [
+        [captioned(tile, text, size, width) for tile, text in zip(*row, strict=True)]
+        for row in zip(rows, captions, strict=True)
+    ]
+
+
 def titled(pixels: np.ndarray, title: str, size: int = TITLE_SIZE, indent: float = 0) -> np.ndarray:
     """Return an image (H, W, 3) below a title of a font size, which begins `indent` pixels from the left edge."""
     H, W, _ = pixels.shape
@@ -173,11 +184,7 @@ def titled(pixels: np.ndarray, title: str, size: int = TITLE_SIZE, indent: float
 def labelled_grid(images: Tensor, captions: Sequence[str], columns: int | None = None) -> np.ndarray:
     """Draw uint8 images (n, C, h, w) in rows, each above its caption."""
     columns = columns or math.ceil(math.sqrt(len(images)))
-    tiles = tiles_of(images, columns)
-    H, W, _ = tiles[0].shape
-    size = text_size(H, W)
-    width = column_width(W, captions, size)
-    named = [captioned(tile, caption, size, width) for tile, caption in zip(tiles, captions, strict=True)]
+    (named,) = captioned_rows([tiles_of(images, columns)], [captions])
     return sheet(in_rows(named, columns))
 
 

@@ -166,6 +166,8 @@ class ImageDataset:
         Only images of zip files are compared: those of equal fingerprint, up to MAX_COMPARED fingerprints, by pixel.
         """
         one, two = self.path.resolve(), other.path.resolve()
+        if one == two:
+            return True
         if not (isinstance(self._store, ZipStore) and isinstance(other._store, ZipStore)):
             are_folders = one.is_dir() and two.is_dir()
             return are_folders and (one.is_relative_to(two) or two.is_relative_to(one))
@@ -174,7 +176,7 @@ class ImageDataset:
         compared = alike[:MAX_COMPARED]
         equal = sum(not self._contents(mine[key]).isdisjoint(other._contents(theirs[key])) for key in compared)
         num_shared = equal * len(alike) / max(len(compared), 1)
-        return one == two or num_shared > MAX_SHARED * min(self.num_originals, other.num_originals)
+        return num_shared > MAX_SHARED * min(self.num_originals, other.num_originals)
 
     def _by_fingerprint(self) -> dict[tuple[int, ...], list[int]]:
         """Return the indices of the images by fingerprint; different images can have the same fingerprint."""

@@ -51,11 +51,11 @@ class Pace:
 class ForecastLine(Hook):
     """Line with the time that training takes, printed once as soon as the pace of the steps is known.
 
-    The pace is that of `STEPS` steps, which contain all lazy regularisers, and of at least `SECONDS[0]` seconds; or
-    that of `SECONDS[1]` seconds, if steps are slow.
+    The pace is that of `STEPS` steps, which contain all lazy regularisers, and of at least `SECONDS` seconds; or that
+    of `SLOW_SECONDS`, if steps are slow.
     """
 
-    STEPS, SECONDS = 16, (20, 60)
+    STEPS, SECONDS, SLOW_SECONDS = 16, 20, 60
 
     def __init__(self) -> None:
         self.pace: Pace | None = None
@@ -68,7 +68,8 @@ class ForecastLine(Hook):
         if pace is None:
             return
         pace.update(trainer.state)
-        if pace.steps > 1 and pace.seconds >= self.SECONDS[pace.steps <= self.STEPS]:
+        enough = self.SECONDS if pace.steps > self.STEPS else self.SLOW_SECONDS
+        if pace.steps > 1 and pace.seconds >= enough:
             self._print(trainer, pace.seconds_per_kimg)
             self.pace = None
 
