@@ -37,7 +37,7 @@ from torch_utils import distributed
 from torch_utils.misc import device_name
 from training.config import PRESETS, Environment, TrainConfig, resolve
 from training.dataset import ImageDataset
-from training.networks import winograd
+from torch_utils.ops import winograd
 from training.training_loop import Trainer, set_arithmetic
 
 NUM_IMAGES = 256
@@ -266,7 +266,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     }
 
 
-def never(x: Tensor, weight: Tensor) -> bool:
+def never(x: Tensor, weight: Tensor, algorithm: winograd.Algorithm) -> bool:
     """Replacement of `winograd.is_profitable` that disables Winograd's algorithm."""
     return False
 

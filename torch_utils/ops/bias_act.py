@@ -76,7 +76,7 @@ def bias_act(
     if b is not None and (b.ndim != 1 or b.shape[0] != x.shape[dim]):
         raise ValueError(f"bias has shape {list(b.shape)}: expected a vector for dimension {dim} of x {list(x.shape)}")
 
-    if custom_ops.use_kernels(impl, x):
+    if custom_ops.use_kernels(impl, x) or (impl == "auto" and _is_faster_on_a_cpu(x, act, alpha, gain)):
         if b is not None and b.device != x.device:
             raise ValueError(f"bias is on {b.device}, x on {x.device}: move them to one device")
         return _bias_act(x, b, dim % x.ndim, act, alpha or 0.0, gain, -1.0 if clamp is None else clamp)
@@ -93,9 +93,7 @@ def _reference(
     clamp: float | None,
 ) -> Tensor:
     if b is not None:
-        shape = [1] * x.ndim
-        shape[dim] = -1
-        x = x + b.to(x.dtype).reshape(shape)
+        x = x + _along(dim, b, x)
     x = activation.function(x) if alpha is None else activation.function(x, alpha)
     if gain != 1:
         x = x * gain
@@ -104,12 +102,26 @@ def _reference(
     return x
 
 
+def _along(dim: int, b: Tensor, x: Tensor) -> Tensor:
+    """Return the bias b in the dtype of x, shaped to be added along `dim`."""
+    shape = [1] * x.ndim
+    shape[dim] = -1
+    return b.to(x.dtype).reshape(shape)
+
+
 # The operator below is registered with PyTorch's dispatcher: alpha is a number (0 if unused), clamp < 0 disables it.
 
 
 def slope_from_output(act: str, alpha: float, gain: float) -> bool:
     """Return whether the derivative can be computed from y alone, because y has the sign of x + b."""
     return act in PIECEWISE_LINEAR and gain > 0 and (alpha > 0 or act != "lrelu")
+
+
+def _is_faster_on_a_cpu(x: Tensor, act: str, alpha: float | None, gain: float) -> bool:
+    """Return whether the operator is faster than the reference on a CPU: it saves one tensor and few passes."""
+    if x.device.type != "cpu" or custom_ops.default() != "auto" or torch.compiler.is_compiling():
+        return False
+    return act == "lrelu" and slope_from_output(act, alpha or 0.0, gain)
 
 
 def launch(
@@ -185,11 +197,16 @@ def _grad2_cuda(
 
 
 def _forward_cpu(x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float) -> Tensor:
-    activation = ACTIVATIONS[act]
-    y = _reference(
-        x, b, dim, activation, None if activation.alpha is None else alpha, gain, None if clamp < 0 else clamp
-    )
-    return y.clone(memory_format=library.layout(x))
+    layout = library.layout(x)
+    y = x.clone(memory_format=layout) if b is None else (x + _along(dim, b, x)).contiguous(memory_format=layout)
+    if act == "lrelu":
+        y = F.leaky_relu_(y, alpha)
+    else:
+        activation = ACTIVATIONS[act]
+        y = activation.function(y) if activation.alpha is None else activation.function(y, alpha)
+    if gain != 1:
+        y *= gain
+    return y if clamp < 0 else y.clamp_(-clamp, clamp)
 
 
 def _first_derivative(act: str, x: Tensor, alpha: float) -> Tensor:
@@ -236,6 +253,11 @@ def _unclamped(x: Tensor, act: str, alpha: float, gain: float, clamp: float) -> 
 def _grad_cpu(
     grad: Tensor, saved: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float
 ) -> Tensor:
+    if act == "lrelu" and slope_from_output(act, alpha, gain):
+        edge = float(torch.tensor(clamp, dtype=saved.dtype))  # rounded like the output
+        dx = grad if clamp < 0 else torch.ops.aten.hardtanh_backward(grad, saved, -edge, edge)
+        dx = torch.ops.aten.leaky_relu_backward(dx if gain == 1 else dx * gain, saved, alpha, True)
+        return dx.contiguous(memory_format=library.layout(saved))
     x = _with_bias(saved, b, dim)
     if slope_from_output(act, alpha, gain):
         edge = torch.tensor(math.inf if clamp < 0 else clamp, dtype=x.dtype)  # rounded like the output

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_utils.ops import library
+
 
 def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
     """Return F.conv2d with these arguments, differentiable any number of times.
@@ -49,7 +51,8 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (dy,), (x, w) = grads, ctx.saved_tensors
         dx = _InputGradient.apply(dy, w, x.shape[2:], *ctx.geometry) if ctx.needs_input_grad[0] else None
-        dw = _WeightGradient.apply(dy, x, w.shape, *ctx.geometry) if ctx.needs_input_grad[1] else None
+        wants_dw = ctx.needs_input_grad[1] and library.wants_weight_gradients()
+        dw = _WeightGradient.apply(dy, x, w.shape, *ctx.geometry) if wants_dw else None
         return dx, dw, None, None, None
 
 

@@ -6,8 +6,8 @@ A call with gradients then costs half the host time of `torch.library.custom_op`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +51,28 @@ def register(
 def below_autograd() -> AbstractContextManager[Any]:
     """Return a context manager in which operators dispatch below autograd, directly to their kernels."""
     return torch._C._AutoDispatchBelowAutograd()
+
+
+_weight_gradients = True
+
+
+def wants_weight_gradients() -> bool:
+    """Return whether convolutions compute the gradients of their weights."""
+    return _weight_gradients
+
+
+@contextmanager
+def without_weight_gradients() -> Iterator[None]:
+    """Context manager for the backward pass of a gradient of images only.
+
+    A Function cannot tell that the gradients of its weights are not requested, and would compute them in vain.
+    """
+    global _weight_gradients
+    before, _weight_gradients = _weight_gradients, False
+    try:
+        yield
+    finally:
+        _weight_gradients = before
 
 
 def kernels() -> Kernels:

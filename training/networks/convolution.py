@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torch_utils.ops import conv2d as conv2d_op
-from training.networks import execution, winograd
+from torch_utils.ops import winograd
+from torch_utils.ops.upfirdn2d import upfirdn2d
+from training.networks import execution
+
+# Taps of the separable binomial filter used for up- and downsampling (StyleGAN2, appendix B).
+BINOMIAL = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
 
 
 def conv2d(
@@ -14,12 +20,24 @@ def conv2d(
 ) -> Tensor:
     """Compute F.conv2d of x (B, I, H, W) with weight (O, I / groups, k, k) and bias (O,)."""
     is_plain = stride == padding == groups == 1 and bias is None
-    if is_plain and winograd.is_profitable(x, weight):
-        return winograd.conv3x3(x, weight)
+    if is_plain and winograd.is_profitable(x, weight, same := winograd.same(x.shape[3], x.dtype)):
+        return _winograd(x, weight, same)
+    if _is_pointwise_product(x, weight, stride, padding, groups):
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     if _has_slow_derivatives(x):
         y = conv2d_op.conv2d(x, weight, stride=stride, padding=padding, groups=groups)
         return y if bias is None else y + bias[:, None, None]
     return F.conv2d(x, weight, bias, stride=stride, padding=padding, groups=groups)
+
+
+def halving_conv2d(x: Tensor, weight: Tensor, blur: Tensor) -> Tensor:
+    """Filter x (B, I, H, W), then convolve it with weight (O, I, k, k) and stride 2: (B, O, H/2, W/2).
+
+    `blur` is BINOMIAL as a tensor on the device of x; the image is padded with zeros.
+    """
+    if winograd.is_profitable(x, weight, halving := winograd.halving(BINOMIAL)):
+        return _winograd(x, weight, halving)
+    return conv2d(upfirdn2d(x, blur, padding=weight.shape[2] // 2 + 1), weight, stride=2)
 
 
 def conv_transpose2d(x: Tensor, weight: Tensor, *, stride: int = 1) -> Tensor:
@@ -27,6 +45,19 @@ def conv_transpose2d(x: Tensor, weight: Tensor, *, stride: int = 1) -> Tensor:
     if _has_slow_derivatives(x):
         return conv2d_op.conv_transpose2d(x, weight, stride=stride)
     return F.conv_transpose2d(x, weight, stride=stride)
+
+
+def _winograd(x: Tensor, weight: Tensor, algorithm: winograd.Algorithm) -> Tensor:
+    return winograd.convolve(x, winograd.transform(weight, algorithm), algorithm)
+
+
+def _is_pointwise_product(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> bool:
+    """Return whether the convolution is a matrix product of the pixels in memory, on a CPU.
+
+    The second derivatives of a product are products; those of F.conv2d take several times as long.
+    """
+    is_pointwise = weight.shape[2:] == (1, 1) and stride == groups == 1 and padding == 0
+    return is_pointwise and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _has_slow_derivatives(x: Tensor) -> bool:
