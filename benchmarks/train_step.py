@@ -35,9 +35,9 @@ from dnnlib.cli import IntList, NameList, Script, option
 from dnnlib.config import ConfigError, UserError, override, to_json
 from torch_utils import distributed
 from torch_utils.misc import device_name
+from torch_utils.ops import winograd
 from training.config import PRESETS, Environment, TrainConfig, resolve
 from training.dataset import ImageDataset
-from torch_utils.ops import winograd
 from training.training_loop import Trainer, set_arithmetic
 
 NUM_IMAGES = 256

@@ -27,6 +27,7 @@ from training.dataset import ImageDataset, batches, encode_labels, fits_on_gpu, 
 from training.ema import EMA
 from training.loss import GAN
 from training.networks import execution
+from training.networks.weights import TransformCache
 from training.phases import Phase, build_phases, build_updater
 from training.power_ema import PowerEMA
 from training.regularisers import LogitMeans
@@ -169,7 +170,9 @@ class Trainer:
         self.pl_mean = RunningMean(torch.zeros([], device=device), config.loss.pl_decay)
         self.w_avg = RunningMean(self.G.mapping.w_avg, config.w_avg_rate)
         self._build_phases()
+        self.transforms = TransformCache()
         self.execution = execution.Execution(
+            transforms=self.transforms,
             reduced=execution.REDUCED[config.precision],
             min_grid=config.reduced_from,
             recompute=config.run.recompute,
@@ -296,6 +299,7 @@ class Trainer:
         is_bad = (norm + phase.means.vector.sum()) * 0 != 0  # not finite
         updater.clip(norm)
         updater.step(skip=is_bad)
+        self.transforms.forget(updater.parameters)
         for name, mean in means.items():
             self.trackers[name](mean, is_bad)
         for names, rows in found.tables.items():
@@ -317,6 +321,7 @@ class Trainer:
             with phase.updater.requiring_grad(), execution.using(self.execution):
                 self._accumulator(phase, x, y)(x, y)
             phase.updater.step(skip=torch.ones([], dtype=torch.bool, device=self.device))
+            self.transforms.forget(phase.updater.parameters)
 
     def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], Moments]:
         """Return `_accumulate` for a phase; with run.graphs, as a CUDA graph for micro-batches of this shape."""

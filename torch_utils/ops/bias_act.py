@@ -254,9 +254,11 @@ def _grad_cpu(
     grad: Tensor, saved: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float
 ) -> Tensor:
     if act == "lrelu" and slope_from_output(act, alpha, gain):
-        edge = float(torch.tensor(clamp, dtype=saved.dtype))  # rounded like the output
-        dx = grad if clamp < 0 else torch.ops.aten.hardtanh_backward(grad, saved, -edge, edge)
-        dx = torch.ops.aten.leaky_relu_backward(dx if gain == 1 else dx * gain, saved, alpha, True)
+        edge = float(torch.tensor(math.inf if clamp < 0 else clamp, dtype=saved.dtype))  # rounded like the output
+        dx = torch.ops.aten.hardtanh_backward(grad, saved, -edge, edge)
+        if gain != 1:
+            dx *= gain
+        torch.ops.aten.leaky_relu_backward.grad_input(dx, saved, alpha, True, grad_input=dx)
         return dx.contiguous(memory_format=library.layout(saved))
     x = _with_bias(saved, b, dim)
     if slope_from_output(act, alpha, gain):

@@ -10,6 +10,7 @@ from torch_utils.ops import conv2d as conv2d_op
 from torch_utils.ops import winograd
 from torch_utils.ops.upfirdn2d import upfirdn2d
 from training.networks import execution
+from training.networks.weights import transformed
 
 # Taps of the separable binomial filter used for up- and downsampling (StyleGAN2, appendix B).
 BINOMIAL = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
@@ -48,7 +49,7 @@ def conv_transpose2d(x: Tensor, weight: Tensor, *, stride: int = 1) -> Tensor:
 
 
 def _winograd(x: Tensor, weight: Tensor, algorithm: winograd.Algorithm) -> Tensor:
-    return winograd.convolve(x, winograd.transform(weight, algorithm), algorithm)
+    return winograd.convolve(x, transformed(weight, algorithm), algorithm)
 
 
 def _is_pointwise_product(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from training.networks.weights import WeightCache
+    from training.networks.weights import TransformCache, WeightCache
 
 # Values of --precision and the dtype of reduced-precision activations; None: no reduction.
 REDUCED: dict[str | None, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +33,7 @@ class Execution:
     which saves memory at the cost of one more forward pass. `random_noise`: draw fresh noise in discriminators with
     noise, as in training. `minibatches`: number of equal minibatches that are concatenated in the batch of D, such as
     generated and real images; statistics and random choices that images share stay within a minibatch. `weights`: cache
-    of effective weights; None: layers compute them at every call. `attention`: backend of PyTorch's attention, "auto"
+    of effective weights; None: layers compute them at every call. `transforms`: cache of their transforms. `attention`: backend of PyTorch's attention, "auto"
     or a key of attention.BACKENDS. `shared_styles`: compute the styles of all layers together if one w is expanded to
     them, even with gradients; these reach w, but not each style separately. `slicing`: a SlicingHead of D returns its
     logits twice, with gradients for its two losses. `all_rgb_heads`: a generator with several RGB heads returns the
@@ -47,6 +47,7 @@ class Execution:
     random_noise: bool = False
     minibatches: int = 1
     weights: WeightCache | None = None
+    transforms: TransformCache | None = None
     attention: str = "auto"
     shared_styles: bool = False
     slicing: bool = False

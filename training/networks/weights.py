@@ -1,21 +1,24 @@
 """Effective weights: parameters multiplied by the gain of their layer and cast to the dtype of its activations.
 
 A layer gets its weights from `effective`. During training, a `WeightCache` computes the effective weights of all layers
-together, in a few kernels for the forward and a few for the backward pass, instead of two per layer and call.
+together, in a few kernels for the forward and a few for the backward pass, instead of two per layer and call. A
+`TransformCache` keeps their transforms for `torch_utils.ops.winograd` from one pass to the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_utils.ops import winograd
 from training.networks import execution
 
 Request = tuple[nn.Parameter, torch.dtype, float]
+Key = tuple[int, torch.dtype, float]  # id of the parameter, dtype, gain
 
 
 def effective(parameter: Tensor, dtype: torch.dtype, gain: float = 1.0) -> Tensor:
@@ -28,6 +31,29 @@ def effective(parameter: Tensor, dtype: torch.dtype, gain: float = 1.0) -> Tenso
     return (parameter if gain == 1 else parameter * gain).to(dtype)
 
 
+def transformed(weight: Tensor, algorithm: winograd.Algorithm) -> Tensor:
+    """Return the transform of an effective weight, with its values from the cache of `execution.current` if possible."""
+    weights, transforms = execution.current.weights, execution.current.transforms
+    key = None if weights is None or transforms is None else weights.key(weight)
+    if key is None or transforms is None:
+        return winograd.transform(weight, algorithm)
+    U = winograd.transform(weight, algorithm, transforms.known.get((key, algorithm)))
+    transforms.known[key, algorithm] = U.detach()
+    return U
+
+
+class TransformCache:
+    """Values of the transforms of effective weights. They are valid until the parameters change."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Key, winograd.Algorithm], Tensor] = {}
+
+    def forget(self, parameters: Collection[nn.Parameter]) -> None:
+        """Drop the transforms of these parameters."""
+        changed = {id(parameter) for parameter in parameters}
+        self.known = {key: U for key, U in self.known.items() if key[0][0] not in changed}
+
+
 class WeightCache:
     """Effective weights of one phase. The requests of the first pass are computed one by one and remembered.
 
@@ -37,8 +63,8 @@ class WeightCache:
     """
 
     def __init__(self) -> None:
-        self.requests: dict[tuple[int, torch.dtype, float], Request] = {}
-        self.ready: dict[tuple[int, torch.dtype, float], Tensor] = {}
+        self.requests: dict[Key, Request] = {}
+        self.ready: dict[Key, Tensor] = {}
 
     @contextmanager
     def filled(self) -> Iterator[None]:
@@ -64,6 +90,10 @@ class WeightCache:
         if weight.requires_grad == parameter.requires_grad:  # not inside no_grad
             self.requests[key], self.ready[key] = (parameter, dtype, gain), weight
         return weight
+
+    def key(self, weight: Tensor) -> Key | None:
+        """Return the key of an effective weight; None for other tensors."""
+        return next((key for key, ready in self.ready.items() if ready is weight), None)
 
 
 class _Effective(torch.autograd.Function):
