@@ -254,8 +254,8 @@ def _grad_cpu(
     grad: Tensor, saved: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float
 ) -> Tensor:
     if act == "lrelu" and slope_from_output(act, alpha, gain):
-        edge = float(torch.tensor(math.inf if clamp < 0 else clamp, dtype=saved.dtype))  # rounded like the output
-        dx = torch.ops.aten.hardtanh_backward(grad, saved, -edge, edge)
+        limit = float(torch.tensor(math.inf if clamp < 0 else clamp, dtype=saved.dtype))  # rounded like the output
+        dx = torch.ops.aten.hardtanh_backward(grad, saved, -limit, limit)
         if gain != 1:
             dx *= gain
         torch.ops.aten.leaky_relu_backward.grad_input(dx, saved, alpha, True, grad_input=dx)

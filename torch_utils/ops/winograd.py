@@ -39,8 +39,10 @@ POINTS = {
     10: (0, 0.4, -0.4, 0.8, -0.8, 1.2, -1.2, 2.2, -2.2),
 }
 
-# Minimum number of channels for which the saved multiplications outweigh the transforms (measured on AVX-512 cores).
-MIN_CHANNELS = 128
+# Minimum number of channels, and of channels times the side of the grid, for which the saved multiplications outweigh
+# the transforms (measured on AVX-512 cores).
+MIN_CHANNELS = 64
+MIN_SIZE_SAME, MIN_SIZE_HALVING = 2**11, 2**13
 
 # Tiles times channels of a block: one that stays in the cache during the transforms, one for a matrix product.
 TRANSFORM_BLOCK = 2**14
@@ -63,10 +65,11 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Algorithm:
-    """Minimal filtering along both axes."""
+    """Minimal filtering along both axes, profitable from a minimum number of channels times the side of the grid."""
 
     y: Axis
     x: Axis
+    min_size: int
 
 
 def _toom_cook(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -92,7 +95,7 @@ def same(width: int, dtype: torch.dtype) -> Algorithm:
     direct convolution. It is used in float32 and float64, for widths that are multiples of 8.
     """
     y, x = (Axis(*_toom_cook(m, 3), step=m, padding=1) for m in (4, 8))
-    return Algorithm(y, x if width % 8 == 0 and dtype in (torch.float32, torch.float64) else y)
+    return Algorithm(y, x if width % 8 == 0 and dtype in (torch.float32, torch.float64) else y, MIN_SIZE_SAME)
 
 
 @cache
@@ -109,7 +112,7 @@ def halving(taps: tuple[float, ...]) -> Algorithm:
     for i in range(9):
         fir[i, i : i + len(taps)] = taps[::-1]
     axis = Axis(data @ fir, kernel, output, step=8, padding=len(taps) // 2)
-    return Algorithm(axis, axis)
+    return Algorithm(axis, axis, MIN_SIZE_HALVING)
 
 
 def is_profitable(x: Tensor, weight: Tensor, algorithm: Algorithm) -> bool:
@@ -120,8 +123,9 @@ def is_profitable(x: Tensor, weight: Tensor, algorithm: Algorithm) -> bool:
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
-    fits = x.shape[2] % algorithm.y.step == x.shape[3] % algorithm.x.step == 0
-    return fits and weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= MIN_CHANNELS
+    (H, W), channels = x.shape[2:], min(weight.shape[:2])
+    fits = weight.shape[2:] == (3, 3) and H % algorithm.y.step == W % algorithm.x.step == 0
+    return fits and channels >= MIN_CHANNELS and channels * min(H, W) >= algorithm.min_size
 
 
 def transformed_in(dtype: torch.dtype) -> torch.dtype:
@@ -153,18 +157,18 @@ class _Transform(torch.autograd.Function):
         ctx.algorithm, ctx.shape = algorithm, weight.shape
         if known is not None:
             return known.detach()
-        O, C, k, _ = weight.shape
+        C_out, C, k, _ = weight.shape
         along_y, along_x = _kernel_matrices(algorithm, weight.dtype)
         g = weight.to(along_x.dtype).permute(3, 2, 0, 1).reshape(k, -1)
-        columns = (along_x @ g).view(-1, k, O * C)
-        return torch.matmul(along_y, columns).view(-1, O, C).to(weight.dtype)
+        columns = (along_x @ g).view(-1, k, C_out * C)
+        return torch.matmul(along_y, columns).view(-1, C_out, C).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (dU,), (O, C, k, _) = grads, ctx.shape
+        (dU,), (C_out, C, k, _) = grads, ctx.shape
         along_y, along_x = _kernel_matrices(ctx.algorithm, dU.dtype)
-        columns = torch.matmul(along_y.T, dU.to(along_y.dtype).view(len(along_x), len(along_y), O * C))
-        g = (along_x.T @ columns.view(len(along_x), -1)).view(k, k, O, C)
+        columns = torch.matmul(along_y.T, dU.to(along_y.dtype).view(len(along_x), len(along_y), C_out * C))
+        g = (along_x.T @ columns.view(len(along_x), -1)).view(k, k, C_out, C)
         return g.permute(2, 3, 1, 0).to(dU.dtype), None, None
 
 
@@ -207,13 +211,12 @@ class _Gradients(torch.autograd.Function):
         ctx.shape, ctx.algorithm = shape, algorithm
         ctx.set_materialize_grads(False)
         tiles = _Tiles(algorithm, shape, g.dtype)
-        O, C = g.shape[1], shape[1]
         of_g, of_x = _rows(g), None if x is None else _rows(x)
-        dx = None if U is None else g.new_empty(tiles.input_shape(C))
+        dx = None if U is None else g.new_empty(tiles.input_shape(shape[1]))
         dU: Tensor | None = None
-        for images in tiles.blocks(max(O, C)):
+        for images in tiles.blocks(max(g.shape[1], shape[1])):
             points = tiles.points_of(of_g[images])
-            if dx is not None:
+            if U is not None and dx is not None:
                 tiles.write_inputs(torch.bmm(points, U), dx[images])
             if of_x is not None:
                 dU = _add_product(dU, points.transpose(1, 2), tiles.data_of(of_x[images]))
@@ -291,7 +294,7 @@ class _Tiles:
 
     def data_of(self, inputs: Tensor) -> Tensor:
         """Return the points B^T d B of all tiles d of inputs (B, H, W, C)."""
-        (B, _, W, C), n = inputs.shape, self.data_x.shape[1]
+        (B, _, _, C), n = inputs.shape, self.data_x.shape[1]
         padding = [0, 0, self.x.padding, self.x.padding, self.y.padding, self.y.padding]
         padded = F.pad(inputs.to(self.computed_in), padding)
         row = padded.shape[2] * C
@@ -307,9 +310,9 @@ class _Tiles:
 
     def points_of(self, g: Tensor) -> Tensor:
         """Return the points A g A^T of all tiles of the gradient g (B, m h, m w, O) of outputs."""
-        O, m = g.shape[3], len(self.output_x)
-        source = g.view(len(g), self.h, -1, self.w, m, O)
-        result = g.new_empty(self.num_points, len(g) * self.h * self.w, O)
+        m = len(self.output_x)
+        source = g.view(len(g), self.h, -1, self.w, m, g.shape[3])
+        result = g.new_empty(self.num_points, len(g) * self.h * self.w, g.shape[3])
         for images, rows, points in self._parts(result):
             tiles = source[images, rows].permute(4, 2, 0, 1, 3, 5).to(self.computed_in)
             columns = torch.matmul(self.output_y.T, tiles.reshape(m, len(self.output_y), -1))  # (m, P, N)

@@ -29,15 +29,16 @@ class Execution:
 
     `reduced`: dtype of activations on grids whose longer side is at least `min_grid`; None: no reduced precision.
     `twice_differentiable`: use implementations of attention and convolution with an efficient double backward.
-    `recompute`: gradient checkpointing; discard the activations inside a block and recompute them in the backward pass,
-    which saves memory at the cost of one more forward pass. `random_noise`: draw fresh noise in discriminators with
-    noise, as in training. `minibatches`: number of equal minibatches that are concatenated in the batch of D, such as
-    generated and real images; statistics and random choices that images share stay within a minibatch. `weights`: cache
-    of effective weights; None: layers compute them at every call. `transforms`: cache of their transforms. `attention`: backend of PyTorch's attention, "auto"
-    or a key of attention.BACKENDS. `shared_styles`: compute the styles of all layers together if one w is expanded to
-    them, even with gradients; these reach w, but not each style separately. `slicing`: a SlicingHead of D returns its
-    logits twice, with gradients for its two losses. `all_rgb_heads`: a generator with several RGB heads returns the
-    images of all of them, concatenated along the channels, the last one first.
+    `recompute`: gradient checkpointing; discard the activations inside a block and recompute them in the backward
+    pass, which saves memory at the cost of one more forward pass. `random_noise`: draw fresh noise in discriminators
+    with noise, as in training. `minibatches`: number of equal minibatches that are concatenated in the batch of D,
+    such as generated and real images; statistics and random choices that images share stay within a minibatch.
+    `weights`: cache of effective weights; None: layers compute them at every call. `transforms`: cache of their
+    transforms. `attention`: backend of PyTorch's attention, "auto" or a key of attention.BACKENDS. `shared_styles`:
+    compute the styles of all layers together if one w is expanded to them, even with gradients; these reach w, but
+    not each style separately. `slicing`: a SlicingHead of D returns its logits twice, with gradients for its two
+    losses. `all_rgb_heads`: a generator with several RGB heads returns the images of all of them, concatenated along
+    the channels, the last one first.
     """
 
     reduced: torch.dtype | None = None

@@ -32,7 +32,7 @@ def effective(parameter: Tensor, dtype: torch.dtype, gain: float = 1.0) -> Tenso
 
 
 def transformed(weight: Tensor, algorithm: winograd.Algorithm) -> Tensor:
-    """Return the transform of an effective weight, with its values from the cache of `execution.current` if possible."""
+    """Return the transform of an effective weight; `execution.current` may have a cache with its values."""
     weights, transforms = execution.current.weights, execution.current.transforms
     key = None if weights is None or transforms is None else weights.key(weight)
     if key is None or transforms is None:
