@@ -43,7 +43,7 @@ OPEN_FILES_PER_WORKER = 16  # 4 prefetched batches of images and labels, and pip
 # Largest decoded dataset that is kept on the GPU by default. Each process decodes its own copy.
 RESIDENT_BYTES = 2 * 2**30
 RESIDENT_PART = 1024  # images decoded at a time
-HASHED_PART = 1024  # names hashed at a time
+HASHED_PART = 1024  # records hashed at a time
 START_BYTES = 1 << 16  # header of a file other than PNG; enough for most JPEGs (size after the EXIF data)
 JPEG_START = b"\xff\xd8\xff"
 MAX_COMPARED = 1000  # fingerprints whose images are read to find out whether two datasets overlap
@@ -174,18 +174,14 @@ class ImageDataset:
         if not (isinstance(self._store, ZipStore) and isinstance(other._store, ZipStore)):
             are_folders = one.is_dir() and two.is_dir()
             return are_folders and (one.is_relative_to(two) or two.is_relative_to(one))
-        mine, theirs = self._fingerprints(), other._fingerprints()
+        mine = self._store.fingerprints(self._subset.numpy())
+        theirs = other._store.fingerprints(other._subset.numpy())
         alike = np.intersect1d(mine, theirs)
         compared = alike[:MAX_COMPARED]
         pairs = zip(_groups(mine, compared), _groups(theirs, compared), strict=True)
         equal = sum(not self._contents(one).isdisjoint(other._contents(two)) for one, two in pairs)
         num_shared = equal * len(alike) / max(len(compared), 1)
         return num_shared > MAX_SHARED * min(self.num_originals, other.num_originals)
-
-    def _fingerprints(self) -> np.ndarray:
-        """Return the fingerprints of the images as numbers, uint64 [num_originals]; different images can be equal."""
-        pairs = np.array(list(self._store.fingerprints(self._subset.numpy())), np.uint64).reshape(-1, 2)
-        return pairs[:, 0] << np.uint64(32) | pairs[:, 1]
 
     def _contents(self, indices: np.ndarray) -> set[bytes]:
         return {image.numpy().tobytes() for image in self.images(indices)}
@@ -217,7 +213,7 @@ class ImageDataset:
         """Read the headers of all images."""
         survey = Survey()
         positions = tqdm(self._subset.tolist(), "Sizes", unit="images", disable=None, leave=False)
-        for position, name in zip(positions, self._names(), strict=True):
+        for position, name in zip(positions, self._store.names_at(self._subset.numpy()), strict=True):
             try:
                 survey.note(name, self._read_shape(position, name))
             except BrokenImageError as error:
@@ -242,9 +238,6 @@ class ImageDataset:
             f"{self.path}: none of its {counted(len(self._undecoded), 'image')} can be decoded, the first is "
             f"{self._store.names[position]!r} ({reason}): copy or download them again"
         )
-
-    def _names(self) -> Iterator[str]:
-        return self._store.names_at(self._subset.numpy())
 
     def _read_shape(self, position: int, name: str) -> Shape:
         """Return (H, W, C) from the start of a file, or from the whole file if its header is longer."""
@@ -275,8 +268,8 @@ class ImageDataset:
 
     def _broken(self, position: int, error: BrokenImageError) -> UserError:
         return UserError(
-            f"{self.path}: image {self._store.names[position]!r} cannot be decoded ({error}): `dataset_tool.py check` lists all such "
-            "images, and rebuilding the dataset with --skip-bad skips them"
+            f"{self.path}: image {self._store.names[position]!r} cannot be decoded ({error}): `dataset_tool.py check` "
+            "lists all such images, and rebuilding the dataset with --skip-bad skips them"
         )
 
     def _read_labels(self, labels: np.ndarray | UserError | None) -> tuple[Tensor, int]:
@@ -306,9 +299,9 @@ class ImageDataset:
         """
         digest = hashlib.sha256(json_bytes(self._store))
         digest.update(f"mirror={self.config.mirror}".encode())
-        images = zip(self._names(), self._store.fingerprints(self._subset.numpy()), strict=True)
-        while lines := "".join(f"\n{name!r} {fingerprint}" for name, fingerprint in islice(images, HASHED_PART)):
-            digest.update(lines.encode())
+        records = self._store.records(self._subset.numpy())
+        while part := "".join(islice(records, HASHED_PART)):
+            digest.update(part.encode())
         return digest.hexdigest()
 
 

@@ -80,18 +80,18 @@ class FolderStore:
         """Yield the names of images."""
         return map(self.names.__getitem__, positions)
 
-    def fingerprints(self, positions: np.ndarray) -> Iterator[tuple[int, ...]]:
-        """Yield the size in bytes and modification time in ns of images; uncompressed images have equal sizes.
+    def records(self, positions: np.ndarray) -> Iterator[str]:
+        """Yield name, size in bytes and modification time in ns of images; uncompressed images have equal sizes.
 
-        Yields () for a missing file, such as the target of a broken link; `read` then reports the error.
+        A missing file, such as the target of a broken link, has neither; `read` then reports the error.
         """
         for name in self.names_at(positions):
             try:
                 status = (self.path / name).stat()
             except OSError:
-                yield ()
+                yield f"\n{name!r} ()"
             else:
-                yield status.st_size, status.st_mtime_ns
+                yield f"\n{name!r} ({status.st_size}, {status.st_mtime_ns})"
 
 
 class ZipStore:
@@ -142,8 +142,10 @@ class ZipStore:
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state["_checksum"] is not None:
             path, index = state["path"], read_index(state["path"])
-            is_same = index is not None and index.checksum == state["_checksum"]
-            state = (ZipStore.of_index(path, index) if is_same else ZipStore(path)).__dict__
+            if index and index.checksum == state["_checksum"]:
+                state = vars(ZipStore.of_index(path, index))
+            else:  # the file has changed
+                state = vars(ZipStore(path))
         self.__dict__.update(state)
 
     def __del__(self) -> None:
@@ -168,13 +170,19 @@ class ZipStore:
         """Yield the names of images."""
         return self.names.at(positions)
 
-    def fingerprints(self, positions: np.ndarray) -> Iterator[tuple[int, ...]]:
-        """Yield the size in bytes and the CRC-32 of images, from the zip directory.
+    def records(self, positions: np.ndarray) -> Iterator[str]:
+        """Yield name, size in bytes and CRC-32 of images, from the zip directory."""
+        members = self._members[positions]
+        columns = self.names_at(positions), members["size"].tolist(), members["crc"].tolist()
+        return (f"\n{name!r} ({size}, {crc})" for name, size, crc in zip(*columns, strict=True))
+
+    def fingerprints(self, positions: np.ndarray) -> np.ndarray:
+        """Return size in bytes and CRC-32 of images as uint64 [images].
 
         Of uncompressed PNG files of one shape, whose chunks end in CRCs, the CRC-32 takes only 2^16 values.
         """
         members = self._members[positions]
-        return zip(members["size"].tolist(), members["crc"].tolist(), strict=True)
+        return members["size"].astype(np.uint64) << np.uint64(32) | members["crc"]
 
     def _read(self, member: Sequence[int], max_bytes: int) -> bytes:
         offset, packed, size, crc, name_length, method, flags = member

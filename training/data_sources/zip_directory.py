@@ -75,6 +75,10 @@ class Names(Sequence[str]):
                 yield str(text[start:end], "utf-8")
 
 
+class OverlapError(ValueError):
+    """Members of a zip file overlap, as in zip bombs, which unpack a few shared bytes many times."""
+
+
 class Directory(NamedTuple):
     """Names of the members of a zip file, without folders, and their records, MEMBER [members]."""
 
@@ -83,11 +87,7 @@ class Directory(NamedTuple):
 
 
 def read_directory(file: BinaryIO) -> Directory:
-    """Read the directory of a zip file.
-
-    Raises the errors of zipfile for a corrupt file, and ValueError if members overlap, as in zip bombs, which unpack a
-    few shared bytes many times.
-    """
+    """Read the directory of a zip file. Raises OverlapError, and the errors of zipfile for a corrupt file."""
     found = _parse(file) or _read_with_zipfile(file)
     _refuse_overlaps(found)
     return found
@@ -102,7 +102,7 @@ def directory_bytes(file: BinaryIO) -> bytes | None:
 class _Place(NamedTuple):
     start: int
     size: int
-    count: int
+    num_members: int
 
 
 def _find(file: BinaryIO) -> _Place | None:
@@ -133,7 +133,7 @@ def _parse(file: BinaryIO) -> Directory | None:
     if (place := _find(file)) is None:
         return None
     data = _read_at(file, place.start, place.size)
-    starts = _header_starts(data, place.count)
+    starts = _header_starts(data, place.num_members)
     if starts is None:
         return None
     headers = _records(data, _HEADER, starts)
@@ -219,12 +219,14 @@ def _read_with_zipfile(file: BinaryIO) -> Directory:
         infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
     has_slashes = any("/" in info.filename for info in infos)
     names = [info.filename if has_slashes else info.filename.replace("\\", "/") for info in infos]
-    members = np.zeros(len(infos), MEMBER)
-    for member, info in zip(members, infos, strict=True):
-        places = (min(value, _FAR) for value in (info.header_offset, info.compress_size, info.file_size))
-        name_length = len(info.orig_filename.encode("utf-8" if info.flag_bits & _UTF_8 else "cp437", "replace"))
-        member[...] = (*places, info.CRC, name_length, info.compress_type, info.flag_bits)
-    return Directory(names, members)
+    return Directory(names, np.array(list(map(_member_of, infos)), MEMBER))
+
+
+def _member_of(info: zipfile.ZipInfo) -> tuple[int, ...]:
+    """Return the values of a MEMBER."""
+    places = (min(value, _FAR) for value in (info.header_offset, info.compress_size, info.file_size))
+    name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF_8 else "cp437", "replace")
+    return *places, info.CRC, len(name), info.compress_type, info.flag_bits
 
 
 def _refuse_overlaps(found: Directory) -> None:
@@ -233,4 +235,4 @@ def _refuse_overlaps(found: Directory) -> None:
     ends = members["offset"] + LOCAL_HEADER + members["name_length"] + members["packed"]
     overlapping = np.flatnonzero(members["offset"][1:] < ends[:-1])
     if len(overlapping):
-        raise ValueError(f"{found.names[order[overlapping[0] + 1]]!r:.80} overlaps another member")
+        raise OverlapError(f"{found.names[order[overlapping[0] + 1]]!r:.80} overlaps another member")

@@ -28,8 +28,11 @@ _SIGNATURE = b"styleformer zip index 1\n"  # increase the number if names or lab
 _CONTENT = len(_SIGNATURE) + 32  # start of the part that has the checksum
 _HEADER = _CONTENT + 8
 _ALIGNMENT = 64
-_DTYPES = {"names": np.dtype("u1"), "ends": np.dtype("<i8"), "members": MEMBER}
-_LABEL_DTYPES = {1: np.dtype("<i8"), 2: np.dtype("<f4")}  # class numbers [images], vectors [images, c_dim]
+_DTYPES: dict[str, np.dtype] = {"names": np.dtype("u1"), "ends": np.dtype("<i8"), "members": MEMBER}
+_LABEL_DTYPES: dict[int, np.dtype] = {
+    1: np.dtype("<i8"),
+    2: np.dtype("<f4"),
+}  # class numbers [images], vectors [images, c_dim]
 
 
 class Index(NamedTuple):
@@ -85,7 +88,7 @@ def read_index(path: Path) -> Index | None:
         if header["version"] != dnnlib.__version__ or header["zip"] != identify(path):
             return None
         return Index(header["values"], dict(_arrays(data, end, header["shapes"])), checksum)
-    except (OSError, ValueError, LookupError, TypeError):  # not a file, empty, or written by another program
+    except Exception:  # not a file, empty, or written by another program: any error of mmap, JSON, numpy, ...
         return None
 
 
