@@ -75,11 +75,12 @@ def peak_memory() -> int | None:
 
 
 class WithoutInit(TorchFunctionMode):
-    """Context in which modules are built without the cost of random numbers, for weights that a file replaces."""
+    """Context in which modules are built without the time for torch.randn, for weights that a file replaces.
 
-    REPLACEMENTS: ClassVar[dict[Any, Any]] = {torch.randn: torch.empty} | dict.fromkeys(
-        (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_), lambda x, *_, **__: x
-    )
+    Functions of torch.nn.init still run: some draw numbers again until all are within bounds.
+    """
+
+    REPLACEMENTS: ClassVar[dict[Any, Any]] = {torch.randn: torch.empty}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.REPLACEMENTS.get(function, function)(*args, **(kwargs or {}))
@@ -92,11 +93,16 @@ class OnMeta(WithoutInit):
     compiler, which takes a second or more. This context replaces them with functions whose outputs have the same shape.
     """
 
-    REPLACEMENTS: ClassVar[dict[Any, Any]] = WithoutInit.REPLACEMENTS | {
-        torch.eye: lambda n, **_: torch.empty(n, n),
-        F.interpolate: lambda x, size, **_: torch.empty(*x.shape[:2], *size),
-        **dict.fromkeys((Tensor.clamp_, Tensor.div), lambda x, *_, **__: x),
-    }
+    REPLACEMENTS: ClassVar[dict[Any, Any]] = (
+        WithoutInit.REPLACEMENTS
+        | {
+            torch.eye: lambda n, **_: torch.empty(n, n),
+            F.interpolate: lambda x, size, **_: torch.empty(*x.shape[:2], *size),
+        }
+        | dict.fromkeys(
+            (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_, Tensor.div), lambda x, *_, **__: x
+        )
+    )
 
     def __enter__(self) -> Self:
         self.device = torch.device("meta").__enter__()
