@@ -28,7 +28,7 @@ from training.data_sources import labelled, zip_directory
 from training.data_sources.files import ZipStore
 from training.data_sources.stored_zip import StoredZip
 from training.data_sources.zip_directory import Directory, Names, OverlapError, read_directory
-from training.data_sources.zip_index import index_path, read_index
+from training.data_sources.zip_index import identify, index_path, read_index
 from training.dataset import DatasetConfig, ImageDataset
 
 CLASSES = [k % 3 for k in range(6)]
@@ -293,6 +293,12 @@ def test_an_unwritable_folder_needs_no_index(tmp_path: Path, large: None) -> Non
     found = facts(path)
     index_path(path).rmdir()
     assert facts(path) == found
+
+
+@pytest.mark.parametrize("path", ["a\0b.zip", "no-such.zip", ".", ".."])
+def test_paths_without_a_zip_file_have_no_index(path: str) -> None:
+    assert identify(Path(path)) is None
+    assert read_index(Path(path)) is None
 
 
 def test_images_without_labels_are_an_error_at_every_start(tmp_path: Path, large: None) -> None:

@@ -50,7 +50,7 @@ def index_path(path: Path) -> Path:
 
 def identify(path: Path) -> dict[str, Any] | None:
     """Return a record of a zip file as it is; None if it cannot be read or its directory has an unusual place."""
-    with suppress(OSError), open_regular(path) as file:
+    with suppress(OSError, ValueError), open_regular(path) as file:  # ValueError: not a path
         status, directory = os.fstat(file.fileno()), directory_bytes(file)
         if directory is not None:
             digest = hashlib.sha256(directory).hexdigest()
