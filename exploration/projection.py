@@ -234,14 +234,14 @@ def read_targets(path: Path) -> dict[str, np.ndarray]:
     Raises UserError for an unreadable file.
     """
     if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
-        names, read = [path.name], lambda name: read_image_file(path)
+        names, read = [path.name], lambda _: read_image_file(path)
     else:
         store = open_store(path)
         names, read = list(store.names), store.read
     targets = {}
-    for name in names:
+    for position, name in enumerate(names):
         try:
-            targets[name] = decode_image(read(name))
+            targets[name] = decode_image(read(position))
         except BrokenImageError as error:
             raise UserError(f"--target={path}: {name} cannot be read ({error})") from None
     return targets

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import data
 import generation
+import loading
 import networks
 import operators
 import penalties
@@ -26,6 +27,7 @@ import swd
 import train_step
 
 from training.config import PRESETS
+from training.data_sources import labelled
 from training.networks import DISCRIMINATORS, GENERATORS, winograd
 from training.snapshots.snapshot import save_network
 
@@ -234,3 +236,14 @@ def test_bounds_prints_one_line_per_input_and_a_summary() -> None:
     assert kind["inputs"] == len(each) == 10
     assert {row["exit_code"] for row in each} == {0, 2}
     assert all("regular file" in row["last_line"] for row in each if row["exit_code"] == 2)
+
+
+def test_loading_compares_with_zipfile_and_torch_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labelled, "LARGE", 50)
+    zip_row, snapshot_row = results(loading.main, "--images=50", "--cfg=tiny")
+    assert zip_row["num_images"] == 50
+    assert zip_row["index_mib"] is not None
+    assert zip_row["cpu_s"].keys() == {"plain", "first", "second"}
+    assert snapshot_row["cpu_s"].keys() == {"sha256", "torch_load", "read", "load_network"}
+    for row in (zip_row, snapshot_row):
+        assert all(ratio > 0 for ratio in row["ratio"].values())

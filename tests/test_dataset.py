@@ -388,15 +388,17 @@ def test_only_headers_of_plain_pngs_are_read(
     dataset = open_dataset(write(tmp_path / "set.zip", dataset_files(images) | files))
     read, whole = dataset._store.read, []
 
-    def record(name: str) -> bytes:
-        whole.append(name)
-        return read(name)
+    names = dataset._store.names
+
+    def record(position: int) -> bytes:
+        whole.append(names[position])
+        return read(position)
 
     read_start, sizes = dataset._store.read_start, {}
 
-    def record_start(name: str, size: int) -> bytes:
-        sizes[name] = size
-        return read_start(name, size)
+    def record_start(position: int, size: int) -> bytes:
+        sizes[names[position]] = size
+        return read_start(position, size)
 
     monkeypatch.setattr(dataset._store, "read", record)
     monkeypatch.setattr(dataset._store, "read_start", record_start)

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_families import small_generator
+from small_families import small_discriminator, small_generator
 from torch import Tensor, nn
 
 from dnnlib.allocator import tune_allocator
 from torch_utils import misc
 from torch_utils.stats import Stats
+from training.networks import DISCRIMINATORS, GENERATORS
 
 
 def draws(seed: int, phase: str, position: int) -> tuple[float, ...]:
@@ -189,3 +190,36 @@ def test_module_summary_removes_its_hooks_when_forward_fails() -> None:
     with pytest.raises(RuntimeError):
         misc.module_summary(net, [torch.zeros(4, 9), None])
     assert not any(part._forward_hooks for part in net.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64])
+def test_is_finite_equals_isfinite_of_all_values(dtype: torch.dtype) -> None:
+    """A sum would overflow for the largest finite values."""
+    x = torch.arange(1000).to(dtype).reshape(10, 100)
+    assert misc.is_finite(x)
+    assert misc.is_finite(x[:0])
+    assert misc.is_finite(torch.ones((), dtype=dtype))
+    if dtype.is_floating_point:
+        assert misc.is_finite(torch.full((4,), torch.finfo(dtype).max, dtype=dtype))
+        for value in (float("nan"), float("inf"), -float("inf")):
+            for place in ((0, 0), (5, 50), (9, 99)):
+                odd = x.clone()
+                odd[place] = value
+                assert not misc.is_finite(odd)
+                assert not odd.isfinite().all()
+
+
+SMALL = [small_generator(family) for family in GENERATORS] + [small_discriminator(family) for family in DISCRIMINATORS]
+
+
+@pytest.mark.parametrize("config", SMALL, ids=lambda config: type(config).__name__)
+def test_networks_without_init_differ_in_saved_values_only(config: Any) -> None:
+    """Values that a file does not hold, such as filters, are computed."""
+    with misc.WithoutInit():
+        network = config.build()
+    reference = config.build()
+    network.load_state_dict(reference.state_dict())
+    buffers = dict(network.named_buffers())
+    assert buffers.keys() == dict(reference.named_buffers()).keys()
+    assert all(torch.equal(buffers[name], x) for name, x in reference.named_buffers())
+    assert all(torch.equal(x, y) for x, y in zip(network.parameters(), reference.parameters(), strict=True))

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +28,8 @@ from torch_utils.images import square_resolution
 from torch_utils.signals import Signals
 from training.data_sources.classes import note_on_gaps
 from training.data_sources.codec import PNG_START, decode_as, decode_image, read_shape, starts_as_plain_png
-from training.data_sources.dataset_json import DatasetJson
-from training.data_sources.files import ZipStore, check_exists, labels_of, open_store, read_dataset_json
+from training.data_sources.files import ZipStore, check_exists, json_bytes
+from training.data_sources.labelled import open_labelled
 from training.data_sources.sizes import Shape, Size, Sizes, Survey, build_command, describe_shape, suggest_size
 
 try:
@@ -42,6 +43,7 @@ OPEN_FILES_PER_WORKER = 16  # 4 prefetched batches of images and labels, and pip
 # Largest decoded dataset that is kept on the GPU by default. Each process decodes its own copy.
 RESIDENT_BYTES = 2 * 2**30
 RESIDENT_PART = 1024  # images decoded at a time
+HASHED_PART = 1024  # records hashed at a time
 START_BYTES = 1 << 16  # header of a file other than PNG; enough for most JPEGs (size after the EXIF data)
 JPEG_START = b"\xff\xd8\xff"
 MAX_COMPARED = 1000  # fingerprints whose images are read to find out whether two datasets overlap
@@ -101,18 +103,19 @@ class ImageDataset:
         self.config = config
         self.path = Path(config.path)
         self.name = self.path.stem if self.path.suffix.lower() == ".zip" else self.path.resolve().name
-        self._store = open_store(self.path)
-        content = read_dataset_json(self._store)
-        self.meta = content.meta
-        self.notes = [*self._store.notes, *content.notes]
-        self.class_names = content.class_names
-        self.has_labels = content.labels is not None
+        images = open_labelled(self.path)
+        self._store = images.store
+        self.meta = images.meta
+        self.notes = images.notes
+        self.class_names = images.class_names
+        self.has_labels = images.labels is not None
 
-        self._subset = _choose_subset(len(self._store.names), config, held_out)  # indices into the store's names
-        self._undecoded: dict[str, str] = {}  # broken images before the first decodable image -> error
+        # Positions in the store, int64 [num_originals]. As a tensor, data workers share it.
+        self._subset = torch.from_numpy(_choose_subset(len(self._store.names), config, held_out))
+        self._undecoded: dict[int, str] = {}  # positions of broken images before the first decodable image -> error
         H, W, C = self._first_shape()
         self.img_shape = (C, H, W)
-        self.labels, self.c_dim = self._read_labels(content)
+        self.labels, self.c_dim = self._read_labels(images.labels)
         self.content_hash = self._content_hash()
 
     def __len__(self) -> int:
@@ -154,8 +157,8 @@ class ImageDataset:
 
         n = len(self._subset)
         batch = np.empty((len(index), H, W, C), dtype=np.uint8)
-        for k, position in enumerate(self._subset[index % n]):
-            batch[k] = self._decode(int(position), (H, W, C))
+        for k, position in enumerate(self._subset.numpy()[index % n].tolist()):
+            batch[k] = self._decode(position, (H, W, C))
         mirrored = index >= n
         batch[mirrored] = batch[mirrored][:, :, ::-1]
         return torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
@@ -171,21 +174,16 @@ class ImageDataset:
         if not (isinstance(self._store, ZipStore) and isinstance(other._store, ZipStore)):
             are_folders = one.is_dir() and two.is_dir()
             return are_folders and (one.is_relative_to(two) or two.is_relative_to(one))
-        mine, theirs = self._by_fingerprint(), other._by_fingerprint()
-        alike = sorted(mine.keys() & theirs.keys())
+        mine = self._store.fingerprints(self._subset.numpy())
+        theirs = other._store.fingerprints(other._subset.numpy())
+        alike = np.intersect1d(mine, theirs)
         compared = alike[:MAX_COMPARED]
-        equal = sum(not self._contents(mine[key]).isdisjoint(other._contents(theirs[key])) for key in compared)
+        pairs = zip(_groups(mine, compared), _groups(theirs, compared), strict=True)
+        equal = sum(not self._contents(one).isdisjoint(other._contents(two)) for one, two in pairs)
         num_shared = equal * len(alike) / max(len(compared), 1)
         return num_shared > MAX_SHARED * min(self.num_originals, other.num_originals)
 
-    def _by_fingerprint(self) -> dict[tuple[int, ...], list[int]]:
-        """Return the indices of the images by fingerprint; different images can have the same fingerprint."""
-        indices: dict[tuple[int, ...], list[int]] = {}
-        for index, position in enumerate(self._subset):
-            indices.setdefault(self._store.fingerprint(self._store.names[position]), []).append(index)
-        return indices
-
-    def _contents(self, indices: Sequence[int]) -> set[bytes]:
+    def _contents(self, indices: np.ndarray) -> set[bytes]:
         return {image.numpy().tobytes() for image in self.images(indices)}
 
     @property
@@ -214,10 +212,10 @@ class ImageDataset:
     def _survey(self) -> Survey:
         """Read the headers of all images."""
         survey = Survey()
-        for position in tqdm(self._subset, "Sizes", unit="images", disable=None, leave=False):
-            name = self._store.names[position]
+        positions = tqdm(self._subset.tolist(), "Sizes", unit="images", disable=None, leave=False)
+        for position, name in zip(positions, self._store.names_at(self._subset.numpy()), strict=True):
             try:
-                survey.note(name, self._read_shape(name))
+                survey.note(name, self._read_shape(position, name))
             except BrokenImageError as error:
                 survey.broken.append(f"{name!r} ({error})")
         return survey
@@ -227,74 +225,70 @@ class ImageDataset:
 
         Preceding broken images are recorded for `check_shapes`, which reports the total.
         """
-        for position in self._subset:
-            name = self._store.names[position]
+        for position in self._subset.tolist():
             try:
-                H, W, C = decode_image(self._store.read(name)).shape
+                H, W, C = decode_image(self._store.read(position)).shape
                 return H, W, C
             except BrokenImageError as error:
                 if not self.is_raw:
-                    raise self._broken(name, error) from error
-                self._undecoded[name] = str(error)
-        name, reason = next(iter(self._undecoded.items()))
+                    raise self._broken(position, error) from error
+                self._undecoded[position] = str(error)
+        position, reason = next(iter(self._undecoded.items()))
         raise UserError(
-            f"{self.path}: none of its {counted(len(self._undecoded), 'image')} can be decoded, the first is {name!r} "
-            f"({reason}): copy or download them again"
+            f"{self.path}: none of its {counted(len(self._undecoded), 'image')} can be decoded, the first is "
+            f"{self._store.names[position]!r} ({reason}): copy or download them again"
         )
 
-    def _read_shape(self, name: str) -> Shape:
+    def _read_shape(self, position: int, name: str) -> Shape:
         """Return (H, W, C) from the start of a file, or from the whole file if its header is longer."""
-        if name in self._undecoded:
-            raise BrokenImageError(self._undecoded[name])
+        if position in self._undecoded:
+            raise BrokenImageError(self._undecoded[position])
         C, H, W = self.img_shape
-        start = self._store.read_start(name, PNG_START if name.lower().endswith(".png") else START_BYTES)
+        start = self._store.read_start(position, PNG_START if name.lower().endswith(".png") else START_BYTES)
         if starts_as_plain_png(start, (H, W, C)):
             return H, W, C
         if start.startswith(JPEG_START):
             with suppress(BrokenImageError):  # long header: the size is beyond `start`
                 return read_shape(start)
-        return read_shape(self._store.read(name))
+        return read_shape(self._store.read(position))
 
     def _decode(self, position: int, shape: Shape) -> np.ndarray:
         """Decode the image [H, W, C] at a position of the store. Raises UserError if its shape is not `shape`."""
-        name = self._store.names[position]
         try:
-            pixels = decode_as(self._store.read(name), shape)
+            pixels = decode_as(self._store.read(position), shape)
         except BrokenImageError as error:
-            raise self._broken(name, error) from error
-        self._require_shape(name, pixels.shape, shape)
+            raise self._broken(position, error) from error
+        if pixels.shape != shape:
+            raise UserError(
+                f"{self.path}: image {self._store.names[position]!r} is {describe_shape(pixels.shape)}, but the first "
+                f"image is {describe_shape(shape)}: build the dataset with dataset_tool.py --width, --height and "
+                "--channels"
+            )
         return pixels
 
-    def _broken(self, name: str, error: BrokenImageError) -> UserError:
+    def _broken(self, position: int, error: BrokenImageError) -> UserError:
         return UserError(
-            f"{self.path}: image {name!r} cannot be decoded ({error}): `dataset_tool.py check` lists all such "
-            "images, and rebuilding the dataset with --skip-bad skips them"
+            f"{self.path}: image {self._store.names[position]!r} cannot be decoded ({error}): `dataset_tool.py check` "
+            "lists all such images, and rebuilding the dataset with --skip-bad skips them"
         )
 
-    def _require_shape(self, name: str, found: tuple[int, ...], shape: Shape) -> None:
-        if found != shape:
-            raise UserError(
-                f"{self.path}: image {name!r} is {describe_shape(found)}, but the first image is "
-                f"{describe_shape(shape)}: build the dataset with dataset_tool.py --width, --height and --channels"
-            )
-
-    def _read_labels(self, content: DatasetJson) -> tuple[Tensor, int]:
+    def _read_labels(self, labels: np.ndarray | UserError | None) -> tuple[Tensor, int]:
+        """Return the labels of the images with flips, and c_dim, from the labels of all images of the store."""
         if not self.config.use_labels:
             return torch.zeros((len(self), 0)), 0
-        labels = labels_of(self._store, content)
+        if isinstance(labels, UserError):
+            raise labels
         if labels is None:
             raise UserError(
                 f'{self.path} has no labels (dataset.json is missing or has "labels": null): train without labels '
                 f"(--cond=false), or {self._advise_on_labels()}"
             )
-        if isinstance(labels[0], int):
-            self.notes += note_on_gaps(labels, self.class_names)
-            table = torch.tensor(labels, dtype=torch.int64)  # [num_images]
-            c_dim = max(int(table.max()) + 1, len(self.class_names or []))
+        if labels.ndim == 1:
+            self.notes += note_on_gaps(np.unique(labels).tolist(), self.class_names)
+            c_dim = max(int(labels.max()) + 1, len(self.class_names or []))
         else:
-            table = torch.tensor(labels, dtype=torch.float32)  # [num_images, c_dim]
-            c_dim = table.shape[1]
-        chosen = table[torch.from_numpy(self._subset)]
+            c_dim = labels.shape[1]
+        chosen = torch.from_numpy(labels[self._subset.numpy()])
         return (torch.cat([chosen, chosen]) if self.config.mirror else chosen), c_dim
 
     def _content_hash(self) -> str:
@@ -303,11 +297,11 @@ class ImageDataset:
         The fingerprint is size and CRC-32 in a zip file, size and modification time in a folder. No image is read, so
         this takes seconds for a million images. A folder copied without its modification times has a different hash.
         """
-        digest = hashlib.sha256(self._store.read_json() if self._store.json_name else b"")
+        digest = hashlib.sha256(json_bytes(self._store))
         digest.update(f"mirror={self.config.mirror}".encode())
-        for position in self._subset:
-            name = self._store.names[position]
-            digest.update(f"\n{name!r} {self._store.fingerprint(name)}".encode())
+        records = self._store.records(self._subset.numpy())
+        while part := "".join(islice(records, HASHED_PART)):
+            digest.update(part.encode())
         return digest.hexdigest()
 
 
@@ -396,6 +390,14 @@ class ImageFolderDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
     def _position(self, index: int) -> int:
         """Return a nonnegative index. Raises IndexError, which also ends iteration."""
         return range(len(self))[index]
+
+
+def _groups(values: np.ndarray, wanted: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the indices of each wanted value."""
+    order = np.argsort(values, kind="stable")
+    bounds = (np.searchsorted(values, wanted, side, sorter=order) for side in ("left", "right"))
+    for first, end in zip(*bounds, strict=True):
+        yield order[first:end]
 
 
 def _choose_subset(num_images: int, config: DatasetConfig, held_out: bool) -> np.ndarray:

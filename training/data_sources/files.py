@@ -7,10 +7,12 @@ import threading
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from dnnlib.config import OPTIONS_FILE, UserError
 from dnnlib.image_files import BrokenImageError
@@ -28,6 +30,8 @@ from training.data_sources.dataset_json import (
 from training.data_sources.listing import LeftOut, Listing, describe_left_out, list_files, split_images
 from training.data_sources.parts import find_parts
 from training.data_sources.sizes import build_command
+from training.data_sources.zip_directory import LOCAL_HEADER, Names, read_directory
+from training.data_sources.zip_index import Index, read_index
 
 MAX_JSON_BYTES = 1 << 30
 _SEEK_LOCK = threading.Lock()
@@ -56,14 +60,14 @@ class FolderStore:
         self.names, self.json_name, self.left_out, self.notes = _arrange(files)
         self.left_out |= links
 
-    def read(self, name: str) -> bytes:
-        """Return the bytes of a file. Raises BrokenImageError if it cannot be read."""
-        return read_image_file(self.path / name)
+    def read(self, position: int) -> bytes:
+        """Return the bytes of an image. Raises BrokenImageError if it cannot be read."""
+        return read_image_file(self.path / self.names[position])
 
-    def read_start(self, name: str, size: int) -> bytes:
-        """Return the first `size` bytes of a file. Raises BrokenImageError if it cannot be read."""
+    def read_start(self, position: int, size: int) -> bytes:
+        """Return the first `size` bytes of an image. Raises BrokenImageError if it cannot be read."""
         try:
-            with open_regular(self.path / name) as file:
+            with open_regular(self.path / self.names[position]) as file:
                 return file.read(size)
         except OSError as error:
             raise BrokenImageError(error.strerror or str(error)) from error
@@ -72,101 +76,141 @@ class FolderStore:
         assert self.json_name is not None
         return read_regular(self.path / self.json_name, MAX_JSON_BYTES)
 
-    def fingerprint(self, name: str) -> tuple[int, ...]:
-        """Return the size in bytes and the modification time in ns; uncompressed images of one shape have equal sizes.
+    def names_at(self, positions: np.ndarray) -> Iterator[str]:
+        """Yield the names of images."""
+        return map(self.names.__getitem__, positions)
 
-        Returns () for a missing file, such as the target of a broken link; `read` then reports the error.
+    def records(self, positions: np.ndarray) -> Iterator[str]:
+        """Yield name, size in bytes and modification time in ns of images; uncompressed images have equal sizes.
+
+        A missing file, such as the target of a broken link, has neither; `read` then reports the error.
         """
-        try:
-            status = (self.path / name).stat()
-        except OSError:
-            return ()
-        return status.st_size, status.st_mtime_ns
+        for name in self.names_at(positions):
+            try:
+                status = (self.path / name).stat()
+            except OSError:
+                yield f"\n{name!r} ()"
+            else:
+                yield f"\n{name!r} ({status.st_size}, {status.st_mtime_ns})"
 
 
 class ZipStore:
-    """Image files in a zip file, keyed by member name, with the attributes of FolderStore.
+    """Image files in a zip file, with the attributes of FolderStore; `names` is a compact sequence.
 
     Each member is read at an explicit offset (`_read_at`) in a few microseconds. Forked workers and threads can read
-    concurrently, because they share no file position. Member names are used as keys only, never as paths.
+    concurrently, because they share no file position. Member names are never used as paths.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-                infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
-            _refuse_overlaps(infos)
+            with open_regular(path) as file:
+                found = read_directory(file)
         except Exception as error:  # zipfile raises BadZipFile, OSError, ValueError, IndexError, ... for corrupt files
             raise UserError(f"{path} is not a complete zip file ({error}): copy or build it again") from error
-        self._members = _members(infos)
-        if len(self._members) < len(infos):
-            _refuse_repeated_names(path, infos)
-        self.names, self.json_name, self.left_out, self.notes = _arrange(self._members)
+        place = {name: k for k, name in enumerate(found.names)}
+        if len(place) < len(found.names):
+            _refuse_repeated_names(path, found.names)
+        names, self.json_name, self.left_out, self.notes = _arrange(found.names)
+        self.names = Names.of(names)
+        self._members = found.members[[place[name] for name in names]]
+        self._json_member = None if self.json_name is None else found.members[place[self.json_name]].item()
+        self._checksum: bytes | None = None  # of the index that holds `names` and `_members`
         self._file: int | None = None
 
+    @classmethod
+    def of_index(cls, path: Path, index: Index) -> ZipStore:
+        """Return the store described by `to_index`, without `left_out` and `notes`; processes share its memory."""
+        store = cls.__new__(cls)
+        store.path, store.left_out, store.notes = path, {}, []
+        store.names = Names(index.arrays["names"], index.arrays["ends"])
+        store._members = index.arrays["members"]
+        store.json_name, store._json_member = index.values["json_name"], index.values["json_member"]
+        store._checksum, store._file = index.checksum, None
+        return store
+
+    def to_index(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the values and arrays of an index."""
+        values = {"json_name": self.json_name, "json_member": self._json_member}
+        return values, {"names": self.names.text, "ends": self.names.ends, "members": self._members}
+
     def __getstate__(self) -> dict[str, Any]:
+        if self._checksum is not None:  # another process maps the index again
+            return {"path": self.path, "_checksum": self._checksum}
         return {**self.__dict__, "_file": None}  # a file descriptor is not valid in another process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["_checksum"] is not None:
+            path, index = state["path"], read_index(state["path"])
+            if index and index.checksum == state["_checksum"]:
+                state = vars(ZipStore.of_index(path, index))
+            else:  # the file has changed
+                state = vars(ZipStore(path))
+        self.__dict__.update(state)
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:
             os.close(self._file)  # type: ignore[arg-type]
 
-    def read(self, name: str) -> bytes:
-        """Return the bytes of a member. Raises BrokenImageError if the member is corrupt."""
-        return self._read(name, MAX_IMAGE_BYTES)
+    def read(self, position: int) -> bytes:
+        """Return the bytes of an image. Raises BrokenImageError if it is corrupt."""
+        return self._read(self._members[position].item(), MAX_IMAGE_BYTES)
 
-    def read_start(self, name: str, size: int) -> bytes:
-        """Return the first `size` stored bytes of a member, without decompression and without verification."""
-        info = self._members[name]
-        return self._read_at_member(info, min(size, info.compress_size))
+    def read_start(self, position: int, size: int) -> bytes:
+        """Return the first `size` stored bytes of an image, without decompression and without verification."""
+        offset, packed, _, _, name_length, _, _ = self._members[position].item()
+        return self._read_at_member(offset, name_length, min(size, packed))
 
     def read_json(self) -> bytes:
-        assert self.json_name is not None
-        limit = unpacked_limit(self._members[self.json_name].compress_size)
-        return self._read(self.json_name, min(limit, MAX_JSON_BYTES))
+        assert self._json_member is not None
+        _, packed, *_ = self._json_member
+        return self._read(self._json_member, min(unpacked_limit(packed), MAX_JSON_BYTES))
 
-    def fingerprint(self, name: str) -> tuple[int, ...]:
-        """Return the size in bytes and the CRC-32, from the zip directory.
+    def names_at(self, positions: np.ndarray) -> Iterator[str]:
+        """Yield the names of images."""
+        return self.names.at(positions)
+
+    def records(self, positions: np.ndarray) -> Iterator[str]:
+        """Yield name, size in bytes and CRC-32 of images, from the zip directory."""
+        members = self._members[positions]
+        columns = self.names_at(positions), members["size"].tolist(), members["crc"].tolist()
+        return (f"\n{name!r} ({size}, {crc})" for name, size, crc in zip(*columns, strict=True))
+
+    def fingerprints(self, positions: np.ndarray) -> np.ndarray:
+        """Return size in bytes and CRC-32 of images as uint64 [images].
 
         Of uncompressed PNG files of one shape, whose chunks end in CRCs, the CRC-32 takes only 2^16 values.
         """
-        info = self._members[name]
-        return info.file_size, info.CRC
+        members = self._members[positions]
+        return members["size"].astype(np.uint64) << np.uint64(32) | members["crc"]
 
-    def _read(self, name: str, max_bytes: int) -> bytes:
-        info = self._members[name]
-        if max(info.file_size, info.compress_size) > max_bytes:
-            raise BrokenImageError(f"{info.file_size} bytes, more than the limit of {max_bytes}")
-        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    def _read(self, member: Sequence[int], max_bytes: int) -> bytes:
+        offset, packed, size, crc, name_length, method, flags = member
+        if max(size, packed) > max_bytes:
+            raise BrokenImageError(f"{size} bytes, more than the limit of {max_bytes}")
+        if flags & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise BrokenImageError("encrypted, or not compressed with deflate: build the zip file again")
-        data = self._read_at_member(info, info.compress_size)
-        if info.compress_type == zipfile.ZIP_DEFLATED:
-            data = _inflate(data, info.file_size)
-        if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
+        data = self._read_at_member(offset, name_length, packed)
+        if method == zipfile.ZIP_DEFLATED:
+            data = _inflate(data, size)
+        if len(data) != size or zlib.crc32(data) != crc:
             raise BrokenImageError("checksum in the zip file does not match")
         return data
 
-    def _read_at_member(self, info: zipfile.ZipInfo, size: int) -> bytes:
+    def _read_at_member(self, offset: int, name_length: int, size: int) -> bytes:
         if self._file is None:
             self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
-            # The local header (PKWARE APPNOTE 4.3.7) has 30 bytes. The last four are the lengths of the name and of the
-            # extra field. The lengths usually match the directory, so one read suffices.
-            guess = 30 + len(info.orig_filename)
-            found = _read_at(self._file, guess + size, info.header_offset)
-            head = 30 + int.from_bytes(found[26:28], "little") + int.from_bytes(found[28:30], "little")
+            # The last four bytes of the local header are the lengths of the name and of the extra field. The lengths
+            # usually match the directory, so one read suffices.
+            guess = LOCAL_HEADER + name_length
+            found = _read_at(self._file, guess + size, offset)
+            head = LOCAL_HEADER + int.from_bytes(found[26:28], "little") + int.from_bytes(found[28:30], "little")
             if head == guess:
                 return found[guess:]
-            return _read_at(self._file, size, info.header_offset + head)
+            return _read_at(self._file, size, offset + head)
         except OSError as error:
             raise BrokenImageError(str(error)) from error
-
-
-def _members(infos: Sequence[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    r"""Key members by name. If no name contains `/`, `\` separates folders, as in files of some Windows programs."""
-    has_slashes = any("/" in info.filename for info in infos)
-    return {info.filename if has_slashes else info.filename.replace("\\", "/"): info for info in infos}
 
 
 def _read_at(file: int, size: int, offset: int) -> bytes:
@@ -185,17 +229,8 @@ def _inflate(data: bytes, size: int) -> bytes:
         raise BrokenImageError(str(error)) from error
 
 
-def _refuse_overlaps(members: Iterable[zipfile.ZipInfo]) -> None:
-    """Raise ValueError if members overlap, as in zip bombs, which unpack a few shared bytes many times."""
-    end = 0
-    for info in sorted(members, key=lambda info: info.header_offset):
-        if info.header_offset < end:
-            raise ValueError(f"{info.filename!r:.80} overlaps another member")
-        end = info.header_offset + 30 + len(info.orig_filename) + info.compress_size
-
-
-def _refuse_repeated_names(path: Path, members: Iterable[zipfile.ZipInfo]) -> None:
-    counts = Counter(info.filename for info in members)
+def _refuse_repeated_names(path: Path, names: Iterable[str]) -> None:
+    counts = Counter(names)
     repeated = [name for name, count in counts.items() if count > 1]
     others = f", and {counted(len(repeated) - 1, 'other name')} more than once" if len(repeated) > 1 else ""
     raise UserError(
@@ -211,8 +246,10 @@ class LabelledStore(Protocol):
     """Store with image names and an optional dataset.json."""
 
     path: Path
-    names: list[str]
     json_name: str | None
+
+    @property
+    def names(self) -> Sequence[str]: ...
 
     def read_json(self) -> bytes: ...
 
@@ -271,13 +308,17 @@ def read_dataset_json(store: LabelledStore) -> DatasetJson:
     if store.json_name is None:
         return DatasetJson()
     where = f"{store.path}: {store.json_name}"
+    return _with_store_names(parse_dataset_json(json_bytes(store), where), store, where)
+
+
+def json_bytes(store: LabelledStore) -> bytes:
+    """Return the content of dataset.json; empty if the file is missing. Raises UserError if it cannot be read."""
     try:
-        data = store.read_json()
-    except OSError as error:
-        raise UserError(f"{where} cannot be read ({error.strerror}): repair or remove it") from error
-    except BrokenImageError as error:
-        raise UserError(f"{where} cannot be read ({error}): repair or remove it") from error
-    return _with_store_names(parse_dataset_json(data, where), store, where)
+        return b"" if store.json_name is None else store.read_json()
+    except (OSError, BrokenImageError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        where = f"{store.path}: {store.json_name}"
+        raise UserError(f"{where} cannot be read ({reason}): repair or remove it") from error
 
 
 def _with_store_names(content: DatasetJson, store: LabelledStore, where: str) -> DatasetJson:

@@ -93,7 +93,7 @@ def make_sheet(store: FileStore, content: DatasetJson, findings: Findings) -> Im
         if number is not None:
             class_name = names.get(number) or f"class {number}"
         with suppress(BrokenImageError):  # changed since the inspection
-            tiles.append(Tile(decode_image(store.read(name)), name, class_name, number))
+            tiles.append(Tile(decode_image(store.read(position)), name, class_name, number))
     bars, is_original = short_sides(findings, content)
     subject = "originals" if is_original else "images"
     return draw_sheet(store.path.resolve().name, _facts(findings, content, classes), tiles, bars, subject)

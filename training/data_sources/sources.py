@@ -149,15 +149,15 @@ class FileSource(SourceBase):
 
 def items_of(store: FileStore) -> Iterator[Item]:
     """Yield the images of a folder or zip file in the order of their names."""
-    for name in store.names:
-        yield Item(name, _content(store, name))
+    for position, name in enumerate(store.names):
+        yield Item(name, _content(store, position))
 
 
-def _content(store: FileStore, name: str) -> bytes | Path | BrokenImageError:
-    if isinstance(store, FolderStore):
-        return store.path / name  # read in the workers, because reading many small files sequentially is slow
+def _content(store: FileStore, position: int) -> bytes | Path | BrokenImageError:
+    if isinstance(store, FolderStore):  # read in the workers, because reading many small files sequentially is slow
+        return store.path / store.names[position]
     try:
-        return store.read(name)
+        return store.read(position)
     except BrokenImageError as error:
         return error
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dnnlib.config import UserError
 from torch_utils.checkpoint import Migration, copy_to_cpu, read_document, write_file
+from torch_utils.misc import is_finite
 from training.power_ema import MAX_SIGMA, MIN_SIGMA, PowerEMA, gamma_of
 from training.snapshots.snapshot import MAX_IMAGES, Snapshot
 
@@ -288,5 +289,5 @@ def _check_shapes(path: Path, parameters: Mapping[str, Tensor], shapes: Mapping[
             f"{path}: contains the parameters of another network than the snapshot; move it to its run's folder"
         )
     for name, x in parameters.items():
-        if not x.isfinite().all():
+        if not is_finite(x):
             raise UserError(f"{path}: {name} contains non-finite values: training had already failed")
