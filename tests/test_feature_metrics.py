@@ -132,6 +132,16 @@ def test_kid_equals_its_definition() -> None:
     assert float(squared_mmd(x, y)) == pytest.approx(sum(within) / 72 - 2 * sum(between) / 81, rel=1e-12)
 
 
+def test_kid_in_float32_is_close_to_float64() -> None:
+    """Blocks of rows, and rounding errors far below the values: 1e-9 of kernels of about 2."""
+    x, y = features(300, 64, 1, shift=0.3), features(300, 64, 2, shift=0.3)
+    a, b = x.double().numpy(), y.double().numpy()
+    within = [((s @ s.T / 64 + 1) ** 3)[~np.eye(300, dtype=bool)].mean() for s in (a, b)]
+    expected = sum(within) - 2 * ((a @ b.T / 64 + 1) ** 3).mean()
+    assert float(squared_mmd(x, y)) == pytest.approx(expected, abs=1e-8)
+    assert float(squared_mmd(x.double(), y.double())) == pytest.approx(expected, abs=1e-13)
+
+
 def numpy_mind(x: Tensor, y: Tensor, directions: np.ndarray) -> float:
     """Compute 3 F mean_u mean_j (sort(x u)_j - sort(y u)_j)^2 for directions u (M, F), one at a time, in NumPy."""
     real, fake = x.double().numpy(), y.double().numpy()
@@ -301,6 +311,18 @@ def test_moments_equal_numpy() -> None:
     result = stream_through(Moments(), rows)
     np.testing.assert_allclose(result["mean"], rows.double().numpy().mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(result["cov"], np.cov(rows.double().numpy(), rowvar=False, bias=True), rtol=1e-9)
+
+
+def test_moments_do_not_depend_on_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 16 rows in strips of 4 columns: full and partial blocks and strips."""
+    rows = features(203, 6, 1, shift=5)
+    whole = stream_through(Moments(), rows)
+    monkeypatch.setattr(feature_stats, "MOMENT_ROWS", 16)
+    monkeypatch.setattr(feature_stats, "MOMENT_COLUMNS", 4)
+    one, *others = (stream_through(Moments(), rows, batch=batch) for batch in (1, 7, 16, 50, 203))
+    assert all(torch.equal(one[key], other[key]) for other in others for key in one)
+    assert torch.equal(one["cov"], one["cov"].T)
+    torch.testing.assert_close(one, whole, rtol=1e-12, atol=1e-12)
 
 
 def test_rebatched_keeps_order_and_positions() -> None:
