@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from torch import Tensor
 import metrics
 from dnnlib.config import UserError
 from metrics import feature_stats
+from metrics.authenticity import authentic_percent
 from metrics.detectors import DetectorSetup, Role, read_detectors
 from metrics.feature_metrics import register_feature_metric
 from metrics.feature_stats import ClassSums, Moments, Result, Rows, StatRequest, SubsetRows, rebatched
@@ -26,7 +29,7 @@ from metrics.frechet import distance_of, frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance, squared_mmd
 from metrics.mind import mind_numbers, random_directions, sliced_distance
-from metrics.precision_recall import density_coverage, precision_recall
+from metrics.precision_recall import BLOCKS, density_coverage, precision_recall, radii
 from metrics.registry import compute_all, find
 from metrics.sampling import MetricContext, Progress, choose_fakes, choose_reals, shard
 from reporting.charts import higher_is_better
@@ -294,8 +297,66 @@ def test_distances_are_accurate_under_a_common_offset() -> None:
 def test_the_block_size_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     real, fake = features(50, 5, 1, shift=5), features(40, 5, 2, shift=5)
     whole = precision_recall(real, fake), density_coverage(real, fake)
-    monkeypatch.setattr("metrics.precision_recall.BLOCK", 7)
+    monkeypatch.setitem(BLOCKS, "cpu", 7)
     assert (precision_recall(real, fake), density_coverage(real, fake)) == whole
+
+
+class ThreadGroup:
+    """Processes of a collective computation, as threads."""
+
+    def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.size, self.own = size, threading.local()
+        self.barrier, self.parts = threading.Barrier(size, timeout=20), [torch.empty(0)] * size
+        monkeypatch.setattr("metrics.precision_recall.rank", lambda: self.own.rank)
+        monkeypatch.setattr("metrics.precision_recall.world_size", lambda: size)
+        monkeypatch.setattr("metrics.precision_recall.gather_rows", lambda x: torch.cat(self.exchange(x)))
+        monkeypatch.setattr("metrics.precision_recall.all_reduce", lambda x: torch.stack(self.exchange(x)).sum(dim=0))
+
+    def exchange(self, x: Tensor) -> list[Tensor]:
+        self.parts[self.own.rank] = x
+        self.barrier.wait()
+        parts = list(self.parts)
+        self.barrier.wait()
+        return parts
+
+    def run(self, compute: Callable[[], Any]) -> list[Any]:
+        """Return the results of all processes."""
+
+        def process(rank: int) -> Any:
+            self.own.rank = rank
+            return compute()
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(process, range(self.size)))
+
+
+@pytest.mark.parametrize("size", [2, 3, 9])  # the last processes of 9 have no rows
+def test_neighbours_are_divided_among_processes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BLOCKS, "cpu", 7)
+    real, fake = features(50, 5, 1), features(40, 5, 2)
+
+    def measure() -> tuple[Any, ...]:
+        return precision_recall(real, fake), density_coverage(real, fake), authentic_percent(real, fake)
+
+    whole = measure()
+    assert ThreadGroup(size, monkeypatch).run(measure) == [whole] * size
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_neighbours_equal_sorted_whole_tables(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Radii and counts of balls from whole tables of distances, with the same rounding, in another order."""
+    monkeypatch.setitem(BLOCKS, "cpu", 16)
+    real, fake = (x.half() if half else x for x in (features(90, 48, 1), features(70, 48, 2, shift=0.05)))
+
+    def table(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cdist(x.double(), y.double()).to(x.dtype).double()
+
+    of_real, of_fake = (table(x, x).sort(dim=1).values[:, 3] for x in (real, fake))
+    torch.testing.assert_close(radii(real, 3).double(), of_real, rtol=1e-3 if half else 1e-6, atol=0)
+    precision = (table(fake, real) <= of_real).any(dim=1).double().mean()
+    recall = (table(real, fake) <= of_fake).any(dim=1).double().mean()
+    assert 0 < float(recall) < float(precision) < 1
+    assert precision_recall(real, fake) == (float(precision), float(recall))
 
 
 def test_fewer_images_than_neighbours_are_refused() -> None:
