@@ -85,6 +85,56 @@ def test_frechet_distance_equals_the_closed_form() -> None:
     assert diagonal == pytest.approx(25 + 1 + 0 + 9, rel=1e-12)
 
 
+def of_singular_values(one: Result, other: Result) -> float:
+    """Compute the Frechet distance in NumPy from the singular values of the product of two roots."""
+    roots = []
+    for cov in (one["cov"].numpy(), other["cov"].numpy()):
+        values, vectors = np.linalg.eigh(cov)
+        roots.append(vectors * np.sqrt(np.maximum(values, 0)))
+    cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
+    squares = ((one["mean"] - other["mean"]) ** 2).sum()
+    return float(squares + one["cov"].trace() + other["cov"].trace() - 2 * cross)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "tolerance"),
+    [
+        ("regular", "regular", 1e-13),
+        ("regular", "few images", 1e-8),  # of rounding errors in the null space, in either form
+        ("few images", "few images", 1e-13),
+        ("as many images as features", "regular", 1e-13),
+        ("one more image than features", "regular", 1e-13),
+        ("constant features", "regular", 1e-8),
+        ("constant features", "constant features", 1e-13),
+        ("equal images", "regular", 1e-13),
+        ("graded", "graded", 1e-13),
+        ("graded", "few images", 1e-8),
+    ],
+)
+def test_frechet_distance_equals_the_singular_value_form(first: str, second: str, tolerance: float) -> None:
+    scales = torch.logspace(-3, 0, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(0))]
+    sets = []
+    for number, kind in enumerate((first, second)):
+        count = {"few images": 20, "as many images as features": 48, "one more image than features": 49}.get(kind, 400)
+        rows = features(count, 48, number, shift=0.3)
+        if kind == "constant features":
+            rows[:, 5:9] = 0.4
+        sets.append({"equal images": rows[:1].expand(400, -1), "graded": rows * scales}.get(kind, rows))
+    one, other = (stream_through(Moments(), rows) for rows in sets)
+    expected = of_singular_values(one, other)
+    assert distance_of(one, other) == pytest.approx(expected, rel=tolerance)
+    assert distance_of(other, one) == pytest.approx(expected, rel=tolerance)
+    for each in (one, other):
+        assert distance_of(each, each) == pytest.approx(0, abs=1e-12 * max(1, float(each["cov"].trace())))
+
+
+def test_frechet_distance_of_regular_sets_takes_no_singular_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (stream_through(Moments(), features(400, 48, seed)) for seed in (1, 2))
+    expected = of_singular_values(one, other)
+    monkeypatch.delattr("torch.linalg.svdvals")
+    assert distance_of(one, other) == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("count", [20, 400])  # singular and regular covariances
 def test_frechet_distance_is_symmetric_and_zero_on_equal_sets(count: int) -> None:
     one, other = (stream_through(Moments(), features(count, 48, seed)) for seed in (1, 2))
