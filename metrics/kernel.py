@@ -11,7 +11,7 @@ from metrics.feature_stats import Result, Side, SubsetRows
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
-ROWS = 128  # rows of a block of kernels, which stays in a processor's cache
+WITHIN = 128  # vectors between which every pair is computed twice
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
@@ -20,26 +20,23 @@ def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
         sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / (m (m - 1)) - 2 mean_ij k(x_i, y_j),     k(a, b) = (a b / F + 1)^3
 
     Kernels have the dtype of x and are summed in float64. The rounding errors of float32 nearly cancel in sums over m^2
-    pairs: with non-negative features of mean 0.4 and m = 1000 the result is off by about 1e-9.
+    pairs: with non-negative features of mean 0.4 and m = 1000 the result is off by up to 3e-9.
     """
     m = len(x)
     return (_sum_within(x) + _sum_within(y)) / (m * (m - 1)) - 2 * _sum_between(x, y) / m**2
 
 
 def _sum_within(x: Tensor) -> Tensor:
-    """Return sum_{i != j} k(x_i, x_j) in float64. Pairs are computed once, in blocks of rows of the lower triangle."""
-    total = x.new_zeros([], dtype=torch.float64)
-    for start in range(0, len(x), ROWS):
-        stop = min(start + ROWS, len(x))
-        k = _kernel(x[start:stop], x[:stop])
-        k[:, start:].fill_diagonal_(0)
-        total += 2 * k[:, :start].sum(dtype=torch.float64) + k[:, start:].sum(dtype=torch.float64)
-    return total
+    """Return sum_{i != j} k(x_i, x_j) in float64. Most pairs are computed only once, as pairs between two halves."""
+    if len(x) <= WITHIN:
+        return _kernel(x, x).fill_diagonal_(0).sum(dtype=torch.float64)
+    first, second = x.tensor_split(2)
+    return _sum_within(first) + _sum_within(second) + 2 * _sum_between(first, second)
 
 
 def _sum_between(x: Tensor, y: Tensor) -> Tensor:
     """Return sum_ij k(x_i, y_j) in float64."""
-    return torch.stack([_kernel(rows, y).sum(dtype=torch.float64) for rows in x.split(ROWS)]).sum()
+    return _kernel(x, y).sum(dtype=torch.float64)
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:

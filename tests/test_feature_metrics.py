@@ -186,7 +186,7 @@ def test_kid_equals_its_definition() -> None:
 
 
 def test_kid_in_float32_is_close_to_float64() -> None:
-    """Blocks of rows, and rounding errors far below the values: 1e-9 of kernels of about 2."""
+    """Pairs are computed in halves of halves; the rounding errors are far below the values."""
     x, y = features(300, 64, 1, shift=0.3), features(300, 64, 2, shift=0.3)
     a, b = x.double().numpy(), y.double().numpy()
     within = [((s @ s.T / 64 + 1) ** 3)[~np.eye(300, dtype=bool)].mean() for s in (a, b)]
