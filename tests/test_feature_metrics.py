@@ -128,7 +128,7 @@ def test_frechet_distance_equals_the_singular_value_form(first: str, second: str
         assert distance_of(each, each) == pytest.approx(0, abs=1e-12 * max(1, float(each["cov"].trace())))
 
 
-def test_frechet_distance_of_regular_sets_takes_no_singular_values(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frechet_distance_of_regular_sets_needs_no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = (stream_through(Moments(), features(400, 48, seed)) for seed in (1, 2))
     expected = of_singular_values(one, other)
     monkeypatch.delattr("torch.linalg.svdvals")
