@@ -11,12 +11,15 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -72,6 +75,50 @@ def synchronize(device: torch.device) -> None:
     """Wait for all work queued on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@dataclass
+class Clock:
+    """Duration of a block, and busy time of the device: processor time on a CPU."""
+
+    seconds: float = 0.0
+    busy: float = 0.0
+
+
+@contextmanager
+def timed(device: torch.device) -> Iterator[Clock]:
+    """Yield a clock that is set at the end of the block."""
+    clock = Clock()
+    synchronize(device)
+    start, processor = time.perf_counter(), time.process_time()
+    yield clock
+    synchronize(device)
+    clock.seconds = time.perf_counter() - start
+    clock.busy = time.process_time() - processor if device.type == "cpu" else clock.seconds
+
+
+def against_plain(
+    own: Callable[[], Tensor], plain: Callable[[], Tensor], repeats: int, device: torch.device
+) -> dict[str, float]:
+    """Return the shortest busy times of two computations in alternating runs, and how far their values differ.
+
+    `deviation` is the largest difference relative to the largest value of the plain computation.
+    """
+    times: dict[Callable[[], Tensor], list[float]] = {own: [], plain: []}
+    values = {}
+    for _ in range(repeats):
+        for run in (own, plain):
+            with timed(device) as clock:
+                values[run] = run().double()
+            times[run].append(clock.busy)
+    busy, plain_busy = min(times[own]), min(times[plain])
+    difference, scale = (values[own] - values[plain]).abs().max(), values[plain].abs().max()
+    return {
+        "busy_seconds": round(busy, 3),
+        "plain_busy_seconds": round(plain_busy, 3),
+        "speedup": round(plain_busy / max(busy, 1e-9), 2),
+        "deviation": float(f"{difference / scale:.1e}"),
+    }
 
 
 def peak_mib(device: torch.device) -> int:

@@ -1,86 +1,125 @@
-"""Time the passes of FID over generated and real images, and the detector's share of each pass.
+"""Time the passes of FID over generated and real images, and the computation of metrics from features.
 
     python benchmarks/feature_metrics.py --images=256 --device=cpu
+    python benchmarks/feature_metrics.py --parts=covariance,frechet,kid,precision_recall --device=cpu
 
-The default detector is torch-fidelity's Inception with random weights, which is as fast as with the published weights.
-The share is the time of the detector for the same batches, already on the device, divided by the time of the pass; on a
-CPU it is measured in processor time, which depends less on other programs. Prints one line of JSON for each pass, and
-one for computing the distance from the statistics.
+`passes` prints one line of JSON for each pass over images. The default detector is torch-fidelity's Inception with
+random weights, which is as fast as with the published weights. The share is the time of the detector for the same
+batches, already on the device, divided by the time of the pass; on a CPU it is measured in processor time, which
+depends less on other programs.
+
+Every other part prints one line for a computation on random non-negative features: the busy time (processor time on a
+CPU), that of the plain computation in PyTorch, and the deviation between their values.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import click
 import torch
-from common import README_EXAMPLE, emit, peak_mib, synchronize
-from torch import nn
+from common import README_EXAMPLE, Clock, against_plain, emit, peak_mib, timed
+from torch import Tensor, nn
 
 from dnnlib.allocator import tune_allocator
-from dnnlib.cli import Script, option
+from dnnlib.cli import NameList, Script, option
+from dnnlib.config import UserError
 from metrics.detectors import Detector, load_inception, load_program
 from metrics.feature_stats import Moments, StatRequest, statistics_of
-from metrics.frechet import distance_of
+from metrics.frechet import frechet_distance
+from metrics.kernel import SUBSET_SIZE, kernel_distance
+from metrics.precision_recall import PR_NEIGHBOURS, precision_recall
 from metrics.sampling import MetricContext
 from torch_utils import distributed
 from torch_utils.images import save_image
 from training.dataset import DatasetConfig, ImageDataset
 
+PASSES = "passes"
+BATCH = 64  # features of a batch of the detector
+
 
 @click.command(cls=Script, help=__doc__)
+@option("--parts", type=NameList(), help="Parts to measure. [all]")
 @option("--images", type=click.IntRange(min=2), default=1024, show_default=True, help="Images in each pass.")
 @option("--detector", type=click.Path(path_type=Path), help="A custom program. [Inception, random weights]")
 @option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Generator batch size.")
 @option("--detector-batch", type=click.IntRange(min=1), default=64, show_default=True, help="Detector batch size.")
+@option("--features", type=click.IntRange(min=4), default=4096, show_default=True, help="Features of each set.")
+@option("--dimensions", type=click.IntRange(min=1), default=2048, show_default=True, help="Dimensions of a feature.")
+@option("--subsets", type=click.IntRange(min=1), default=10, show_default=True, help="Subsets of the kernel distance.")
+@option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs; the fastest is reported.")
 @option("--device", help="cpu, cuda or cuda:N. [a GPU if there is one]")
-def main(images: int, detector: Path | None, batch: int, detector_batch: int, device: str | None) -> None:
+def main(
+    parts: tuple[str, ...] | None,
+    images: int,
+    detector: Path | None,
+    batch: int,
+    detector_batch: int,
+    features: int,
+    dimensions: int,
+    subsets: int,
+    repeats: int,
+    device: str | None,
+) -> None:
+    for part in parts or ():
+        if part not in (PASSES, *COMPUTATIONS):
+            raise UserError(f"--parts: {part!r} is not one of {', '.join((PASSES, *COMPUTATIONS))}")
     tune_allocator()
     where = distributed.use_device(device)
     torch.manual_seed(0)
-    network = load_program(detector, where) if detector else random_inception(where)
+    if parts is None or PASSES in parts:
+        network = load_program(detector, where) if detector else random_inception(where)
+        time_passes(network, images, batch, detector_batch, where)
+    real, fake = (random_features(features, dimensions, shift).to(where) for shift in (0, 0.02))
+    for name, computation in COMPUTATIONS.items():
+        if parts is None or name in parts:
+            own, plain = computation(real, fake, subsets)
+            settings = {"benchmark": "feature_metrics", "part": name, "features": features, "dimensions": dimensions}
+            if name == "kid":
+                settings["subsets"] = subsets
+            emit(settings | against_plain(own, plain, repeats, where), where)
+
+
+def time_passes(network: Detector, images: int, batch: int, detector_batch: int, device: torch.device) -> None:
+    """Print a line for the pass over generated images, and one for the pass over real images."""
     with tempfile.TemporaryDirectory() as folder:
         for number, img in enumerate(torch.randint(0, 256, [images, 3, 32, 32], dtype=torch.uint8)):
             save_image(img, Path(folder) / f"{number:06d}.png")
         context = MetricContext(
-            G=README_EXAMPLE.generator.build().to(where).eval(),
+            G=README_EXAMPLE.generator.build().to(device).eval(),
             images=ImageDataset(DatasetConfig(path=folder)),
-            device=where,
+            device=device,
             batch_size=batch,
             detector_batch=detector_batch,
         )
         statistics = statistics_of(context)
         statistics.detectors["inception"] = network
-        alone = time_alone(network, images, detector_batch, where)
+        alone = time_alone(network, images, detector_batch, device)
         requests = {
             "generated": StatRequest(of="fake", role="inception", count=images, recipe=Moments()),
             "real": StatRequest(of="real", role="inception", count=images, recipe=Moments()),
         }
         for kind, request in requests.items():
-            with timed(where) as clock:
+            with timed(device) as clock:
                 result = statistics[request]
             emit(
                 {
                     "benchmark": "feature_metrics",
+                    "part": PASSES,
                     "pass": kind,
                     "detector": network.name,
                     "features": len(result["mean"]),
                     "images": images,
                     "img_per_s": round(images / clock.seconds, 1),
                     "detector_share": round(alone.busy / clock.busy, 3),
-                    "peak_mib": peak_mib(where),
+                    "peak_mib": peak_mib(device),
                 },
-                where,
+                device,
             )
-        with timed(where) as clock:
-            distance_of(statistics[requests["real"]], statistics[requests["generated"]])
-        emit({"benchmark": "feature_metrics", "pass": "distance", "seconds": round(clock.seconds, 2)}, where)
 
 
 def random_inception(device: torch.device) -> Detector:
@@ -95,14 +134,6 @@ def random_inception(device: torch.device) -> Detector:
     return load_inception(state, device, clean=False)
 
 
-@dataclass
-class Clock:
-    """Duration of a block, and busy time of the device: processor time on a CPU."""
-
-    seconds: float = 0.0
-    busy: float = 0.0
-
-
 def time_alone(network: Detector, images: int, batch: int, device: torch.device) -> Clock:
     """Return the time of the detector for `images` images that are already on the device, after a warm-up."""
     ready = torch.randint(0, 256, [min(batch, images), 3, 32, 32], dtype=torch.uint8, device=device)
@@ -113,16 +144,93 @@ def time_alone(network: Detector, images: int, batch: int, device: torch.device)
     return clock
 
 
-@contextmanager
-def timed(device: torch.device) -> Iterator[Clock]:
-    """Yield a clock that is set at the end of the block."""
-    clock = Clock()
-    synchronize(device)
-    start, processor = time.perf_counter(), time.process_time()
-    yield clock
-    synchronize(device)
-    clock.seconds = time.perf_counter() - start
-    clock.busy = time.process_time() - processor if device.type == "cpu" else clock.seconds
+# Computations on features: pairs of functions, of this project and plain.
+
+Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
+
+
+def random_features(count: int, dimensions: int, shift: float) -> Tensor:
+    """Draw correlated non-negative features (N, F) of mean 0.4, as those of Inception."""
+    factors = max(1, dimensions // 16)
+    mix = torch.randn(factors, dimensions, generator=torch.Generator().manual_seed(0)) / math.sqrt(factors)
+    rows = 0.5 * torch.randn(count, factors) @ mix + 0.2 * torch.randn(count, dimensions)
+    return (rows + 0.3 + shift).clamp(min=0)
+
+
+def covariance(real: Tensor, fake: Tensor, subsets: int) -> Pair:
+    """Pair of functions for the covariance of one set, given in batches."""
+
+    def own() -> Tensor:
+        sums = Moments().start(len(real))
+        for start in range(0, len(real), BATCH):
+            sums.add(range(start, min(start + BATCH, len(real))), real[start : start + BATCH], None)
+        return sums.finish()["cov"]
+
+    def plain() -> Tensor:
+        total, outer = (real.new_zeros([], dtype=torch.float64) for _ in range(2))
+        for batch in real.split(BATCH):
+            x = batch.double()
+            total, outer = total + x.sum(dim=0), outer + x.T @ x
+        mean = total / len(real)
+        return outer / len(real) - mean.outer(mean)
+
+    return own, plain
+
+
+def frechet(real: Tensor, fake: Tensor, subsets: int) -> Pair:
+    """Pair of functions for the Frechet distance between two Gaussians."""
+    moments = [part for x in (real, fake) for part in (x.double().mean(dim=0), x.double().T.cov(correction=0))]
+
+    def plain() -> Tensor:
+        mean1, cov1, mean2, cov2 = moments
+        roots = [v * e.clamp(min=0).sqrt() for e, v in map(torch.linalg.eigh, (cov1, cov2))]
+        cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
+        return (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
+
+    return lambda: torch.tensor(frechet_distance(*moments), dtype=torch.float64), plain
+
+
+def kid(real: Tensor, fake: Tensor, subsets: int) -> Pair:
+    """Pair of functions for the mean and standard deviation of the kernel distance over random subsets."""
+    size = min(SUBSET_SIZE, len(real))
+    index = [torch.stack([torch.randperm(len(x))[:size] for _ in range(subsets)]) for x in (real, fake)]
+
+    def plain() -> Tensor:
+        values = []
+        for i, j in zip(*index, strict=True):
+            x, y = real[i].double(), fake[j].double()
+            kxx, kyy, kxy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+            within = kxx.sum() - kxx.trace() + kyy.sum() - kyy.trace()
+            values.append(within / (size * (size - 1)) - 2 * kxy.mean())
+        return torch.stack([torch.stack(values).mean(), torch.stack(values).std(correction=0)])
+
+    sides = [{"rows": x, "index": rows} for x, rows in zip((real, fake), index, strict=True)]
+    return lambda: torch.tensor(kernel_distance(*sides), dtype=torch.float64), plain
+
+
+def neighbours(real: Tensor, fake: Tensor, subsets: int) -> Pair:
+    """Pair of functions for precision and recall in float16."""
+    real, fake = real.half(), fake.half()
+
+    def table(x: Tensor, y: Tensor) -> Tensor:
+        centre = y.float().mean(dim=0)
+        x, y = x.float() - centre, y.float() - centre
+        squares = x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1) - 2 * x @ y.T
+        return squares.clamp(min=0).sqrt().half()
+
+    def radii(x: Tensor) -> Tensor:
+        distances = table(x, x).float().fill_diagonal_(math.inf)
+        return distances.kthvalue(PR_NEIGHBOURS, dim=1).values.half()
+
+    def plain() -> Tensor:
+        precision = (table(fake, real) <= radii(real)).any(dim=1).double().mean()
+        recall = (table(real, fake) <= radii(fake)).any(dim=1).double().mean()
+        return torch.stack([precision, recall])
+
+    return lambda: torch.tensor(precision_recall(real, fake), dtype=torch.float64), plain
+
+
+COMPUTATIONS = {"covariance": covariance, "frechet": frechet, "kid": kid, "precision_recall": neighbours}
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ Result = dict[str, Tensor]
 
 FORMAT = "metric-statistics"
 VERSION = 1
+MOMENT_ROWS = 1024  # rows of a product of features, see _MomentSums
+MOMENT_COLUMNS = 256  # columns of a strip of outer products
 NO_CLASSES = "the detector returns no class logits: an inception score needs a network with classes"
 
 
@@ -96,18 +98,41 @@ class Moments:
 
 
 class _MomentSums:
+    """Sums of rows (F,) and of outer products (F, F) in float64, updated after every MOMENT_ROWS rows.
+
+    A product of many rows is several times as fast as products of single batches, and the sums do not depend on the
+    batch size. Outer products are summed in strips of columns up to the diagonal, and mirrored at the end.
+    """
+
     def __init__(self) -> None:
-        self.sums: list[Tensor] = []  # number of rows (1,), sum of rows (F,), sum of outer products (F, F)
+        self.count = 0
+        self.rows = self.total = self.outer = torch.empty(0)  # allocated when F is known
 
     def add(self, positions: range, features: Tensor, logits: Tensor | None) -> None:
-        x = features.double()
-        sums = [x.new_full([1], len(x)), x.sum(dim=0), x.T @ x]
-        self.sums = [total + part for total, part in zip(self.sums, sums, strict=True)] if self.sums else sums
+        if not self.rows.numel():
+            F = features.shape[1]
+            self.rows = features.new_empty(MOMENT_ROWS, F, dtype=torch.float64)  # the first count % MOMENT_ROWS are set
+            self.total, self.outer = self.rows.new_zeros(F), self.rows.new_zeros(F, F)
+        while len(features):
+            start = self.count % MOMENT_ROWS
+            part, features = features.tensor_split([MOMENT_ROWS - start])
+            self.rows[start : start + len(part)] = part
+            self.count += len(part)
+            if self.count % MOMENT_ROWS == 0:
+                self._fold(self.rows)
+
+    def _fold(self, x: Tensor) -> None:
+        self.total += x.sum(dim=0)
+        for start in range(0, x.shape[1], MOMENT_COLUMNS):
+            strip = slice(start, start + MOMENT_COLUMNS)
+            self.outer[strip, : strip.stop].addmm_(x[:, strip].T, x[:, : strip.stop])
 
     def finish(self) -> Result:
-        count, total, outer = (all_reduce(x) for x in self.sums)
+        self._fold(self.rows[: self.count % MOMENT_ROWS])
+        count, total, outer = (all_reduce(x) for x in (self.total.new_full([1], self.count), self.total, self.outer))
         mean = total / count
-        return {"count": count, "mean": mean, "cov": outer / count - mean.outer(mean)}
+        cov = outer.tril() + outer.tril(-1).T
+        return {"count": count, "mean": mean, "cov": cov / count - mean.outer(mean)}
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,38 @@ from torch import Tensor
 
 from metrics.feature_stats import Result
 
+MIN_PIVOT = 1e-8  # smallest pivot of a regular covariance, relative to the largest
+
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), computed in float64.
+    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), computed in float64."""
+    cov1, cov2 = cov1.double(), cov2.double()
+    distance = (mean1 - mean2).double().square().sum() + cov1.trace() + cov2.trace()
+    return float(distance - 2 * _trace_of_root(cov1, cov2))
 
-    tr((S1 S2)^(1/2)) is the sum of the singular values of S1^(1/2) S2^(1/2). Unlike a matrix square root of the
-    product, this sum is real by construction and accurate to rounding even for singular covariances.
+
+def _trace_of_root(cov1: Tensor, cov2: Tensor) -> Tensor:
+    """Return tr((S1 S2)^(1/2)). Unlike a matrix square root of the product, both forms are real by construction.
+
+    Regular covariances: the sum of the square roots of the eigenvalues of L^T S2 L, with L L^T = S1. The errors of
+    small eigenvalues remain small if the features are ordered by variance.
+
+    Singular covariances: the sum of the singular values of S1^(1/2) S2^(1/2), which is accurate to rounding and takes
+    four times as long. The first form would take roots of rounding errors.
     """
-    cross = torch.linalg.svdvals(_root(cov1).T @ _root(cov2)).sum()
-    distance = (mean1 - mean2).double().square().sum() + cov1.double().trace() + cov2.double().trace() - 2 * cross
-    return float(distance)
+    order = (cov1.diagonal() * cov2.diagonal()).argsort(descending=True)
+    ordered = [cov[order][:, order] for cov in (cov1, cov2)]
+    factors = [torch.linalg.cholesky_ex(cov) for cov in ordered]
+    pivots = [factor.L.diagonal().square() for factor in factors]
+    if all(factor.info == 0 and x.min() > MIN_PIVOT * x.max() for factor, x in zip(factors, pivots, strict=True)):
+        L = factors[0].L
+        return torch.linalg.eigvalsh(L.T @ ordered[1] @ L).clamp(min=0).sqrt().sum()
+    return torch.linalg.svdvals(_root(cov1).T @ _root(cov2)).sum()
 
 
 def _root(cov: Tensor) -> Tensor:
     """Return a square root R of cov (R R^T = cov); eigenvalues below 0, which are rounding errors, are clamped to 0."""
-    values, vectors = torch.linalg.eigh(cov.double())
+    values, vectors = torch.linalg.eigh(cov)
     return vectors * values.clamp(min=0).sqrt()
 
 

@@ -6,22 +6,43 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import UserError
+from metrics.detectors import full_float32
 from metrics.feature_stats import Result, Side, SubsetRows
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
+WITHIN = 128  # vectors between which every pair is computed twice
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
     """Return the unbiased estimate for x, y (m, F) of equal size, in float64:
 
-    sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / (m (m - 1)) - 2 mean_ij k(x_i, y_j),     k(a, b) = (a b / F + 1)^3
+        sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / (m (m - 1)) - 2 mean_ij k(x_i, y_j),     k(a, b) = (a b / F + 1)^3
+
+    Kernels have the dtype of x and are summed in float64. The rounding errors of float32 nearly cancel in sums over m^2
+    pairs: with non-negative features of mean 0.4 and m = 1000 the result is off by up to 3e-9.
     """
-    m, F = x.shape
-    x, y = x.double(), y.double()
-    kxx, kyy, kxy = ((a @ b.T / F + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    within = kxx.sum() - kxx.trace() + kyy.sum() - kyy.trace()
-    return within / (m * (m - 1)) - 2 * kxy.mean()
+    m = len(x)
+    return (_sum_within(x) + _sum_within(y)) / (m * (m - 1)) - 2 * _sum_between(x, y) / m**2
+
+
+def _sum_within(x: Tensor) -> Tensor:
+    """Return sum_{i != j} k(x_i, x_j) in float64. Most pairs are computed only once, as pairs between two halves."""
+    if len(x) <= WITHIN:
+        return _kernel(x, x).fill_diagonal_(0).sum(dtype=torch.float64)
+    first, second = x.tensor_split(2)
+    return _sum_within(first) + _sum_within(second) + 2 * _sum_between(first, second)
+
+
+def _sum_between(x: Tensor, y: Tensor) -> Tensor:
+    """Return sum_ij k(x_i, y_j) in float64."""
+    return _kernel(x, y).sum(dtype=torch.float64)
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    """Return k(x_i, y_j), (len(x), len(y))."""
+    with full_float32():
+        return torch.addmm(x.new_ones([]), x, y.T, alpha=1 / x.shape[1]).pow_(3)
 
 
 def kernel_distance(real: Result, fake: Result) -> tuple[float, float]:

@@ -1,12 +1,14 @@
 """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
 The manifold of a set is the union of balls around its features; each radius is the distance to the k-th nearest
-neighbour in the set. Distances are computed in blocks of at most BLOCK x N. Rows are sharded over the processes.
+neighbour in the set. Distances are computed in square blocks, and those within a set only once per pair. The
+processes take turns in rows of blocks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,78 +16,103 @@ from torch import Tensor
 from dnnlib.config import UserError
 from metrics.detectors import full_float32
 from metrics.feature_stats import Result
-from metrics.sampling import gather_rows, own_shard
+from metrics.sampling import gather_rows
+from torch_utils.distributed import all_reduce, rank, world_size
 
 PR_NEIGHBOURS = 3
 DC_NEIGHBOURS = 5
-BLOCK = 4096
+BLOCKS = {"cpu": 512, "cuda": 2048}  # rows of a block of features; a table of 512 x 512 stays in a processor's cache
 
 
-def distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return Euclidean distances (len(x), len(y)), computed in float32 and rounded to the dtype of x.
+def distances(x: Tensor, y: Tensor | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield blocks of Euclidean distances: rows of x, rows of y, and the distances between them in float32.
 
-    |x|^2 + |y|^2 - 2 x y, after subtracting the mean of y: a common offset would cancel and cost precision.
+    Each block belongs to one process. Without y, the blocks are those of x and x up to the diagonal. Distances are
+    computed in float32 and rounded to the dtype of x. They are |x|^2 + |y|^2 - 2 x y, after subtracting the mean of y:
+    a common offset would cancel and cost precision.
     """
-    centre = y.mean(dim=0, dtype=torch.float32)
-    x32 = x.float() - centre
-    squares = x32.square().sum(dim=1, keepdim=True)
-    result = x.new_empty(len(x), len(y))
-    for start in range(0, len(y), BLOCK):  # to avoid a float32 copy of all of y
-        y32 = y[start : start + BLOCK].float() - centre
-        with full_float32():
-            part = torch.addmm(y32.square().sum(dim=1), x32, y32.T, alpha=-2) + squares
-        result[:, start : start + BLOCK] = part.clamp(min=0).sqrt()
-    return result
+    others, block = x if y is None else y, BLOCKS[x.device.type]
+    centre = others.mean(dim=0, dtype=torch.float32)
+    y32 = others.to(torch.float32, copy=True).sub_(centre)
+    y_squares = torch.cat([part.square().sum(dim=1) for part in y32.split(block)])
+    for start in range(rank() * block, len(x), world_size() * block):
+        rows = slice(start, min(start + block, len(x)))
+        x32 = y32[rows] if y is None else x[rows].float() - centre
+        x_squares = x32.square().sum(dim=1, keepdim=True)
+        for first in range(0, rows.stop if y is None else len(others), block):
+            columns = slice(first, min(first + block, len(others)))
+            with full_float32():
+                table = torch.addmm(y_squares[columns], x32, y32[columns].T, alpha=-2)
+            yield rows, columns, table.add_(x_squares).clamp_(min=0).sqrt_().to(x.dtype).float()
 
 
-def nearest(x: Tensor, others: Tensor, rank: int = 1, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor, others: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the distance of each row of x to the nearest of the others, (N,), and its index, (N,). Collective.
 
-    `rank` 2 is the second nearest, and so on. `skip` (N,) is for each row the index of one of the others to ignore.
+    `skip` (N,) is for each row the index of one of the others to ignore.
     """
-    share = own_shard(len(x))
-    values, indices = [x.new_empty(0)], [torch.zeros(0, dtype=torch.int64, device=x.device)]
-    for start in range(share.start, share.stop, BLOCK):
-        stop = min(start + BLOCK, share.stop)
-        table = distances(x[start:stop], others).float()
+    best = torch.full([len(x)], math.inf, device=x.device)
+    index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    for rows, columns, table in distances(x, others):
         if skip is not None:
-            table.scatter_(1, skip[start:stop, None], math.inf)
-        found = table.min(dim=1) if rank == 1 else table.kthvalue(rank, dim=1)
-        values.append(found.values.to(x.dtype))
-        indices.append(found.indices)
-    return gather_rows(torch.cat(values)[:, None])[:, 0], gather_rows(torch.cat(indices)[:, None])[:, 0]
+            numbers = torch.arange(columns.start, columns.stop, device=x.device)
+            table.masked_fill_(numbers == skip[rows, None], math.inf)
+        found = table.min(dim=1)
+        is_nearer = found.values < best[rows]
+        best[rows] = torch.where(is_nearer, found.values, best[rows])
+        index[rows] = torch.where(is_nearer, found.indices + columns.start, index[rows])
+    best, index = (gather_rows(each[:, None]).reshape(world_size(), len(x)) for each in (best, index))
+    least = best.min(dim=0, keepdim=True)
+    return least.values[0], index.gather(0, least.indices)[0]
 
 
 def radii(x: Tensor, neighbours: int) -> Tensor:
     """Return the distance of each row to its k-th nearest other row, (N,), on every process. Collective."""
     if len(x) <= neighbours:
         raise UserError(f"{len(x)} images are too few for {neighbours} neighbours each: use more images")
-    return nearest(x, x, neighbours, skip=torch.arange(len(x), device=x.device))[0]
+    best = torch.full([len(x), neighbours], math.inf, device=x.device)
+    for rows, columns, table in distances(x):
+        if rows == columns:
+            table.fill_diagonal_(math.inf)
+        else:
+            best[columns] = _smallest(best[columns], table.T)
+        best[rows] = _smallest(best[rows], table)
+    best = gather_rows(best).reshape(world_size(), len(x), neighbours)
+    return _smallest(*best)[:, -1]
 
 
-def count_balls(x: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
-    """Return the number of balls that contain each row of x, (N,) int64. Collective."""
-    share = own_shard(len(x))
-    parts = [torch.zeros(0, dtype=torch.int64, device=x.device)]
-    for start in range(share.start, share.stop, BLOCK):
-        rows = x[start : min(start + BLOCK, share.stop)]
-        parts.append((distances(rows, centres) <= radius).sum(dim=1))
-    return gather_rows(torch.cat(parts)[:, None])[:, 0]
+def _smallest(best: Tensor, *others: Tensor) -> Tensor:
+    """Return the k smallest values in each row of `best` (N, k) and of the others (N, M), ascending, (N, k)."""
+    return torch.cat([best, *others], dim=1).topk(best.shape[1], dim=1, largest=False).values
 
 
 def precision_recall(real: Tensor, fake: Tensor, neighbours: int = PR_NEIGHBOURS) -> tuple[float, float]:
-    """Return the fraction of fakes inside the reals' manifold, and the fraction of reals inside the fakes' manifold."""
-    precision = (count_balls(fake, real, radii(real, neighbours)) > 0).double().mean()
-    recall = (count_balls(real, fake, radii(fake, neighbours)) > 0).double().mean()
+    """Return the fraction of fakes inside the reals' manifold, and the fraction of reals inside the fakes' manifold.
+
+    Collective.
+    """
+    real_radius, fake_radius = radii(real, neighbours), radii(fake, neighbours)
+    in_real, in_fake = (
+        torch.zeros(len(x), dtype=torch.int64, device=x.device) for x in (fake, real)
+    )  # counts of balls
+    for rows, columns, table in distances(fake, real):
+        in_real[rows] += (table <= real_radius[columns]).sum(dim=1)
+        in_fake[columns] += (table <= fake_radius[rows, None]).sum(dim=0)
+    precision, recall = ((all_reduce(counts) > 0).double().mean() for counts in (in_real, in_fake))
     return float(precision), float(recall)
 
 
 def density_coverage(real: Tensor, fake: Tensor, neighbours: int = DC_NEIGHBOURS) -> tuple[float, float]:
-    """Return density (mean number of real balls around a fake / k) and coverage (share of real balls with a fake)."""
+    """Return density (mean number of real balls around a fake / k) and coverage (share of real balls with a fake).
+
+    Collective.
+    """
     radius = radii(real, neighbours)
-    density = count_balls(fake, real, radius).double().mean() / neighbours
-    coverage = (nearest(real, fake)[0] <= radius).double().mean()
-    return float(density), float(coverage)
+    counts = torch.zeros(len(real), dtype=torch.int64, device=real.device)  # of fakes in each ball
+    for _, columns, table in distances(fake, real):
+        counts[columns] += (table <= radius[columns]).sum(dim=0)
+    counts = all_reduce(counts).double()
+    return float(counts.sum() / len(fake) / neighbours), float((counts > 0).double().mean())
 
 
 def precision_recall_numbers(real: Result, fake: Result) -> dict[str, float]:

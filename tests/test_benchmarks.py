@@ -215,6 +215,8 @@ def test_swd_reports_throughput() -> None:
     (row,) = results(swd.main, "--size=32", "--images=16", "--device=cpu")
     assert (row["size"], row["images"]) == (32, 16)
     assert row.keys() >= {"cut_images_per_second", "images_per_second", "peak_mib"}
+    assert min(row["busy_seconds"], row["plain_busy_seconds"], row["speedup"]) > 0
+    assert row["deviation"] < 1e-5
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from torch import Tensor
 import metrics
 from dnnlib.config import UserError
 from metrics import feature_stats
+from metrics.authenticity import authentic_percent
 from metrics.detectors import DetectorSetup, Role, read_detectors
 from metrics.feature_metrics import register_feature_metric
 from metrics.feature_stats import ClassSums, Moments, Result, Rows, StatRequest, SubsetRows, rebatched
@@ -26,7 +29,7 @@ from metrics.frechet import distance_of, frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance, squared_mmd
 from metrics.mind import mind_numbers, random_directions, sliced_distance
-from metrics.precision_recall import density_coverage, precision_recall
+from metrics.precision_recall import BLOCKS, density_coverage, precision_recall, radii
 from metrics.registry import compute_all, find
 from metrics.sampling import MetricContext, Progress, choose_fakes, choose_reals, shard
 from reporting.charts import higher_is_better
@@ -82,6 +85,56 @@ def test_frechet_distance_equals_the_closed_form() -> None:
     assert diagonal == pytest.approx(25 + 1 + 0 + 9, rel=1e-12)
 
 
+def of_singular_values(one: Result, other: Result) -> float:
+    """Compute the Frechet distance in NumPy from the singular values of the product of two roots."""
+    roots = []
+    for cov in (one["cov"].numpy(), other["cov"].numpy()):
+        values, vectors = np.linalg.eigh(cov)
+        roots.append(vectors * np.sqrt(np.maximum(values, 0)))
+    cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
+    squares = ((one["mean"] - other["mean"]) ** 2).sum()
+    return float(squares + one["cov"].trace() + other["cov"].trace() - 2 * cross)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "tolerance"),
+    [
+        ("regular", "regular", 1e-13),
+        ("regular", "few images", 1e-8),  # of rounding errors in the null space, in either form
+        ("few images", "few images", 1e-13),
+        ("as many images as features", "regular", 1e-13),
+        ("one more image than features", "regular", 1e-13),
+        ("constant features", "regular", 1e-8),
+        ("constant features", "constant features", 1e-13),
+        ("equal images", "regular", 1e-13),
+        ("graded", "graded", 1e-13),
+        ("graded", "few images", 1e-8),
+    ],
+)
+def test_frechet_distance_equals_the_singular_value_form(first: str, second: str, tolerance: float) -> None:
+    scales = torch.logspace(-3, 0, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(0))]
+    sets = []
+    for number, kind in enumerate((first, second)):
+        count = {"few images": 20, "as many images as features": 48, "one more image than features": 49}.get(kind, 400)
+        rows = features(count, 48, number, shift=0.3)
+        if kind == "constant features":
+            rows[:, 5:9] = 0.4
+        sets.append({"equal images": rows[:1].expand(400, -1), "graded": rows * scales}.get(kind, rows))
+    one, other = (stream_through(Moments(), rows) for rows in sets)
+    expected = of_singular_values(one, other)
+    assert distance_of(one, other) == pytest.approx(expected, rel=tolerance)
+    assert distance_of(other, one) == pytest.approx(expected, rel=tolerance)
+    for each in (one, other):
+        assert distance_of(each, each) == pytest.approx(0, abs=1e-12 * max(1, float(each["cov"].trace())))
+
+
+def test_frechet_distance_of_regular_sets_needs_no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (stream_through(Moments(), features(400, 48, seed)) for seed in (1, 2))
+    expected = of_singular_values(one, other)
+    monkeypatch.delattr("torch.linalg.svdvals")
+    assert distance_of(one, other) == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("count", [20, 400])  # singular and regular covariances
 def test_frechet_distance_is_symmetric_and_zero_on_equal_sets(count: int) -> None:
     one, other = (stream_through(Moments(), features(count, 48, seed)) for seed in (1, 2))
@@ -130,6 +183,16 @@ def test_kid_equals_its_definition() -> None:
     within = [kernel(s[i], s[j]) for s in (x, y) for i, j in pairs if i != j]
     between = [kernel(x[i], y[j]) for i, j in pairs]
     assert float(squared_mmd(x, y)) == pytest.approx(sum(within) / 72 - 2 * sum(between) / 81, rel=1e-12)
+
+
+def test_kid_in_float32_is_close_to_float64() -> None:
+    """Pairs are computed in halves of halves; the rounding errors are far below the values."""
+    x, y = features(300, 64, 1, shift=0.3), features(300, 64, 2, shift=0.3)
+    a, b = x.double().numpy(), y.double().numpy()
+    within = [((s @ s.T / 64 + 1) ** 3)[~np.eye(300, dtype=bool)].mean() for s in (a, b)]
+    expected = sum(within) - 2 * ((a @ b.T / 64 + 1) ** 3).mean()
+    assert float(squared_mmd(x, y)) == pytest.approx(expected, abs=1e-8)
+    assert float(squared_mmd(x.double(), y.double())) == pytest.approx(expected, abs=1e-13)
 
 
 def numpy_mind(x: Tensor, y: Tensor, directions: np.ndarray) -> float:
@@ -284,8 +347,66 @@ def test_distances_are_accurate_under_a_common_offset() -> None:
 def test_the_block_size_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     real, fake = features(50, 5, 1, shift=5), features(40, 5, 2, shift=5)
     whole = precision_recall(real, fake), density_coverage(real, fake)
-    monkeypatch.setattr("metrics.precision_recall.BLOCK", 7)
+    monkeypatch.setitem(BLOCKS, "cpu", 7)
     assert (precision_recall(real, fake), density_coverage(real, fake)) == whole
+
+
+class ThreadGroup:
+    """Processes of a collective computation, as threads."""
+
+    def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.size, self.own = size, threading.local()
+        self.barrier, self.parts = threading.Barrier(size, timeout=20), [torch.empty(0)] * size
+        monkeypatch.setattr("metrics.precision_recall.rank", lambda: self.own.rank)
+        monkeypatch.setattr("metrics.precision_recall.world_size", lambda: size)
+        monkeypatch.setattr("metrics.precision_recall.gather_rows", lambda x: torch.cat(self.exchange(x)))
+        monkeypatch.setattr("metrics.precision_recall.all_reduce", lambda x: torch.stack(self.exchange(x)).sum(dim=0))
+
+    def exchange(self, x: Tensor) -> list[Tensor]:
+        self.parts[self.own.rank] = x
+        self.barrier.wait()
+        parts = list(self.parts)
+        self.barrier.wait()
+        return parts
+
+    def run(self, compute: Callable[[], Any]) -> list[Any]:
+        """Return the results of all processes."""
+
+        def process(rank: int) -> Any:
+            self.own.rank = rank
+            return compute()
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(process, range(self.size)))
+
+
+@pytest.mark.parametrize("size", [2, 3, 9])  # the last processes of 9 have no rows
+def test_neighbours_are_divided_among_processes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BLOCKS, "cpu", 7)
+    real, fake = features(50, 5, 1), features(40, 5, 2)
+
+    def measure() -> tuple[Any, ...]:
+        return precision_recall(real, fake), density_coverage(real, fake), authentic_percent(real, fake)
+
+    whole = measure()
+    assert ThreadGroup(size, monkeypatch).run(measure) == [whole] * size
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_neighbours_equal_sorted_whole_tables(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Radii and counts of balls from whole tables of distances, with the same rounding, in another order."""
+    monkeypatch.setitem(BLOCKS, "cpu", 16)
+    real, fake = (x.half() if half else x for x in (features(90, 48, 1), features(70, 48, 2, shift=0.05)))
+
+    def table(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cdist(x.double(), y.double()).to(x.dtype).double()
+
+    of_real, of_fake = (table(x, x).sort(dim=1).values[:, 3] for x in (real, fake))
+    torch.testing.assert_close(radii(real, 3).double(), of_real, rtol=1e-3 if half else 1e-6, atol=0)
+    precision = (table(fake, real) <= of_real).any(dim=1).double().mean()
+    recall = (table(real, fake) <= of_fake).any(dim=1).double().mean()
+    assert 0 < float(recall) < float(precision) < 1
+    assert precision_recall(real, fake) == (float(precision), float(recall))
 
 
 def test_fewer_images_than_neighbours_are_refused() -> None:
@@ -301,6 +422,18 @@ def test_moments_equal_numpy() -> None:
     result = stream_through(Moments(), rows)
     np.testing.assert_allclose(result["mean"], rows.double().numpy().mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(result["cov"], np.cov(rows.double().numpy(), rowvar=False, bias=True), rtol=1e-9)
+
+
+def test_moments_do_not_depend_on_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 16 rows in strips of 4 columns: full and partial blocks and strips."""
+    rows = features(203, 6, 1, shift=5)
+    whole = stream_through(Moments(), rows)
+    monkeypatch.setattr(feature_stats, "MOMENT_ROWS", 16)
+    monkeypatch.setattr(feature_stats, "MOMENT_COLUMNS", 4)
+    one, *others = (stream_through(Moments(), rows, batch=batch) for batch in (1, 7, 16, 50, 203))
+    assert all(torch.equal(one[key], other[key]) for other in others for key in one)
+    assert torch.equal(one["cov"], one["cov"].T)
+    torch.testing.assert_close(one, whole, rtol=1e-12, atol=1e-12)
 
 
 def test_rebatched_keeps_order_and_positions() -> None:

@@ -45,6 +45,31 @@ def test_wasserstein_1d_equals_scipy() -> None:
     np.testing.assert_allclose(sw.wasserstein_1d(permuted + 0.75, torch.tensor(x)), 0.75, rtol=1e-12)
 
 
+def test_histograms_equal_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Normal, heavy-tailed, shifted, equal and constant values, and values of which 70 % are equal."""
+    stream = np.random.RandomState(0)
+    first, second = stream.standard_normal((2, 6, 5000)).astype(np.float32)
+    second *= np.array([[1.1], [1], [1], [1], [0], [1.1]], dtype=np.float32)
+    first[1], second[1] = first[1] ** 3, 1.2 * second[1] ** 3
+    second[2] = stream.permutation(first[2]) + 0.75
+    second[3] = first[3, ::-1]
+    first[4] = second[4] = 2.5
+    first[5, :3500], second[5, :3500] = 0.1, 0.1002
+    expected = [scipy.stats.wasserstein_distance(a, b) for a, b in zip(first, second, strict=True)]
+    monkeypatch.setattr(sw, "MAX_SORTED", 4999)
+    measured = sw.wasserstein_1d(torch.from_numpy(first), torch.from_numpy(second))
+    np.testing.assert_allclose(measured, expected, rtol=1e-5, atol=1e-5)  # a bin is 3e-5 wide
+    assert measured[3:5].tolist() == [0, 0]
+
+
+def test_swd_from_histograms_equals_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, fake = natural_images(20, seed=1), natural_images(20, seed=2)
+    fake[:, :, :16] = 200  # equal patches
+    expected = sw.sliced_wasserstein(real, fake)
+    monkeypatch.setattr(sw, "MAX_SORTED", 2000)
+    assert list(sw.sliced_wasserstein(real, fake).values()) == pytest.approx(list(expected.values()), rel=1e-6)
+
+
 def test_identical_sets_have_distance_zero() -> None:
     images = natural_images(10)
     assert all(abs(value) < 1e-6 for value in sw.sliced_wasserstein(images, images.clone()).values())

@@ -16,10 +16,12 @@ from metrics import detectors, path_length
 from metrics.class_frechet import class_distances
 from metrics.detectors import Detector, DetectorSetup, read_detectors
 from metrics.frechet import frechet_distance
+from metrics.kernel import squared_mmd
 from metrics.path_length import trimmed_mean
 from metrics.precision_recall import precision_recall
 from metrics.registry import compute_all
 from metrics.sampling import MetricContext, fake_batches, random_labels
+from metrics.sliced_wasserstein import sliced_wasserstein
 from torch_utils.interpolation import slerp
 
 CPU = torch.device("cpu")
@@ -124,8 +126,10 @@ def test_tf32_is_disabled_while_metrics_are_computed(monkeypatch: pytest.MonkeyP
     for name in ("ppl2_wend8", "ppl_zfull8"):
         next(compute_all([name], build(Linear())))
     precision_recall(torch.rand(9, 4), torch.rand(9, 4))
+    squared_mmd(torch.rand(9, 4), torch.rand(9, 4))
+    sliced_wasserstein(*torch.zeros(2, 3, 1, 8, 8, dtype=torch.uint8))
     Detector(name="any", network=recording(lambda images: (images, None)))(torch.zeros(1))
-    assert len(seen) == 2 * (3 + 2 + 4 + 1)
+    assert len(seen) == 2 * (3 + 2 + 3 + 3 + 2 + 1)
     assert not any(seen)
     assert torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.allow_tf32
