@@ -26,9 +26,10 @@ import penalties
 import swd
 import train_step
 
+from torch_utils.ops import winograd
 from training.config import PRESETS
 from training.data_sources import labelled
-from training.networks import DISCRIMINATORS, GENERATORS, winograd
+from training.networks import DISCRIMINATORS, GENERATORS
 from training.snapshots.snapshot import save_network
 
 ROOT = Path(__file__).parent.parent
@@ -63,14 +64,18 @@ def test_train_step_weights_phases_by_their_intervals() -> None:
     assert (row["widths"], row["img_shape"]) == ([16, 16, 16], [3, 32, 32])
 
 
+def uses_winograd() -> bool:
+    x, weight = torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3)
+    return winograd.is_profitable(x, weight, winograd.same(32, x.dtype))
+
+
 @pytest.mark.usefixtures("_uncounted")
 def test_train_step_runs_warmup_and_measured_steps_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int, bool]] = []
     run_phase = train_step.Trainer.run_phase
 
     def spy(self: Any, phase: Any, img: torch.Tensor, c: torch.Tensor) -> None:
-        uses_winograd = winograd.is_profitable(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))
-        calls.append((phase.name, len(img), uses_winograd))
+        calls.append((phase.name, len(img), uses_winograd()))
         run_phase(self, phase, img, c)
 
     monkeypatch.setattr(train_step.Trainer, "run_phase", spy)
@@ -79,7 +84,7 @@ def test_train_step_runs_warmup_and_measured_steps_of_each_phase(monkeypatch: py
     names = [name for name, *_ in calls]
     assert {name: names.count(name) for name in names} == {"G_main": 3, "D_main": 3, "D_reg": 3}
     assert not any(used for _, _, used in calls)
-    assert winograd.is_profitable(torch.empty(1, 256, 32, 32), torch.empty(256, 256, 3, 3))  # restored
+    assert uses_winograd()  # restored
     assert (row["mode"], row["precision"], row["speedup"]) == ("bf16+no-winograd", "bf16", 1)
 
 

@@ -19,7 +19,7 @@ from reference_stylegan2 import (
 from torch import Tensor
 
 from dnnlib.config import ConfigError
-from training.networks import execution, winograd
+from training.networks import execution
 from training.networks.layers import Conv2d, MinibatchStd
 from training.networks.mapping import LabelMapping
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
@@ -110,31 +110,6 @@ def test_convolution_equals_the_reference(down: Any, kernel: int, activation: An
     y = ref_lrelu(y) if activation == "lrelu" else y
     assert np.abs(y).max() > 1.5
     close(conv(x), np.clip(y, -1.5, 1.5) * 0.6)
-
-
-@pytest.mark.parametrize(("H", "W"), [(4, 4), (8, 12)])
-def test_winograd_convolution_equals_direct_convolution(H: int, W: int) -> None:
-    x = torch.randn(2, 3, H, W, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(5, 3, 3, 3, dtype=torch.float64, requires_grad=True)
-    close(winograd.conv3x3(x, weight), ref_conv(x.detach().numpy(), {"weight": weight.detach().numpy()}, 1) * 27**0.5)
-
-    def second_order(conv: Any) -> tuple[Tensor, ...]:
-        gradients = torch.autograd.grad(conv(x, weight).pow(3).sum(), (x, weight), create_graph=True)
-        return *gradients, *torch.autograd.grad(torch.stack([g.square().sum() for g in gradients]).sum(), (x, weight))
-
-    expected = second_order(lambda x, weight: torch.nn.functional.conv2d(x, weight, padding=1))
-    for actual, wanted in zip(second_order(winograd.conv3x3), expected, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-6)
-
-
-def test_winograd_convolution_is_accurate_in_float32() -> None:
-    x, weight = torch.randn(1, 256, 16, 16), torch.randn(256, 256, 3, 3) / 48  # outputs have a standard deviation of 1
-    assert winograd.is_profitable(x, weight)
-    expected = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
-    assert (winograd.conv3x3(x, weight) - expected).square().mean().sqrt() < 3e-6
-    conv = Conv2d(256, 256, 3)
-    expected = torch.nn.functional.conv2d(x.double(), conv.weight.double() / 48, padding=1)
-    torch.testing.assert_close(conv(x).double(), expected, rtol=0, atol=3e-5)
 
 
 def test_label_mapping_equals_the_reference() -> None:

@@ -20,7 +20,7 @@ from training_helpers import OBJECTIVE_SETTINGS, OBJECTIVES
 from torch_utils import custom_ops
 from torch_utils.misc import seed_step
 from training.dataset import ImageDataset
-from training.networks import execution, winograd
+from training.networks import execution
 from training.phases import AdamConfig, build_updater
 from training.training_loop import Trainer
 
@@ -275,14 +275,6 @@ def test_half_precision_survives_extreme_styles_and_weights(shapes_zip: Path, we
     with execution.using(reduced=torch.float16):
         reduced = trainer.G(z, None)
     assert (reduced - exact).abs().mean() < 0.1 * exact.abs().mean()
-
-
-def test_winograd_is_accurate_enough_for_bf16() -> None:
-    """The error on wide layers is far below the spread of gradients between batches."""
-    x, weight = torch.randn(2, 256, 16, 16), torch.randn(256, 256, 3, 3) / 48
-    exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
-    error = (winograd.conv3x3(x.bfloat16(), weight.bfloat16()).double() - exact).norm() / exact.norm()
-    assert 0.001 < error < 0.03
 
 
 def test_the_fused_optimizer_follows_the_formula_of_adam() -> None:

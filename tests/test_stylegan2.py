@@ -13,7 +13,7 @@ from reference_stylegan2 import ref_modulated_conv, ref_modulated_layer, ref_sty
 from torch import Tensor
 
 from dnnlib.config import ConfigError
-from training.networks import execution, winograd
+from training.networks import execution
 from training.networks.layers import resample_filter
 from training.networks.stylegan2 import (
     ModulatedConv,
@@ -104,19 +104,6 @@ def test_modulated_convolution_equals_the_reference(dtype: torch.dtype, up_filte
         ]
     )
     np.testing.assert_allclose(actual.double().numpy(), expected + noise.double().numpy(), rtol=0, atol=error)
-
-
-def test_wide_layers_use_winograd_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Winograd's rounding errors are larger than those of a direct convolution, but small."""
-    torch.manual_seed(0)
-    C = winograd.MIN_CHANNELS
-    x, weight, style = torch.randn(1, C, 16, 16), torch.randn(C, C, 3, 3), torch.randn(1, C)
-    assert winograd.is_profitable(x, weight)
-    noise = torch.zeros(1)
-    fast = modulated_conv2d(x, weight, style, noise)
-    monkeypatch.setattr(winograd, "is_profitable", lambda *_: False)
-    direct = modulated_conv2d(x, weight, style, noise)
-    assert 0 < (fast - direct).abs().max().item() < 1e-4
 
 
 def test_large_weights_and_styles_do_not_overflow_float16() -> None:

@@ -115,17 +115,25 @@ def halving(taps: tuple[float, ...]) -> Algorithm:
     return Algorithm(axis, axis, MIN_SIZE_HALVING)
 
 
-def is_profitable(x: Tensor, weight: Tensor, algorithm: Algorithm) -> bool:
-    """Return whether `convolve` supports x (B, C, H, W) with this weight (O, C, k, k) and is faster than PyTorch.
+def fits(x: Tensor, weight: Tensor, algorithm: Algorithm) -> bool:
+    """Return whether `convolve` supports x (B, C, H, W) with this weight (C_out, C, k, k).
 
-    The decision ignores the batch size, so that the result for an image does not depend on its batch. Exported and
-    compiled graphs use the convolutions of their runtime.
+    Exported and compiled graphs use the convolutions of their runtime.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
-    (H, W), channels = x.shape[2:], min(weight.shape[:2])
-    fits = weight.shape[2:] == (3, 3) and H % algorithm.y.step == W % algorithm.x.step == 0
-    return fits and channels >= MIN_CHANNELS and channels * min(H, W) >= algorithm.min_size
+    (H, W), C = x.shape[2:], x.shape[1]
+    return weight.shape[1:] == (C, 3, 3) and H % algorithm.y.step == W % algorithm.x.step == 0
+
+
+def is_profitable(x: Tensor, weight: Tensor, algorithm: Algorithm) -> bool:
+    """Return whether `convolve` supports x and weight and is faster than PyTorch.
+
+    The decision ignores the batch size, so that the result for an image does not depend on its batch.
+    """
+    channels = min(weight.shape[:2])
+    is_large = channels >= MIN_CHANNELS and channels * min(x.shape[2:]) >= algorithm.min_size
+    return is_large and fits(x, weight, algorithm)
 
 
 def transformed_in(dtype: torch.dtype) -> torch.dtype:
