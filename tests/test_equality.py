@@ -19,6 +19,7 @@ from training_helpers import OBJECTIVE_SETTINGS, OBJECTIVES
 
 from torch_utils import custom_ops
 from torch_utils.misc import seed_step
+from training import worker
 from training.dataset import ImageDataset
 from training.networks import execution
 from training.phases import AdamConfig, build_updater
@@ -275,6 +276,22 @@ def test_half_precision_survives_extreme_styles_and_weights(shapes_zip: Path, we
     with execution.using(reduced=torch.float16):
         reduced = trainer.G(z, None)
     assert (reduced - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+def test_a_slow_precision_is_noted(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {torch.float32: 160e9, torch.bfloat16: 82e9}
+    monkeypatch.setattr(worker, "product_rate", rates.__getitem__)
+
+    def notes(precision: str, device: str = "cpu") -> list[str]:
+        return worker._note_on_precision(small_config(shapes_zip, precision=precision), torch.device(device))
+
+    assert notes("bf16") == [
+        "SLOW: matrix products take 2.0 times as long in bf16 as in fp32 on this processor (82 against 160 GFLOP/s): "
+        "--precision=fp32 is faster"
+    ]
+    assert notes("bf16", "cuda") == notes("fp32") == []
+    rates[torch.bfloat16] = 240e9
+    assert notes("bf16") == []
 
 
 def test_the_fused_optimizer_follows_the_formula_of_adam() -> None:

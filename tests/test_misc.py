@@ -192,6 +192,13 @@ def test_module_summary_removes_its_hooks_when_forward_fails() -> None:
     assert not any(part._forward_hooks for part in net.modules())
 
 
+def test_product_rate_counts_two_operations_per_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock advances by 8, 4, 2 and 1 seconds; the first product does not count."""
+    times = iter([0, 8, 10, 14, 20, 22, 30, 31])
+    monkeypatch.setattr(misc.time, "perf_counter", lambda: next(times))
+    assert misc.product_rate(torch.float32, size=10) == 2000
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64])
 def test_is_finite_equals_isfinite_of_all_values(dtype: torch.dtype) -> None:
     """A sum would overflow for the largest finite values."""

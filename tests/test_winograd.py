@@ -163,8 +163,13 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> list[winograd.Algorithm]:
     """Use Winograd's algorithm in layers of any width; return the algorithms of the layers that did."""
     used: list[winograd.Algorithm] = []
     convolve = winograd.convolve
+
+    def spy(x: Tensor, U: Tensor, algorithm: winograd.Algorithm) -> Tensor:
+        used.append(algorithm)
+        return convolve(x, U, algorithm)
+
     monkeypatch.setattr(winograd, "is_profitable", winograd.fits)
-    monkeypatch.setattr(winograd, "convolve", lambda *args: (used.append(args[2]), convolve(*args))[1])
+    monkeypatch.setattr(winograd, "convolve", spy)
     return used
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -62,6 +63,17 @@ def device_name(device: torch.device) -> str:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{device.type} ({models[0]})" if models else device.type
+
+
+def product_rate(dtype: torch.dtype, size: int = 512) -> float:
+    """Measure matrix products of `dtype` with the CPU threads of this process; return operations per second."""
+    matrix = torch.ones(size, size, dtype=dtype)
+    seconds = []
+    for _ in range(4):  # the first one prepares the library
+        began = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds[1:])
 
 
 def peak_memory() -> int | None:

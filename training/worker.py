@@ -18,7 +18,7 @@ from dnnlib.util import FolderLock, TeeLog, describe_error, is_out_of_memory, wa
 from metrics.detectors import read_detectors
 from metrics.sampling import MetricContext
 from torch_utils import distributed, kernels
-from torch_utils.misc import module_summary, name_user
+from torch_utils.misc import module_summary, name_user, product_rate
 from torch_utils.signals import EXIT_STOPPED, Signals
 from training import auto_batch, restore, run_folder
 from training.config import TrainConfig, micro_batches
@@ -40,6 +40,7 @@ from training.hooks import (
     TickLine,
 )
 from training.loggers import Loggers, choose_loggers
+from training.networks.execution import REDUCED
 from training.resume import Start
 from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
@@ -78,7 +79,7 @@ def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
                 print(_describe(trainer))
                 with warn_on_write_error():
                     print(run_folder.log_start(run_dir, trainer))
-            _print_on_main("\n".join([operators, origin, *_notes(config)]))
+            _print_on_main("\n".join([operators, origin, *_notes(config), *_note_on_precision(config, device)]))
             graphs = ", CUDA graphs" if config.run.graphs else ""
             _print_on_main(f"Training on {device} in {run_dir}, {config.precision}{graphs}")
             saver = Saver(run_folder.RunFolder(run_dir, config, lock, log), trainer.last_snapshot)
@@ -212,6 +213,20 @@ def _notes(config: TrainConfig) -> list[str]:
     if config.run.metrics is None:
         notes.append(f"No --metrics given; {metrics.registry.default_metrics(read_detectors(config.run.detectors))[1]}")
     return notes
+
+
+def _note_on_precision(config: TrainConfig, device: torch.device) -> list[str]:
+    """Return a note for the log if the processor computes products faster in float32 than in reduced precision."""
+    reduced = REDUCED[config.precision]
+    if reduced is None or device.type != "cpu":
+        return []
+    rate, exact = (product_rate(dtype) / 1e9 for dtype in (reduced, torch.float32))
+    if rate >= exact:
+        return []
+    return [
+        f"SLOW: matrix products take {exact / rate:.1f} times as long in {config.precision} as in fp32 on this "
+        f"processor ({rate:.3g} against {exact:.3g} GFLOP/s): --precision=fp32 is faster"
+    ]
 
 
 def _print_on_main(text: str) -> None:
