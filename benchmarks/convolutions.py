@@ -22,7 +22,6 @@ from dnnlib.allocator import tune_allocator
 from dnnlib.cli import Script, option
 from torch_utils.ops import winograd
 from torch_utils.ops.upfirdn2d import upfirdn2d
-from training.networks.convolution import BINOMIAL
 from training.networks.layers import resample_filter
 
 Convolve = Callable[[Tensor, Tensor], Tensor]
@@ -49,7 +48,7 @@ def measure(kind: str, channels: int, side: int, batch: int, repeats: int) -> No
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, channels, side, side, generator=generator).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(channels, channels, 3, 3, generator=generator)
-    algorithm = winograd.same(side, x.dtype) if kind == "same" else winograd.halving(BINOMIAL)
+    algorithm = winograd.same(side, x.dtype) if kind == "same" else winograd.halving(tuple(resample_filter().tolist()))
 
     def own(x: Tensor, weight: Tensor) -> Tensor:
         return winograd.convolve(x, winograd.transform(weight, algorithm), algorithm)

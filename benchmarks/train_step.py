@@ -266,7 +266,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     }
 
 
-def never(x: Tensor, weight: Tensor, algorithm: winograd.Algorithm) -> bool:
+def never(x: Tensor, weight: Tensor, stride: int, *, is_cached: bool) -> bool:
     """Replacement of `winograd.is_profitable` that disables Winograd's algorithm."""
     return False
 

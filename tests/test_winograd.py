@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from training_helpers import every_phase_config, flat_parameters, new_trainer, saved_state, train_steps
 
+from torch_utils.ops import conv2d as own_conv2d
 from torch_utils.ops import winograd
 from torch_utils.ops.upfirdn2d import upfirdn2d
 from training.networks import convolution, execution, weights
@@ -29,7 +30,7 @@ def same(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def halving(x: Tensor, weight: Tensor) -> Tensor:
-    algorithm = winograd.halving(convolution.BINOMIAL)
+    algorithm = winograd.halving((0.125, 0.375, 0.375, 0.125))
     return winograd.convolve(x, winograd.transform(weight, algorithm), algorithm)
 
 
@@ -148,14 +149,25 @@ def test_gradients_in_reduced_precision(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("channels", "side", "is_used"),
-    [(64, 32, True), (64, 16, False), (256, 8, True), (32, 128, False), (512, 6, False)],
+    ("channels", "side", "stride", "alone", "cached"),
+    [
+        (64, 32, 1, True, True),
+        (64, 16, 1, False, False),
+        (256, 8, 1, False, True),
+        (512, 4, 1, False, False),
+        (32, 128, 1, False, False),
+        (512, 18, 1, False, False),
+        (512, 16, 2, True, True),
+        (256, 16, 2, False, False),
+        (512, 20, 2, False, False),
+    ],
 )
-def test_wide_layers_use_winograd(channels: int, side: int, is_used: bool) -> None:
+def test_wide_layers_use_winograd(channels: int, side: int, stride: int, alone: bool, cached: bool) -> None:
     x, weight = torch.empty(1, channels, side, side), torch.empty(channels, channels, 3, 3)
-    assert winograd.is_profitable(x, weight, winograd.same(side, x.dtype)) is is_used
-    assert not winograd.is_profitable(x, weight[..., :1], winograd.same(side, x.dtype))
-    assert not winograd.is_profitable(x.to("meta"), weight, winograd.same(side, x.dtype))
+    assert winograd.is_profitable(x, weight, stride, is_cached=False) is alone
+    assert winograd.is_profitable(x, weight, stride, is_cached=True) is cached
+    for other_x, other_weight in ((x, weight[..., :1]), (x.to("meta"), weight), (x.half(), weight.half())):
+        assert not winograd.is_profitable(other_x, other_weight, stride, is_cached=True)
 
 
 @pytest.fixture
@@ -168,34 +180,41 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> list[winograd.Algorithm]:
         used.append(algorithm)
         return convolve(x, U, algorithm)
 
-    monkeypatch.setattr(winograd, "is_profitable", winograd.fits)
+    def fits(x: Tensor, weight: Tensor, stride: int, *, is_cached: bool) -> bool:
+        return winograd.fits(x, weight, stride)
+
+    monkeypatch.setattr(winograd, "is_profitable", fits)
     monkeypatch.setattr(winograd, "convolve", spy)
     return used
 
 
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function that turns Winograd's algorithm off."""
+    return lambda: monkeypatch.setattr(winograd, "is_profitable", lambda *args, **options: False)
+
+
 @pytest.mark.parametrize("down", [1, 2])
-def test_layers_use_winograd(down: Any, everywhere: list[winograd.Algorithm], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_use_winograd(down: Any, everywhere: list[winograd.Algorithm], never: Callable[[], None]) -> None:
     torch.manual_seed(0)
     conv = Conv2d(3, 4, 3, down=down, activation="lrelu", gain=0.6, clamp=1.5).double()
     x = torch.randn(2, 3, 8, 16, dtype=torch.float64) * 3
     y = conv(x)
     assert len(everywhere) == 1
-    monkeypatch.setattr(winograd, "is_profitable", lambda *_: False)
+    never()
     torch.testing.assert_close(y, conv(x))
 
 
-def test_modulated_convolutions_use_winograd(
-    everywhere: list[winograd.Algorithm], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modulated_convolutions_use_winograd(everywhere: list[winograd.Algorithm], never: Callable[[], None]) -> None:
     (x, weight), style = inputs((8, 8)), torch.rand(3, 2, dtype=torch.float64)
     y = modulated_conv2d(x, weight, style, torch.zeros(1, dtype=torch.float64))
     assert len(everywhere) == 1
-    monkeypatch.setattr(winograd, "is_profitable", lambda *_: False)
+    never()
     torch.testing.assert_close(y, modulated_conv2d(x, weight, style, torch.zeros(1, dtype=torch.float64)))
 
 
 def test_the_discriminator_equals_itself_without_winograd(
-    everywhere: list[winograd.Algorithm], monkeypatch: pytest.MonkeyPatch
+    everywhere: list[winograd.Algorithm], never: Callable[[], None]
 ) -> None:
     torch.manual_seed(0)
     config = StyleGAN2DiscriminatorConfig(img_size=(32, 32), channel_base=128, architecture="resnet")
@@ -209,7 +228,7 @@ def test_the_discriminator_equals_itself_without_winograd(
 
     found = penalty()
     assert len(everywhere) == 7  # two in each of three blocks, one in the epilogue
-    monkeypatch.setattr(winograd, "is_profitable", lambda *_: False)
+    never()
     for actual, expected in zip(found, penalty(), strict=True):
         assert (actual is None) == (expected is None)
         if actual is not None:
@@ -243,19 +262,89 @@ def test_kept_transforms_do_not_change_training(shapes_zip: Path, monkeypatch: p
     assert saved_state(kept)["state"] == saved_state(anew)["state"]
 
 
-def test_transforms_are_forgotten_with_their_parameters() -> None:
-    conv, other = Conv2d(2, 2, 3), Conv2d(2, 2, 3)
+def test_transforms_are_dropped_when_their_parameters_change() -> None:
+    """Fused optimizers do not count as changes; `forget` is for them. G requests its weights without a gain."""
+    parameters = [torch.nn.Parameter(torch.randn(2, 2, 3, 3)) for _ in range(3)]
+    gains = [2.0, 2.0, 1.0]
     cache, transforms = weights.WeightCache(), weights.TransformCache()
     algorithm = winograd.same(8, torch.float32)
-    with execution.using(weights=cache, transforms=transforms), cache.filled():
-        pair = [weights.effective(layer.weight, torch.float32, 2.0) for layer in (conv, other)]
-        first = [weights.transformed(weight, algorithm) for weight in pair]
-        assert [U.data_ptr() for U in first] == [weights.transformed(w, algorithm).data_ptr() for w in pair]
-        transforms.forget([conv.weight])
-        with torch.no_grad():
-            pair[0].zero_()
-        assert not weights.transformed(pair[0], algorithm).any()
-        assert weights.transformed(pair[1], algorithm).data_ptr() == first[1].data_ptr()
+
+    def storages() -> list[int]:
+        """Return the addresses of the transforms in a new pass."""
+        with execution.using(weights=cache, transforms=transforms), cache.filled():
+            effective = [weights.effective(p, p.dtype, gain) for p, gain in zip(parameters, gains, strict=True)]
+            found = [weights.transformed(weight, algorithm) for weight in effective]
+            for U, p, gain in zip(found, parameters, gains, strict=True):
+                torch.testing.assert_close(U, winograd.transform(p * gain, algorithm))
+            return [U.data_ptr() for U in found]
+
+    first = storages()
+    assert storages() == first
+    with torch.no_grad():
+        parameters[0].mul_(10)
+        parameters[2].data.mul_(10)  # not counted
+    transforms.forget([parameters[2]])
+    second = storages()
+    assert [one == two for one, two in zip(first, second, strict=True)] == [False, True, False]
+
+
+def test_fused_optimizers_do_not_count_as_changes() -> None:
+    """The trainer therefore calls `TransformCache.forget` after every step; if this fails, it need not."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    torch.optim.Adam([p], fused=True).step()
+    assert p._version == 0
+
+
+def test_only_requested_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R1 requests the gradient of the images only, with a graph; its backward pass needs that of the weights."""
+    x, weight = inputs((8, 8))
+    calls: list[tuple[bool, bool]] = []
+    apply = winograd._Gradients.apply
+
+    def spy(g: Tensor, x: Tensor | None, U: Tensor | None, *args: Any) -> Any:
+        calls.append((U is not None, x is not None))
+        return apply(g, x, U, *args)
+
+    monkeypatch.setattr(winograd._Gradients, "apply", spy)
+    (gradient,) = torch.autograd.grad(same(x, weight).sin().sum(), x, create_graph=True)
+    assert calls == [(True, False)]
+    gradient.square().sum().backward()
+    assert (True, True) in calls[1:]
+    expected = inputs((8, 8))
+    (reference,) = torch.autograd.grad(direct(*expected).sin().sum(), expected[0], create_graph=True)
+    reference.square().sum().backward()
+    torch.testing.assert_close(weight.grad, expected[1].grad)
+
+
+def test_weights_may_depend_on_the_images() -> None:
+    x, weight = inputs((8, 16))
+    for convolve, reference in ((same, direct), (halving, direct_halving), (own_conv2d.conv2d, F.conv2d)):
+        found, expected = (
+            torch.autograd.grad(form(x, weight * (1 + x.mean())).square().sum(), x)[0] for form in (convolve, reference)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_compiled_networks_use_one_graph() -> None:
+    """Dynamo must not trace the choice of an algorithm."""
+    layers = torch.nn.Sequential(Conv2d(64, 64, 3, activation="lrelu"), Conv2d(64, 64, 3, down=2, activation="lrelu"))
+    x = torch.randn(1, 64, 32, 32)
+    compiled = torch.compile(layers, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layers(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # by torch.func itself
+@pytest.mark.usefixtures("everywhere")
+def test_forward_mode_and_autocast_use_plain_convolutions() -> None:
+    conv = Conv2d(2, 3, 3, activation="lrelu").double()
+    x, _ = inputs((8, 8))
+    direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    tangent: Any = torch.func.jvp(conv, (x.detach(),), (direction,))[1]
+    jacobian_t_y = torch.autograd.grad((y := conv(x)), x, torch.ones_like(y))[0]
+    torch.testing.assert_close(tangent.sum(), (jacobian_t_y * direction).sum())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert conv.float()(x.float()).isfinite().all()
 
 
 def test_matrices_are_exact_for_other_points(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torch_utils.ops.library import without_weight_gradients
 from training.networks import execution
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ def gradient_penalty(gan: GAN, real: Tensor, fake: Tensor, c: Tensor) -> Tensor:
     """(|grad_u D(u)| - 1)^2 at u = real + t (fake - real), t ~ U(0, 1) per image: (B,)."""
     t = torch.rand([len(real), 1, 1, 1], dtype=real.dtype, device=real.device)
     between = real.lerp(fake, t).requires_grad_(True)
-    with execution.using(twice_differentiable=True), without_weight_gradients():
+    with execution.using(twice_differentiable=True):
         (gradient,) = torch.autograd.grad(gan.D(between, c).sum(), between, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square()
 
@@ -32,7 +31,7 @@ def squared_gradients(
     `images` (M B, C, H, W) are M = `minibatches` minibatches, `c` their labels and `values` the parameters of T.
     """
     images = images.detach().requires_grad_(True)
-    with execution.using(twice_differentiable=True, minibatches=minibatches), without_weight_gradients():
+    with execution.using(twice_differentiable=True, minibatches=minibatches):
         logits = gan.D(gan.augment(images, values), c)
         (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return [*logits.chunk(minibatches)], [*gradient.square().sum(dim=(1, 2, 3)).chunk(minibatches)]

@@ -50,9 +50,8 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (dy,), (x, w) = grads, ctx.saved_tensors
-        dx = _InputGradient.apply(dy, w, x.shape[2:], *ctx.geometry) if ctx.needs_input_grad[0] else None
-        wants_dw = ctx.needs_input_grad[1] and library.wants_weight_gradients()
-        dw = _WeightGradient.apply(dy, x, w.shape, *ctx.geometry) if wants_dw else None
+        dx = _InputGradient.apply(dy, w, x.shape[2:], *ctx.geometry) if library.is_needed(ctx, 0) else None
+        dw = _WeightGradient.apply(dy, x, w.shape, *ctx.geometry) if library.is_needed(ctx, 1) else None
         return dx, dw, None, None, None
 
 
@@ -73,7 +72,7 @@ class _InputGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (dx,), (g, w) = grads, ctx.saved_tensors
         dg = _Convolution.apply(dx, w, *ctx.geometry) if ctx.needs_input_grad[0] else None
-        dw = _WeightGradient.apply(g, dx, w.shape, *ctx.geometry) if ctx.needs_input_grad[1] else None
+        dw = _WeightGradient.apply(g, dx, w.shape, *ctx.geometry) if library.is_needed(ctx, 1) else None
         return dg, dw, None, None, None, None
 
 

@@ -6,12 +6,13 @@ A call with gradients then costs half the host time of `torch.library.custom_op`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torch_utils import custom_ops
 from torch_utils.custom_ops import Kernels
@@ -53,26 +54,25 @@ def below_autograd() -> AbstractContextManager[Any]:
     return torch._C._AutoDispatchBelowAutograd()
 
 
-_weight_gradients = True
+def is_plain_eager() -> bool:
+    """Return whether operators run eagerly, without forward-mode AD, torch.func transforms and autocast."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.is_autocast_enabled("cpu")
+    )
 
 
-def wants_weight_gradients() -> bool:
-    """Return whether convolutions compute the gradients of their weights."""
-    return _weight_gradients
+def is_needed(ctx: Any, i: int) -> bool:
+    """Return whether the current backward pass uses the gradient of the i-th tensor argument of a Function.
 
-
-@contextmanager
-def without_weight_gradients() -> Iterator[None]:
-    """Context manager for the backward pass of a gradient of images only.
-
-    A Function cannot tell that the gradients of its weights are not requested, and would compute them in vain.
+    `ctx.needs_input_grad` is also true if only other gradients are requested from `torch.autograd.grad`.
     """
-    global _weight_gradients
-    before, _weight_gradients = _weight_gradients, False
-    try:
-        yield
-    finally:
-        _weight_gradients = before
+    node = ctx.next_functions[i][0] if ctx.needs_input_grad[i] else None
+    # The engine does not answer for leaves.
+    return node is not None and ("AccumulateGrad" in node.name() or torch._C._will_engine_execute_node(node))
 
 
 def kernels() -> Kernels:

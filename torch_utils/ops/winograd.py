@@ -31,18 +31,23 @@ from torch.nn import functional as F
 
 from torch_utils.ops import library
 
-# Finite interpolation points, in addition to infinity, by number of products. The points 0, +-1, +-2, ... give a two to
-# four times larger error.
+# Finite interpolation points, in addition to infinity, by the number of products P. The points 0, +-1, +-2, ... give a
+# two to four times larger error.
 POINTS = {
     5: (0, 0.75, -0.75, 1.5),
     6: (0, 0.75, -0.75, 1.5, -1.5),
     10: (0, 0.4, -0.4, 0.8, -0.8, 1.2, -1.2, 2.2, -2.2),
 }
 
-# Minimum number of channels, and of channels times the side of the grid, for which the saved multiplications outweigh
-# the transforms (measured on AVX-512 cores).
+# Stride -> outputs of a tile that the sides of the grid must be multiples of, times the stride.
+TILE = {1: 4, 2: 8}
+
+# Minimum number of channels, and stride -> minimum number of channels times the side of the grid, for which the saved
+# multiplications outweigh the transforms (measured on AVX-512 cores). Transforming the weights takes as long as small
+# grids do: these are only worth it if the transforms are cached.
 MIN_CHANNELS = 64
-MIN_SIZE_SAME, MIN_SIZE_HALVING = 2**11, 2**13
+MIN_SIZE = {1: 2**11, 2: 2**13}
+MIN_SIDE, MIN_SIDE_CACHED = 16, 8
 
 # Tiles times channels of a block: one that stays in the cache during the transforms, one for a matrix product.
 TRANSFORM_BLOCK = 2**14
@@ -65,11 +70,10 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Algorithm:
-    """Minimal filtering along both axes, profitable from a minimum number of channels times the side of the grid."""
+    """Minimal filtering along both axes."""
 
     y: Axis
     x: Axis
-    min_size: int
 
 
 def _toom_cook(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -92,10 +96,11 @@ def same(width: int, dtype: torch.dtype) -> Algorithm:
     """Return an algorithm for 3x3 filters with padding 1: F(4, 3) along y, F(4, 3) or F(8, 3) along x.
 
     F(8, 3) takes 10 instead of 12 products for 8 outputs, at five times the rounding error: about 25 times that of a
-    direct convolution. It is used in float32 and float64, for widths that are multiples of 8.
+    direct convolution. It is used in float32 and float64, for widths that are multiples of 8. In bfloat16, whose
+    rounding of the transforms dominates, F(4, 3) has nine times the error of a direct convolution.
     """
     y, x = (Axis(*_toom_cook(m, 3), step=m, padding=1) for m in (4, 8))
-    return Algorithm(y, x if width % 8 == 0 and dtype in (torch.float32, torch.float64) else y, MIN_SIZE_SAME)
+    return Algorithm(y, x if width % 8 == 0 and dtype in (torch.float32, torch.float64) else y)
 
 
 @cache
@@ -112,41 +117,33 @@ def halving(taps: tuple[float, ...]) -> Algorithm:
     for i in range(9):
         fir[i, i : i + len(taps)] = taps[::-1]
     axis = Axis(data @ fir, kernel, output, step=8, padding=len(taps) // 2)
-    return Algorithm(axis, axis, MIN_SIZE_HALVING)
+    return Algorithm(axis, axis)
 
 
-def fits(x: Tensor, weight: Tensor, algorithm: Algorithm) -> bool:
-    """Return whether `convolve` supports x (B, C, H, W) with this weight (C_out, C, k, k).
-
-    Exported and compiled graphs use the convolutions of their runtime.
-    """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+def fits(x: Tensor, weight: Tensor, stride: int) -> bool:
+    """Return whether `convolve` supports x (B, C, H, W) with this weight (C_out, C, k, k)."""
+    if x.device.type != "cpu" or x.dtype == torch.float16 or not library.is_plain_eager():
         return False
-    (H, W), C = x.shape[2:], x.shape[1]
-    return weight.shape[1:] == (C, 3, 3) and H % algorithm.y.step == W % algorithm.x.step == 0
+    return weight.shape[1:] == (x.shape[1], 3, 3) and all(side % TILE[stride] == 0 for side in x.shape[2:])
 
 
-def is_profitable(x: Tensor, weight: Tensor, algorithm: Algorithm) -> bool:
-    """Return whether `convolve` supports x and weight and is faster than PyTorch.
+def is_profitable(x: Tensor, weight: Tensor, stride: int, *, is_cached: bool) -> bool:
+    """Return whether `convolve` supports x and weight and is faster than `F.conv2d`.
 
-    The decision ignores the batch size, so that the result for an image does not depend on its batch.
+    `is_cached`: whether the transform of the weight is usually known from an earlier call. The decision ignores the
+    batch size, so that the result for an image does not depend on its batch.
     """
-    channels = min(weight.shape[:2])
-    is_large = channels >= MIN_CHANNELS and channels * min(x.shape[2:]) >= algorithm.min_size
-    return is_large and fits(x, weight, algorithm)
+    channels, side = min(weight.shape[:2]), min(x.shape[2:])
+    is_large = channels >= MIN_CHANNELS and channels * side >= MIN_SIZE[stride]
+    return is_large and side >= (MIN_SIDE_CACHED if is_cached else MIN_SIDE) and fits(x, weight, stride)
 
 
-def transformed_in(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the transforms of tensors of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def transform(weight: Tensor, algorithm: Algorithm, known: Tensor | None = None) -> Tensor:
+def transform(weight: Tensor, algorithm: Algorithm, cached: Tensor | None = None) -> Tensor:
     """Return U, the transforms of all filters of a weight (O, C, k, k): (points, O, C) in the weight's dtype.
 
-    `known` is the result of an earlier call for equal weights. Differentiable any number of times.
+    `cached` is the result of an earlier call for equal weights. Differentiable any number of times.
     """
-    return _Transform.apply(weight, algorithm, known)
+    return _Transform.apply(weight, algorithm, cached)
 
 
 def convolve(x: Tensor, U: Tensor, algorithm: Algorithm) -> Tensor:
@@ -161,10 +158,10 @@ class _Transform(torch.autograd.Function):
     """Transform of all filters of a weight."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, algorithm: Algorithm, known: Tensor | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, algorithm: Algorithm, cached: Tensor | None) -> Tensor:
         ctx.algorithm, ctx.shape = algorithm, weight.shape
-        if known is not None:
-            return known.detach()
+        if cached is not None:
+            return cached.detach()
         C_out, C, k, _ = weight.shape
         along_y, along_x = _kernel_matrices(algorithm, weight.dtype)
         g = weight.to(along_x.dtype).permute(3, 2, 0, 1).reshape(k, -1)
@@ -182,7 +179,7 @@ class _Transform(torch.autograd.Function):
 
 def _kernel_matrices(algorithm: Algorithm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return G along y and along x for weights of `dtype`."""
-    y, x = (torch.from_numpy(axis.kernel).to(transformed_in(dtype)) for axis in (algorithm.y, algorithm.x))
+    y, x = (torch.from_numpy(axis.kernel).to(library.computed_in(dtype)) for axis in (algorithm.y, algorithm.x))
     return y, x
 
 
@@ -202,9 +199,9 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (dy,), (x, U) = grads, ctx.saved_tensors
-        wants_dx, wants_dU, _ = ctx.needs_input_grad
-        wants_dU = wants_dU and library.wants_weight_gradients()
-        dx, dU = _Gradients.apply(dy, x if wants_dU else None, U if wants_dx else None, x.shape, ctx.algorithm)
+        for_dx = U if library.is_needed(ctx, 0) else None
+        for_dU = x if library.is_needed(ctx, 1) else None
+        dx, dU = _Gradients.apply(dy, for_dU, for_dx, x.shape, ctx.algorithm)
         return dx, dU, None
 
 
@@ -233,17 +230,17 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (dI, dW), (g, x, U) = grads, ctx.saved_tensors
-        wants_dg, wants_dx, wants_dU, *_ = ctx.needs_input_grad
+        needs_dg, needs_dx, needs_dU, *_ = ctx.needs_input_grad
         dg = None
-        if wants_dg and dI is not None:
+        if needs_dg and dI is not None:
             dg = _Convolution.apply(dI, U, ctx.algorithm)
-        if wants_dg and dW is not None:
+        if needs_dg and dW is not None:
             term = _Convolution.apply(x, dW, ctx.algorithm)
             dg = term if dg is None else dg + term
-        # x is used by W only, and U by I only.
-        dI, dW = dI if wants_dU else None, dW if wants_dx else None
-        dx, dU = (None, None) if dI is dW is None else _Gradients.apply(g, dI, dW, ctx.shape, ctx.algorithm)
-        return dg, dx, dU, None, None
+        x, U = dI if needs_dU else None, dW if needs_dx else None
+        if x is None and U is None:
+            return dg, None, None, None, None
+        return dg, *_Gradients.apply(g, x, U, ctx.shape, ctx.algorithm), None, None  # I(g, dW) and W(g, dI)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -254,7 +251,7 @@ def _rows(x: Tensor) -> Tensor:
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """Return total + a @ b for batches of matrices, in the dtype of the transforms; changes `total`."""
     if total is None:
-        return torch.bmm(a, b).to(transformed_in(a.dtype))
+        return torch.bmm(a, b).to(library.computed_in(a.dtype))
     return total.baddbmm_(a, b) if total.dtype == a.dtype else total.add_(torch.bmm(a, b))
 
 
@@ -270,7 +267,7 @@ class _Tiles:
         self.images, _, self.H, self.W = shape
         self.h, self.w = self.H // self.y.step, self.W // self.x.step
         self.num_points = len(self.y.data) * len(self.x.data)
-        self.computed_in = transformed_in(dtype)
+        self.computed_in = library.computed_in(dtype)
         (self.data_y, self.output_y), (self.data_x, self.output_x) = (
             [torch.from_numpy(matrix).to(self.computed_in) for matrix in (axis.data, axis.output)]
             for axis in (self.y, self.x)
@@ -331,7 +328,7 @@ class _Tiles:
     def write_inputs(self, points: Tensor, dx: Tensor) -> None:
         """Write the gradient B M B^T of all tiles, added where tiles overlap, to dx (B, H, W, C)."""
         (B, H, W, C), step_y, step_x = dx.shape, self.y.step, self.x.step
-        padded = torch.zeros(B, self.h + 1, step_y, self.w + 1, step_x, C, dtype=self.computed_in)
+        padded = dx.new_zeros(B, self.h + 1, step_y, self.w + 1, step_x, C, dtype=self.computed_in)
         for images, rows, part in self._parts(points):
             tiles = self._of_tiles(part, self.data_y.T, self.data_x.T)  # (b, r, n, w, n, C)
             below = slice(rows.start + 1, rows.stop + 1)

@@ -12,17 +12,14 @@ from torch_utils.ops.upfirdn2d import upfirdn2d
 from training.networks import execution
 from training.networks.weights import transformed
 
-# Taps of the separable binomial filter used for up- and downsampling (StyleGAN2, appendix B).
-BINOMIAL = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
-
 
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> Tensor:
     """Compute F.conv2d of x (B, I, H, W) with weight (O, I / groups, k, k) and bias (O,)."""
     is_plain = stride == padding == groups == 1 and bias is None
-    if is_plain and winograd.is_profitable(x, weight, same := winograd.same(x.shape[3], x.dtype)):
-        return _winograd(x, weight, same)
+    if is_plain and winograd.is_profitable(x, weight, 1, is_cached=execution.current.transforms is not None):
+        return _winograd(x, weight, winograd.same(x.shape[3], x.dtype))
     if _is_pointwise_product(x, weight, stride, padding, groups):
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     if _has_slow_derivatives(x):
@@ -32,12 +29,12 @@ def conv2d(
 
 
 def halving_conv2d(x: Tensor, weight: Tensor, blur: Tensor) -> Tensor:
-    """Filter x (B, I, H, W), then convolve it with weight (O, I, k, k) and stride 2: (B, O, H/2, W/2).
+    """Filter x (B, I, H, W) with `blur` (4,), then convolve it with weight (O, I, k, k) and stride 2: (B, O, H/2, W/2).
 
-    `blur` is BINOMIAL as a tensor on the device of x; the image is padded with zeros.
+    The image is padded with zeros.
     """
-    if winograd.is_profitable(x, weight, halving := winograd.halving(BINOMIAL)):
-        return _winograd(x, weight, halving)
+    if winograd.is_profitable(x, weight, 2, is_cached=execution.current.transforms is not None):
+        return _winograd(x, weight, winograd.halving(tuple(blur.tolist())))
     return conv2d(upfirdn2d(x, blur, padding=weight.shape[2] // 2 + 1), weight, stride=2)
 
 

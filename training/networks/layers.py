@@ -14,7 +14,7 @@ from torch_utils.images import square_resolution
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.upfirdn2d import upfirdn2d
 from training.networks import execution
-from training.networks.convolution import BINOMIAL, conv2d, halving_conv2d
+from training.networks.convolution import conv2d, halving_conv2d
 from training.networks.weights import effective
 
 # Restricted to activations with act(g x) = g act(x) for g > 0, because the layers fold output gains into the weights.
@@ -25,8 +25,8 @@ NoiseMode = Literal["const", "random", "none"]
 
 
 def resample_filter() -> Tensor:
-    """Return the taps of the separable binomial filter used for up- and downsampling, (4,)."""
-    return torch.tensor(BINOMIAL)
+    """Return the 1-D taps of the separable binomial filter used for up- and downsampling (StyleGAN2, appendix B)."""
+    return torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
 
 
 class Resampling(nn.Module):

@@ -194,7 +194,7 @@ class StyleGAN2Discriminator(Discriminator):
     def forward(self, img: Tensor, c: Tensor | None) -> Tensor:
         self.check_inputs(img, c)
         if img.device.type == "cpu":
-            img = img.contiguous(memory_format=torch.channels_last)  # the order of pixels in the fast convolutions
+            img = img.contiguous(memory_format=torch.channels_last)  # the layout of Winograd and pointwise convolutions
         x: Tensor = self.fromrgb[0](execution.cast(img, (img.shape[2], img.shape[3])))  # (B, ch, H, W)
         for level, block in enumerate(self.blocks, start=1):
             x = execution.run_block(block, x)  # (B, ch, H/2^level, W/2^level)

@@ -34,24 +34,45 @@ def effective(parameter: Tensor, dtype: torch.dtype, gain: float = 1.0) -> Tenso
 def transformed(weight: Tensor, algorithm: winograd.Algorithm) -> Tensor:
     """Return the transform of an effective weight; `execution.current` may have a cache with its values."""
     weights, transforms = execution.current.weights, execution.current.transforms
-    key = None if weights is None or transforms is None else weights.key(weight)
-    if key is None or transforms is None:
+    request = None if weights is None or transforms is None else weights.request(weight)
+    if request is None or transforms is None:
         return winograd.transform(weight, algorithm)
-    U = winograd.transform(weight, algorithm, transforms.known.get((key, algorithm)))
-    transforms.known[key, algorithm] = U.detach()
+    U = winograd.transform(weight, algorithm, transforms.get(request, algorithm))
+    transforms.put(request, algorithm, U.detach())
     return U
 
 
 class TransformCache:
-    """Values of the transforms of effective weights. They are valid until the parameters change."""
+    """Values of the transforms of effective weights, from one pass to the next.
+
+    A transform takes 4 to 9 times the memory of its weight. It is valid until the parameter changes: PyTorch counts
+    changes, except those of fused optimizers, which must call `forget`.
+    """
 
     def __init__(self) -> None:
-        self.known: dict[tuple[Key, winograd.Algorithm], Tensor] = {}
+        self.entries: dict[tuple[Key, winograd.Algorithm], tuple[nn.Parameter, int, Tensor]] = {}
+
+    def get(self, request: Request, algorithm: winograd.Algorithm) -> Tensor | None:
+        """Return the transform of a weight, or None."""
+        entry = self.entries.get((_key(*request), algorithm))
+        if entry is None:
+            return None
+        parameter, version, U = entry
+        return U if version == parameter._version else None
+
+    def put(self, request: Request, algorithm: winograd.Algorithm, U: Tensor) -> None:
+        """Keep the transform of a weight."""
+        parameter = request[0]
+        self.entries[_key(*request), algorithm] = parameter, parameter._version, U
 
     def forget(self, parameters: Collection[nn.Parameter]) -> None:
         """Drop the transforms of these parameters."""
         changed = {id(parameter) for parameter in parameters}
-        self.known = {key: U for key, U in self.known.items() if key[0][0] not in changed}
+        self.entries = {key: entry for key, entry in self.entries.items() if id(entry[0]) not in changed}
+
+
+def _key(parameter: nn.Parameter, dtype: torch.dtype, gain: float) -> Key:
+    return id(parameter), dtype, gain
 
 
 class WeightCache:
@@ -83,7 +104,7 @@ class WeightCache:
 
     def get(self, parameter: nn.Parameter, dtype: torch.dtype, gain: float) -> Tensor:
         """Return an effective weight; remember the request."""
-        key = id(parameter), dtype, gain
+        key = _key(parameter, dtype, gain)
         if key in self.ready:
             return self.ready[key]
         (weight,) = _Effective.apply((gain,), (dtype,), parameter)
@@ -91,9 +112,11 @@ class WeightCache:
             self.requests[key], self.ready[key] = (parameter, dtype, gain), weight
         return weight
 
-    def key(self, weight: Tensor) -> Key | None:
-        """Return the key of an effective weight; None for other tensors."""
-        return next((key for key, ready in self.ready.items() if ready is weight), None)
+    def request(self, weight: Tensor) -> Request | None:
+        """Return the request of an effective weight; None for other tensors."""
+        if isinstance(weight, nn.Parameter):
+            return weight, weight.dtype, 1.0
+        return next((self.requests[key] for key, ready in self.ready.items() if ready is weight), None)
 
 
 class _Effective(torch.autograd.Function):
