@@ -34,12 +34,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
 
-# Prints JSON lines; see docs/benchmarks.md.
+# Prints a table of speedups on a CPU, in about ten minutes; see docs/benchmarks.md.
 bench: $(STAMP)
-	$(BIN)/python benchmarks/networks.py
-	$(BIN)/python benchmarks/operators.py
-	$(BIN)/python benchmarks/train_step.py
-	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/cpu_suite.py
 
 docs: $(STAMP)
 	$(BIN)/python docs/make_reference.py

@@ -168,6 +168,8 @@ def test_wide_layers_use_winograd(channels: int, side: int, stride: int, alone: 
     assert winograd.is_profitable(x, weight, stride, is_cached=True) is cached
     for other_x, other_weight in ((x, weight[..., :1]), (x.to("meta"), weight), (x.half(), weight.half())):
         assert not winograd.is_profitable(other_x, other_weight, stride, is_cached=True)
+    is_faster = winograd.is_profitable(x.bfloat16(), weight.bfloat16(), stride, is_cached=True)
+    assert is_faster is (cached and stride == 1)
 
 
 @pytest.fixture

@@ -178,7 +178,7 @@ class TrainConfig:
     )
     allow_tf32: bool = setting(False, "Allow TF32 in float32 matrix products and convolutions.")
     channels_last: bool | None = setting(
-        None, "Channels-last memory layout; None: on a GPU, unless precision is fp32.", auto=True
+        None, "Channels-last layout of weights and images; None: on a GPU, unless precision is fp32.", auto=True
     )
     origin: Origin = setting(help="Origin of the initial weights.", default_factory=Origin)
     run: RunConfig = setting(help="Duration, device, micro-batches, logging.", default_factory=RunConfig)
