@@ -328,6 +328,7 @@ def test_weights_may_depend_on_the_images() -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a warning of torch 2.11 itself
 def test_compiled_networks_use_one_graph() -> None:
     """Dynamo must not trace the choice of an algorithm."""
     layers = torch.nn.Sequential(Conv2d(64, 64, 3, activation="lrelu"), Conv2d(64, 64, 3, down=2, activation="lrelu"))
@@ -336,7 +337,7 @@ def test_compiled_networks_use_one_graph() -> None:
     torch.testing.assert_close(compiled(x), layers(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # by torch.func itself
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch.func itself
 @pytest.mark.usefixtures("everywhere")
 def test_forward_mode_and_autocast_use_plain_convolutions() -> None:
     conv = Conv2d(2, 3, 3, activation="lrelu").double()
