@@ -11,7 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from training_helpers import every_phase_config, flat_parameters, new_trainer, saved_state, train_steps
+from training_helpers import (
+    every_phase_config,
+    flat_parameters,
+    new_trainer,
+    saved_state,
+    train_steps,
+    train_with_a_break,
+)
 
 from torch_utils.ops import conv2d as own_conv2d
 from torch_utils.ops import winograd
@@ -262,6 +269,16 @@ def test_kept_transforms_do_not_change_training(shapes_zip: Path, monkeypatch: p
     assert torch.equal(flat_parameters(kept.D), flat_parameters(anew.D))
     assert torch.equal(flat_parameters(kept.G), flat_parameters(anew.G))
     assert saved_state(kept)["state"] == saved_state(anew)["state"]
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_resuming_is_bit_exact(shapes_zip: Path, tmp_path: Path) -> None:
+    """A resumed run starts without transforms."""
+    straight = new_trainer(wide_config(shapes_zip))
+    train_steps(straight, 6)
+    resumed = train_with_a_break(wide_config(shapes_zip), 3, 3, tmp_path)
+    for name in ("G", "D"):
+        assert torch.equal(*(flat_parameters(getattr(trainer, name)) for trainer in (straight, resumed)))
 
 
 def test_transforms_are_dropped_when_their_parameters_change() -> None:

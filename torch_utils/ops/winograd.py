@@ -39,7 +39,7 @@ POINTS = {
     10: (0, 0.4, -0.4, 0.8, -0.8, 1.2, -1.2, 2.2, -2.2),
 }
 
-# Stride -> outputs of a tile that the sides of the grid must be multiples of, times the stride.
+# Stride -> number of inputs of which both sides of the grid must be multiples.
 TILE = {1: 4, 2: 8}
 
 # Minimum number of channels, and stride -> minimum number of channels times the side of the grid, for which the saved
