@@ -518,7 +518,10 @@ def test_spawned_processes_receive_little(tmp_path: Path) -> None:
         for k in range(20_000):
             archive.add(f"{k:05d}.png", image)
     dataset = ImageDataset(DatasetConfig(path=str(path)))
+    members = dataset._store.contents.members  # type: ignore[union-attr]
+    assert not members.is_shared()
     assert len(ForkingPickler.dumps(dataset)) < 4000
+    assert members.is_shared()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(ImageDataset.file_name, (dataset, 12_345)) == "12345.png"
     assert dataset.file_name(12_345) == "12345.png"

@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -151,7 +152,7 @@ class ZipStore:
     def names(self) -> Names:
         return self.contents.names
 
-    @property
+    @cached_property
     def _members(self) -> np.ndarray:
         return np.asarray(self.contents.members).view(MEMBER)
 
@@ -159,9 +160,15 @@ class ZipStore:
         """Convert the arrays of numbers that describe the images, e.g. to tensors, which data workers share."""
         names = Names(convert(self.names.text), convert(self.names.ends))
         self.contents = self.contents._replace(names=names, members=convert(self._members.view(np.uint8)))
+        del self._members
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}  # a file descriptor is not valid in another process
+        """Return the state without the file descriptor, and without the view of a tensor that may move.
+
+        A tensor moves to shared memory when it is pickled for another process.
+        """
+        self.__dict__.pop("_members", None)
+        return {**self.__dict__, "_file": None}
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:
