@@ -492,6 +492,19 @@ def test_images_without_labels_are_an_error_at_every_start(tmp_path: Path, large
     assert not index_path(path).exists()
 
 
+def test_an_index_may_be_overwritten_while_it_is_in_use(tmp_path: Path, large: None) -> None:
+    path = write_dataset(tmp_path / "set.zip", CLASSES)
+    facts(path)
+    dataset = ImageDataset(DatasetConfig(path=str(path), use_labels=True))
+    expected = dataset.images(range(6))
+    size = index_path(path).stat().st_size
+    for content in (b"x" * size, b""):
+        index_path(path).write_bytes(content)
+        assert torch.equal(dataset.images(range(6)), expected)
+        assert dataset.file_name(0) == "0/img1.png"
+        assert dataset.labels.tolist() == _sorted_labels(CLASSES)
+
+
 @pytest.mark.parametrize("large", [6, 7], ids=["with an index", "without"])
 def test_a_copy_detects_that_the_zip_file_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int
