@@ -26,7 +26,7 @@ from fuzzing import CORRUPTION, corrupted, draws, for_all
 from hypothesis import strategies as st
 
 from dnnlib.config import UserError
-from training.data_sources import labelled, zip_directory
+from training.data_sources import labelled, zip_directory, zip_index
 from training.data_sources.build import new_dataset
 from training.data_sources.stored_zip import StoredZip
 from training.data_sources.zip_directory import Directory, Names, OverlapError, read_directory
@@ -382,20 +382,32 @@ def test_no_file_is_left_if_an_index_cannot_be_written(
     assert facts(path) == found
 
 
+def test_no_index_is_written_that_would_not_be_trusted(
+    tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems give every file the same owner and permissions."""
+    path = write_dataset(tmp_path / "set.zip", CLASSES)
+    monkeypatch.setattr(zip_index, "is_trusted", lambda index, archive: False)
+    facts(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["set.zip"]
+
+
 def test_two_processes_write_an_index_at_the_same_time(
     tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Processes in two containers have equal ids. The second one writes while the first one does."""
     path = write_dataset(tmp_path / "set.zip", CLASSES)
-    save, inner = np.savez, []
+    save, names, inner = np.savez, [], []
 
     def save_twice(file: Any, **arrays: Any) -> None:
+        names.append(file.name)
+        if len(names) == 1:
+            inner.append(facts(path))
         save(file, **arrays)
-        monkeypatch.setattr(np, "savez", save)
-        inner.append(facts(path))
 
     monkeypatch.setattr(np, "savez", save_twice)
     assert [facts(path)] == inner == [facts(path)]
+    assert len(names) == len(set(names)) == 2
     assert read_index(path) is not None
     assert {file.name for file in tmp_path.iterdir()} == {"set.zip", "set.zip.index"}
 

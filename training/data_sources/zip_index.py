@@ -30,6 +30,7 @@ from training.data_sources.zip_directory import MEMBER, Names, directory_digest
 FORMAT = 2  # increase the number if names or labels are read by other rules
 
 _SIGNATURE = b"styleformer zip index\n"
+_TOKEN_BYTES = 8  # random part of the names of temporary files
 
 
 class Index(NamedTuple):
@@ -46,9 +47,10 @@ def index_path(path: Path) -> Path:
 
 
 def write_index(path: Path, index: Index) -> None:
-    """Write the index of a zip file; nothing if its folder is not writable or another program's file is in its place.
+    """Write the index of a zip file, and remove parts of an index that killed processes have left.
 
-    Parts of an index that killed processes have left are removed.
+    Nothing is written if the folder is not writable, its file system keeps no owners and permissions, or another
+    program's file has the name of the index.
     """
     target = index_path(path)
     if not _is_replaceable(target):
@@ -62,12 +64,15 @@ def write_index(path: Path, index: Index) -> None:
     opener = partial(os.open, mode=0o644)  # not writable by the group, see `is_trusted`
     with (
         suppress(OSError),
-        replaced(target, f".{secrets.token_hex(8)}") as temporary,  # equal process ids are common in containers
+        replaced(target, f".{secrets.token_hex(_TOKEN_BYTES)}") as temporary,  # containers have equal process ids
         open(temporary, "xb", opener=opener) as file,
     ):
+        if not is_trusted(os.fstat(file.fileno()), path.stat()):
+            raise PermissionError("the index would not be used")
         file.write(_SIGNATURE)
         np.savez(file, header=np.frombuffer(header, np.uint8), **arrays)
-    for part in target.parent.glob(f".{escape(target.name[:40])}.*{PARTIAL}.*"):
+    token = "[0-9a-f]" * 2 * _TOKEN_BYTES
+    for part in target.parent.glob(f".{escape(target.name[:40])}.*{PARTIAL}.{token}"):
         with suppress(OSError):
             part.unlink()
 
