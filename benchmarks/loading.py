@@ -1,6 +1,9 @@
 """Measure the CPU time to open a large zip file of images and to read a snapshot, compared with the plain forms.
 
-python benchmarks/loading.py --images=1000000
+    python benchmarks/loading.py --images=1000000
+
+Prints a line of JSON for the zip file and one for the snapshot: processor seconds, and ratios to the plain forms,
+`zipfile.ZipFile` with `json`, and `torch.load`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 from common import emit
 from PIL import Image
 
+from dnnlib.cli import Script, option
 from dnnlib.config import override
 from training.config import PRESETS, Environment, resolve
 from training.data_sources.stored_zip import StoredZip
@@ -32,11 +36,10 @@ from training.snapshots.snapshot import load_network, read_network, save_network
 ROUNDS = 3  # of the snapshot's measurements, alternating
 
 
-@click.command()
-@click.option("--images", type=click.IntRange(min=1), default=200_000, show_default=True, help="Images in the zip file")
-@click.option("--cfg", type=click.Choice([*PRESETS]), default="cifar-large", show_default=True, help="Snapshot")
+@click.command(cls=Script, help=__doc__)
+@option("--images", type=click.IntRange(min=1), default=200_000, show_default=True, help="Images to write and open.")
+@option("--cfg", type=click.Choice([*PRESETS]), default="cifar-large", show_default=True, help="Networks to read.")
 def main(images: int, cfg: str) -> None:
-    """Print a line of JSON for the zip file and one for the snapshot: CPU seconds, and ratios to the plain forms."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         emit({"benchmark": "loading", **measure_zip(Path(folder) / "set.zip", images)}, torch.device("cpu"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import multiprocessing
 import os
 import pickle
+import stat
 import struct
 import zipfile
 from collections.abc import Callable
@@ -24,12 +26,14 @@ from fuzzing import CORRUPTION, corrupted, draws, for_all
 from hypothesis import strategies as st
 
 from dnnlib.config import UserError
-from training.data_sources import labelled, zip_directory
-from training.data_sources.files import ZipStore
+from training.data_sources import labelled, zip_directory, zip_index
+from training.data_sources.build import new_dataset
 from training.data_sources.stored_zip import StoredZip
 from training.data_sources.zip_directory import Directory, Names, OverlapError, read_directory
-from training.data_sources.zip_index import identify, index_path, read_index
+from training.data_sources.zip_index import index_path, is_trusted, read_index
 from training.dataset import DatasetConfig, ImageDataset
+
+Arrays = dict[str, np.ndarray]
 
 CLASSES = [k % 3 for k in range(6)]
 VECTORS = [[0.1 * k, 2.0] for k in range(6)]
@@ -167,14 +171,14 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labelled, "LARGE", 6)
 
 
-def write_dataset(path: Path, labels: list[Any] | None, seed: int = 0) -> Path:
+def write_dataset(path: Path, labels: list[Any] | None, seed: int = 0, key: str = "labels") -> Path:
     images = np.random.RandomState(seed).randint(0, 256, (6, 4, 4, 3)).astype(np.uint8)
     names = [f"{k % 2}/img{5 - k}.png" for k in range(6)]
     pairs = labels and [[name, label] for name, label in zip(names, labels, strict=True)]
     with zipfile.ZipFile(path, "w") as archive:
         for name, pixels in zip(names, images, strict=True):
             archive.writestr(name, encode(pixels))
-        archive.writestr("dataset.json", json.dumps({"labels": pairs, "format_version": 1, "note": "ä"}))
+        archive.writestr("dataset.json", json.dumps({key: pairs, "format_version": 1, "note": "ä"}))
     return path
 
 
@@ -221,22 +225,18 @@ def test_the_data_hash_of_a_zip_file_is_fixed(tmp_path: Path, large: None) -> No
 
 def damage(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[-70] ^= 1
+    data[data.index(b"0/img1.png")] ^= 1
     path.write_bytes(data)
 
 
-def replace_by_a_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
+# Own files that are not a usable index.
 SPOILED: dict[str, Callable[[Path], Any]] = {
     "damaged": damage,
     "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-64]),
-    "foreign": lambda path: path.write_bytes(pickle.dumps({"a": 1})),
-    "a folder": replace_by_a_folder,
-    "another signature": lambda path: path.write_bytes(b"S" + path.read_bytes()[1:]),
+    "only a signature": lambda path: path.write_bytes(path.read_bytes()[:22]),
+    "writable by the group": lambda path: path.chmod(0o664),
+    "writable by others": lambda path: path.chmod(0o646),
 }
 
 
@@ -247,24 +247,100 @@ def test_an_unusable_index_is_ignored_and_replaced(tmp_path: Path, large: None, 
     SPOILED[kind](index_path(path))
     assert read_index(path) is None
     assert facts(path) == expected
-    assert (read_index(path) is None) == (kind == "a folder")
+    assert read_index(path) is not None
     assert {file.name for file in tmp_path.iterdir()} == {"set.zip", "set.zip.index"}
 
 
-@pytest.mark.parametrize("with_valid_checksum", [False, True])
-def test_any_bytes_as_an_index_are_ignored(tmp_path: Path, large: None, with_valid_checksum: bool) -> None:
+def test_files_of_other_programs_are_left_alone(tmp_path: Path, large: None) -> None:
     path = write_dataset(tmp_path / "set.zip", CLASSES)
-    facts(path)
+    expected = facts(path)
+    for content in (pickle.dumps({"a": 1}), b"S" + index_path(path).read_bytes()[1:]):
+        index_path(path).write_bytes(content)
+        assert facts(path) == expected
+        assert index_path(path).read_bytes() == content
+    index_path(path).unlink()
+    index_path(path).mkdir()
+    assert facts(path) == expected
+    assert {file.name for file in tmp_path.iterdir()} == {"set.zip", "set.zip.index"}
+
+
+def test_changed_bytes_of_an_index_change_no_value(tmp_path: Path, large: None) -> None:
+    path = write_dataset(tmp_path / "set.zip", CLASSES)
+    expected = facts(path)
     whole = index_path(path).read_bytes()
-    start = whole.index(b"\n") + 1
 
     @for_all(100, CORRUPTION)
     def check(corruption: Any) -> None:
-        content = corrupted(whole[start + 32 :], corruption)
-        digest = hashlib.sha256(content).digest() if with_valid_checksum else whole[start : start + 32]
-        index_path(path).write_bytes(whole[:start] + digest + content)
-        found = read_index(path)
-        assert found is None or with_valid_checksum or content == whole[start + 32 :]
+        index_path(path).write_bytes(corrupted(whole, corruption))
+        assert facts(path) == expected
+        index_path(path).unlink()
+
+
+def rows(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Arrays], Arrays]:
+    return lambda arrays: arrays | {name: change(arrays[name])}
+
+
+def entries(**changes: Any) -> Callable[[Arrays], Arrays]:
+    def change(arrays: Arrays) -> Arrays:
+        header = json.loads(arrays["header"].tobytes()) | changes
+        return arrays | {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)}
+
+    return change
+
+
+# Valid files with invalid content.
+INVALID: dict[str, Callable[[Arrays], Arrays]] = {
+    "two labels": rows("labels", lambda x: x[:2]),
+    "negative labels": rows("labels", lambda x: x - 5),
+    "labels of another type": rows("labels", lambda x: x.astype(np.float64)),
+    "vectors that are not finite": rows("labels", lambda x: np.full((6, 2), np.nan, np.float32)),
+    "labels without axes": rows("labels", lambda x: x[0]),
+    "too few members": rows("members", lambda x: x[:-1]),
+    "members of another type": rows("members", lambda x: x["offset"]),
+    "another name": rows("names", lambda x: np.append(x, np.array([97, 0], np.uint8))),
+    "an incomplete name": rows("names", lambda x: x[:-1]),
+    "no names": rows("names", lambda x: x[:0]),
+    "names that are not UTF-8": rows("names", lambda x: np.where(x == 0, x, np.uint8(255))),
+    "no member of dataset.json": entries(json_name=None),
+    "dataset.json without name": entries(json_name=3),
+    "meta that is null": entries(dataset_json="null"),
+    "meta that is no text": entries(dataset_json={}),
+    "wrong class names": entries(dataset_json='{"class_names": [1, 2]}'),
+    "other rules": entries(format=0),
+    "another release": entries(version="0.0"),
+    "objects": lambda arrays: arrays | {"labels": np.array([Path("a")] * 6)},
+    "no header": lambda arrays: {name: x for name, x in arrays.items() if name != "header"},
+}
+
+
+@pytest.mark.parametrize("kind", INVALID)
+def test_invalid_content_of_an_index_is_ignored(tmp_path: Path, large: None, kind: str) -> None:
+    path = write_dataset(tmp_path / "set.zip", CLASSES)
+    expected = facts(path)
+    signature, archive = index_path(path).read_bytes().split(b"\n", 1)
+    for change, is_valid in ((dict, True), (INVALID[kind], False)):
+        with np.load(io.BytesIO(archive)) as arrays:
+            changed = change(dict(arrays))
+        with index_path(path).open("wb") as file:
+            file.write(signature + b"\n")
+            np.savez(file, allow_pickle=True, **changed)
+        assert (read_index(path) is not None) == is_valid
+        assert facts(path) == expected
+    assert read_index(path) is not None
+
+
+def status_of(owner: int, mode: int = 0o644) -> os.stat_result:
+    return os.stat_result((stat.S_IFREG | mode, 0, 0, 1, owner, 0, 0, 0, 0, 0))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no owners")
+def test_only_an_index_of_trusted_owners_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a shared folder other users can put an index beside a zip file that they cannot change."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    archive = status_of(2000)
+    assert all(is_trusted(status_of(owner), archive) for owner in (0, 1000, 2000))
+    assert not is_trusted(status_of(3000), archive)
+    assert not any(is_trusted(status_of(1000, mode), archive) for mode in (0o664, 0o646, 0o666, 0o777))
 
 
 @pytest.mark.parametrize("change", ["content", "time", "labels"])
@@ -286,18 +362,134 @@ def _sorted_labels(labels: list[Any]) -> list[Any]:
     return [label for _, label in sorted((f"{k % 2}/img{5 - k}.png", label) for k, label in enumerate(labels))]
 
 
-def test_an_unwritable_folder_needs_no_index(tmp_path: Path, large: None) -> None:
-    """A folder stands in the place of the index, because root may write everywhere."""
+@pytest.mark.parametrize("step", ["training.data_sources.zip_index.open", "numpy.savez", "os.replace"])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_no_file_is_left_if_an_index_cannot_be_written(
+    tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch, step: str, number: int
+) -> None:
     path = write_dataset(tmp_path / "set.zip", CLASSES)
-    index_path(path).mkdir()
-    found = facts(path)
-    index_path(path).rmdir()
+    failures = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        failures.append(step)
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, fail, raising=False)
+        found = facts(path)
+    assert failures == [step]
+    assert [file.name for file in tmp_path.iterdir()] == ["set.zip"]
     assert facts(path) == found
+
+
+def test_no_index_is_written_that_would_not_be_trusted(
+    tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems give every file the same owner and permissions."""
+    path = write_dataset(tmp_path / "set.zip", CLASSES)
+    monkeypatch.setattr(zip_index, "is_trusted", lambda index, archive: False)
+    facts(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["set.zip"]
+
+
+def test_two_processes_write_an_index_at_the_same_time(
+    tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes in two containers have equal ids. The second one writes while the first one does."""
+    path = write_dataset(tmp_path / "set.zip", CLASSES)
+    save, names, inner = np.savez, [], []
+
+    def save_twice(file: Any, **arrays: Any) -> None:
+        names.append(file.name)
+        if len(names) == 1:
+            inner.append(facts(path))
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", save_twice)
+    assert [facts(path)] == inner == [facts(path)]
+    assert len(names) == len(set(names)) == 2
+    assert read_index(path) is not None
+    assert {file.name for file in tmp_path.iterdir()} == {"set.zip", "set.zip.index"}
+
+
+def test_parts_that_killed_writers_left_are_removed(tmp_path: Path, large: None) -> None:
+    path = write_dataset(tmp_path / "set.zip", CLASSES)
+    names = [".set.zip.index.7.partial.0123456789abcdef", ".set.zip.7.partial", ".set.zip.index.7.partial"]
+    for name in names:
+        (tmp_path / name).touch()
+    facts(path)
+    assert {file.name for file in tmp_path.iterdir()} == {"set.zip", "set.zip.index", *names[1:]}
+
+
+def test_an_index_that_appears_meanwhile_is_kept(tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_dataset(tmp_path / "set.zip", CLASSES)
+    open_first, written = labelled.open_store, []
+
+    def open_second(path: Path) -> Any:
+        monkeypatch.setattr(labelled, "open_store", open_first)
+        facts(path)
+        written.append(index_path(path).stat().st_ino)
+        return open_first(path)
+
+    monkeypatch.setattr(labelled, "open_store", open_second)
+    facts(path)
+    assert [index_path(path).stat().st_ino] == written
+
+
+def write_one_image(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.png", encode(np.zeros((4, 4, 3), np.uint8)))
+
+
+def add_comment(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"by hand"
+
+
+def add_image(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("2/more.png", archive.read("0/img5.png"))
+
+
+# Changes of a zip file after which it has no index.
+UNINDEXED: dict[str, Callable[[Path], Any]] = {
+    "few images": write_one_image,
+    "an image without label": add_image,
+    "a note": lambda path: write_dataset(path, CLASSES, key="Labels"),
+    "a comment": add_comment,
+}
+
+
+@pytest.mark.parametrize("kind", UNINDEXED)
+def test_an_index_that_is_not_replaced_is_removed(tmp_path: Path, large: None, kind: str) -> None:
+    path = write_dataset(tmp_path / "set.zip", CLASSES)
+    facts(path)
+    assert index_path(path).exists()
+    UNINDEXED[kind](path)
+    facts(path, use_labels=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["set.zip"]
+
+
+def test_a_new_dataset_has_no_index_of_an_earlier_one(tmp_path: Path, large: None) -> None:
+    path = write_dataset(tmp_path / "set.zip", CLASSES)
+    facts(path)
+    path.unlink()
+    with new_dataset(path) as add:
+        add("a.png", b"1")
+    assert [file.name for file in tmp_path.iterdir()] == ["set.zip"]
+
+
+def test_notes_name_the_zip_file_under_its_new_name(tmp_path: Path, large: None) -> None:
+    path = write_dataset(tmp_path / "set.zip", CLASSES, key="Labels")
+    assert facts(path)["notes"] == [f'{path}: dataset.json: the key "Labels" is read as "labels"']
+    moved = path.rename(tmp_path / "moved.zip")
+    if index_path(path).exists():
+        index_path(path).rename(index_path(moved))
+    assert facts(moved)["notes"] == [f'{moved}: dataset.json: the key "Labels" is read as "labels"']
 
 
 @pytest.mark.parametrize("path", ["a\0b.zip", "no-such.zip", ".", ".."])
 def test_paths_without_a_zip_file_have_no_index(path: str) -> None:
-    assert identify(Path(path)) is None
     assert read_index(Path(path)) is None
 
 
@@ -312,32 +504,50 @@ def test_images_without_labels_are_an_error_at_every_start(tmp_path: Path, large
     assert not index_path(path).exists()
 
 
-def test_other_processes_map_the_index_again(tmp_path: Path, large: None) -> None:
-    """A pickled dataset is small. Without its index, the process reads the zip file itself."""
+def test_an_index_may_be_overwritten_while_it_is_in_use(tmp_path: Path, large: None) -> None:
     path = write_dataset(tmp_path / "set.zip", CLASSES)
-    for has_index in (True, False):
-        dataset = ImageDataset(DatasetConfig(path=str(path), use_labels=True))
-        expected = dataset.images(range(6)), dataset.file_name(3)
-        if has_index:
-            assert isinstance(dataset._store, ZipStore)
-            assert b"img" not in pickle.dumps(dataset._store)
-        else:
-            dataset = pickle.loads(pickle.dumps(dataset))
-            index_path(path).unlink()
-        copy = pickle.loads(pickle.dumps(dataset))
-        assert torch.equal(copy.images(range(6)), expected[0])
-        assert copy.file_name(3) == expected[1]
-        assert torch.equal(copy.labels, dataset.labels)
+    facts(path)
+    dataset = ImageDataset(DatasetConfig(path=str(path), use_labels=True))
+    expected = dataset.images(range(6))
+    size = index_path(path).stat().st_size
+    for content in (b"x" * size, b""):
+        index_path(path).write_bytes(content)
+        assert torch.equal(dataset.images(range(6)), expected)
+        assert dataset.file_name(0) == "0/img1.png"
+        assert dataset.labels.tolist() == _sorted_labels(CLASSES)
 
 
-def test_spawned_processes_receive_little(tmp_path: Path, large: None) -> None:
-    """Labels and positions are in shared memory, names and offsets in the index."""
+@pytest.mark.parametrize("large", [6, 7], ids=["with an index", "without"])
+def test_a_copy_detects_that_the_zip_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int
+) -> None:
+    """The new file has the same names and labels, and other images."""
+    monkeypatch.setattr(labelled, "LARGE", large)
+    path = write_dataset(tmp_path / "set.zip", CLASSES)
+    dataset = ImageDataset(DatasetConfig(path=str(path), use_labels=True))
+    data, expected = pickle.dumps(dataset), dataset.images(range(6))
+    index_path(path).unlink(missing_ok=True)
+    assert torch.equal(pickle.loads(data).images(range(6)), expected)
+    status = path.stat()
+    write_dataset(path, CLASSES, seed=1)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(UserError, match=r"set\.zip has changed while it was in use: start again"):
+        pickle.loads(data).images([0])
+
+
+def test_spawned_processes_receive_little(tmp_path: Path) -> None:
+    """Names, offsets, labels and positions are in shared memory, and remain valid in this process."""
     path = tmp_path / "set.zip"
     image = encode(np.zeros((4, 4, 3), np.uint8))
     with StoredZip(path) as archive:
         for k in range(20_000):
             archive.add(f"{k:05d}.png", image)
     dataset = ImageDataset(DatasetConfig(path=str(path)))
+    members = dataset._store.contents.members  # type: ignore[union-attr]
+    assert not members.is_shared()
     assert len(ForkingPickler.dumps(dataset)) < 4000
+    assert members.is_shared()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(ImageDataset.file_name, (dataset, 12_345)) == "12345.png"
+    assert dataset.file_name(12_345) == "12345.png"
+    assert dataset.images([12_345]).shape == (1, 3, 4, 4)

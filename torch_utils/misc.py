@@ -86,10 +86,10 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class WithoutInit(TorchFunctionMode):
-    """Context in which modules are built without the time for torch.randn, for weights that a file replaces.
+class EmptyRandn(TorchFunctionMode):
+    """Context in which torch.randn returns uninitialised memory, to build modules whose weights a file replaces.
 
-    Functions of torch.nn.init still run: some draw numbers again until all are within bounds.
+    Functions of torch.nn.init are not replaced, because some draw numbers again until all are within bounds.
     """
 
     REPLACEMENTS: ClassVar[dict[Any, Any]] = {torch.randn: torch.empty}
@@ -98,7 +98,7 @@ class WithoutInit(TorchFunctionMode):
         return self.REPLACEMENTS.get(function, function)(*args, **(kwargs or {}))
 
 
-class OnMeta(WithoutInit):
+class OnMeta(EmptyRandn):
     """Context in which modules are built on the meta device: tensors with shape and dtype but without storage.
 
     With `torch.device("meta")` alone, random initialisation, division, identity matrices and resampling load PyTorch's
@@ -106,7 +106,7 @@ class OnMeta(WithoutInit):
     """
 
     REPLACEMENTS: ClassVar[dict[Any, Any]] = (
-        WithoutInit.REPLACEMENTS
+        EmptyRandn.REPLACEMENTS
         | {
             torch.eye: lambda n, **_: torch.empty(n, n),
             F.interpolate: lambda x, size, **_: torch.empty(*x.shape[:2], *size),

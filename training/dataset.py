@@ -29,7 +29,7 @@ from torch_utils.signals import Signals
 from training.data_sources.classes import note_on_gaps
 from training.data_sources.codec import PNG_START, decode_as, decode_image, read_shape, starts_as_plain_png
 from training.data_sources.files import ZipStore, check_exists, json_bytes
-from training.data_sources.labelled import open_labelled
+from training.data_sources.labelled import LabelledImages, open_labelled
 from training.data_sources.sizes import Shape, Size, Sizes, Survey, build_command, describe_shape, suggest_size
 
 try:
@@ -105,17 +105,19 @@ class ImageDataset:
         self.name = self.path.stem if self.path.suffix.lower() == ".zip" else self.path.resolve().name
         images = open_labelled(self.path)
         self._store = images.store
+        if isinstance(self._store, ZipStore):
+            self._store.convert_arrays(torch.from_numpy)  # data workers share tensors
         self.meta = images.meta
         self.notes = images.notes
-        self.class_names = images.class_names
-        self.has_labels = images.labels is not None
+        self.class_names = images.content.class_names
+        self.has_labels = images.has_labels
 
         # Positions in the store, int64 [num_originals]. As a tensor, data workers share it.
         self._subset = torch.from_numpy(_choose_subset(len(self._store.names), config, held_out))
         self._undecoded: dict[int, str] = {}  # positions of broken images before the first decodable image -> error
         H, W, C = self._first_shape()
         self.img_shape = (C, H, W)
-        self.labels, self.c_dim = self._read_labels(images.labels)
+        self.labels, self.c_dim = self._read_labels(images)
         self.content_hash = self._content_hash()
 
     def __len__(self) -> int:
@@ -168,18 +170,18 @@ class ImageDataset:
 
         Only images of zip files are compared: those of equal fingerprint, up to MAX_COMPARED fingerprints, by pixel.
         """
-        one, two = self.path.resolve(), other.path.resolve()
-        if one == two:
+        path, other_path = self.path.resolve(), other.path.resolve()
+        if path == other_path:
             return True
         if not (isinstance(self._store, ZipStore) and isinstance(other._store, ZipStore)):
-            are_folders = one.is_dir() and two.is_dir()
-            return are_folders and (one.is_relative_to(two) or two.is_relative_to(one))
+            are_folders = path.is_dir() and other_path.is_dir()
+            return are_folders and (path.is_relative_to(other_path) or other_path.is_relative_to(path))
         mine = self._store.fingerprints(self._subset.numpy())
         theirs = other._store.fingerprints(other._subset.numpy())
         alike = np.intersect1d(mine, theirs)
         compared = alike[:MAX_COMPARED]
-        pairs = zip(_groups(mine, compared), _groups(theirs, compared), strict=True)
-        equal = sum(not self._contents(one).isdisjoint(other._contents(two)) for one, two in pairs)
+        groups = zip(_groups(mine, compared), _groups(theirs, compared), strict=True)
+        equal = sum(not self._contents(here).isdisjoint(other._contents(there)) for here, there in groups)
         num_shared = equal * len(alike) / max(len(compared), 1)
         return num_shared > MAX_SHARED * min(self.num_originals, other.num_originals)
 
@@ -272,12 +274,11 @@ class ImageDataset:
             "lists all such images, and rebuilding the dataset with --skip-bad skips them"
         )
 
-    def _read_labels(self, labels: np.ndarray | UserError | None) -> tuple[Tensor, int]:
-        """Return the labels of the images with flips, and c_dim, from the labels of all images of the store."""
+    def _read_labels(self, images: LabelledImages) -> tuple[Tensor, int]:
+        """Return the labels of the images with flips, and c_dim, from all images of the store."""
         if not self.config.use_labels:
             return torch.zeros((len(self), 0)), 0
-        if isinstance(labels, UserError):
-            raise labels
+        labels = images.labels()
         if labels is None:
             raise UserError(
                 f'{self.path} has no labels (dataset.json is missing or has "labels": null): train without labels '

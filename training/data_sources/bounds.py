@@ -51,17 +51,22 @@ def unpacked_limit(packed: int) -> int:
 
 def load_npz(path: Path) -> dict[str, np.ndarray]:
     """Load the arrays of an .npz file without unpickling. Raises OSError and any exception of numpy.load."""
-    with open_regular(path) as file:
-        with zipfile.ZipFile(file) as archive:
-            size = sum(info.file_size for info in archive.infolist())
-        limit = unpacked_limit(os.fstat(file.fileno()).st_size)
-        if size > limit:
-            raise ValueError(
-                f"it unpacks to {size} bytes, more than the limit of {limit}: save it uncompressed, with numpy.savez"
-            )
-        file.seek(0)
-        with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
+    with open_regular(path) as file, open_npz(file) as arrays:
+        return dict(arrays)
+
+
+def open_npz(file: BinaryIO) -> Any:
+    """Open arrays in .npz format, from the current position of a file, to load them one by one; see `load_npz`."""
+    start = file.tell()
+    with zipfile.ZipFile(file) as archive:
+        size = sum(info.file_size for info in archive.infolist())
+    limit = unpacked_limit(os.fstat(file.fileno()).st_size)
+    if size > limit:
+        raise ValueError(
+            f"it unpacks to {size} bytes, more than the limit of {limit}: save it uncompressed, with numpy.savez"
+        )
+    file.seek(start)
+    return np.load(file, allow_pickle=False)
 
 
 class Unpacked:

@@ -33,6 +33,7 @@ from training.data_sources.items import SHAPES, Item
 from training.data_sources.parallel import map_chunks
 from training.data_sources.sizes import Sizes
 from training.data_sources.stored_zip import StoredZip
+from training.data_sources.zip_index import remove_index
 
 Writer = Callable[[str, bytes], None]
 
@@ -151,6 +152,7 @@ def new_dataset(dest: Path) -> Iterator[Writer]:
             yield lambda name, data: _add_to_folder(temporary, name, data)
         refuse_existing(dest)  # another program may have created `dest` in the meantime
         os.replace(temporary, dest)
+        remove_index(dest)  # of an earlier file of this name
     except OSError as error:
         raise UserError(f"cannot write --dest={dest}: {error}") from error
     finally:

@@ -9,8 +9,9 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,8 +31,7 @@ from training.data_sources.dataset_json import (
 from training.data_sources.listing import LeftOut, Listing, describe_left_out, list_files, split_images
 from training.data_sources.parts import find_parts
 from training.data_sources.sizes import build_command
-from training.data_sources.zip_directory import LOCAL_HEADER, Names, read_directory
-from training.data_sources.zip_index import Index, read_index
+from training.data_sources.zip_directory import LOCAL_HEADER, MEMBER, Array, Names, read_directory
 
 MAX_JSON_BYTES = 1 << 30
 _SEEK_LOCK = threading.Lock()
@@ -94,59 +94,81 @@ class FolderStore:
                 yield f"\n{name!r} ({status.st_size}, {status.st_mtime_ns})"
 
 
+class ZipState(NamedTuple):
+    """State of a zip file: size in bytes, modification time in ns, and SHA-256 of its directory (see `Directory`)."""
+
+    size: int
+    mtime_ns: int
+    directory: str | None
+
+
+class ZipContents(NamedTuple):
+    """Images in a zip file, sorted by name.
+
+    state      of the zip file when it was read
+    members    MEMBER [images]; if `json_name` is not None, followed by the member of dataset.json
+    names, json_name, left_out, notes   as in FolderStore
+    """
+
+    state: ZipState
+    names: Names
+    members: Array
+    json_name: str | None
+    left_out: LeftOut
+    notes: list[str]
+
+
+def read_zip(path: Path) -> ZipContents:
+    """Read the directory of a zip file. Raises UserError if it is corrupt or contains a name twice."""
+    try:
+        with open_regular(path) as file:
+            status, found = os.fstat(file.fileno()), read_directory(file)
+    except Exception as error:  # zipfile raises BadZipFile, OSError, ValueError, IndexError, ... for corrupt files
+        raise UserError(f"{path} is not a complete zip file ({error}): copy or build it again") from error
+    place = {name: k for k, name in enumerate(found.names)}
+    if len(place) < len(found.names):
+        _refuse_repeated_names(path, found.names)
+    names, json_name, left_out, notes = _arrange(found.names)
+    members = found.members[[place[name] for name in ([*names, json_name] if json_name else names)]]
+    state = ZipState(status.st_size, status.st_mtime_ns, found.digest)
+    return ZipContents(state, Names.of(names), members, json_name, left_out, notes)
+
+
 class ZipStore:
     """Image files in a zip file, with the attributes of FolderStore; `names` is a compact sequence.
 
     Each member is read at an explicit offset (`_read_at`) in a few microseconds. Forked workers and threads can read
-    concurrently, because they share no file position. Member names are never used as paths.
+    concurrently, because they share no file position. Member names are never used as paths. A process that opens a zip
+    file after it has changed raises UserError.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, contents: ZipContents) -> None:
         self.path = path
-        try:
-            with open_regular(path) as file:
-                found = read_directory(file)
-        except Exception as error:  # zipfile raises BadZipFile, OSError, ValueError, IndexError, ... for corrupt files
-            raise UserError(f"{path} is not a complete zip file ({error}): copy or build it again") from error
-        place = {name: k for k, name in enumerate(found.names)}
-        if len(place) < len(found.names):
-            _refuse_repeated_names(path, found.names)
-        names, self.json_name, self.left_out, self.notes = _arrange(found.names)
-        self.names = Names.of(names)
-        self._members = found.members[[place[name] for name in names]]
-        self._json_member = None if self.json_name is None else found.members[place[self.json_name]].item()
-        self._checksum: bytes | None = None  # of the index that holds `names` and `_members`
+        self.contents = contents
+        self.json_name, self.left_out, self.notes = contents.json_name, contents.left_out, contents.notes
         self._file: int | None = None
 
-    @classmethod
-    def of_index(cls, path: Path, index: Index) -> ZipStore:
-        """Return the store described by `to_index`, without `left_out` and `notes`; processes share its memory."""
-        store = cls.__new__(cls)
-        store.path, store.left_out, store.notes = path, {}, []
-        store.names = Names(index.arrays["names"], index.arrays["ends"])
-        store._members = index.arrays["members"]
-        store.json_name, store._json_member = index.values["json_name"], index.values["json_member"]
-        store._checksum, store._file = index.checksum, None
-        return store
+    @property
+    def names(self) -> Names:
+        return self.contents.names
 
-    def to_index(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return the values and arrays of an index."""
-        values = {"json_name": self.json_name, "json_member": self._json_member}
-        return values, {"names": self.names.text, "ends": self.names.ends, "members": self._members}
+    @cached_property
+    def _members(self) -> np.ndarray:
+        return np.asarray(self.contents.members).view(MEMBER)
+
+    def convert_arrays(self, convert: Callable[[np.ndarray], Array]) -> None:
+        """Convert the arrays of numbers that describe the images, e.g. to tensors, which data workers share."""
+        names = Names(convert(self.names.text), convert(self.names.ends))
+        self.contents = self.contents._replace(names=names, members=convert(self._members.view(np.uint8)))
+        del self._members
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._checksum is not None:  # another process maps the index again
-            return {"path": self.path, "_checksum": self._checksum}
-        return {**self.__dict__, "_file": None}  # a file descriptor is not valid in another process
+        """Return the state without the file descriptor, and without the view of a tensor that may move.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if state["_checksum"] is not None:
-            path, index = state["path"], read_index(state["path"])
-            if index and index.checksum == state["_checksum"]:
-                state = vars(ZipStore.of_index(path, index))
-            else:  # the file has changed
-                state = vars(ZipStore(path))
-        self.__dict__.update(state)
+        A tensor moves to shared memory when it is pickled for another process.
+        """
+        self.__dict__.pop("_members", None)
+        return {**self.__dict__, "_file": None}
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:
@@ -162,9 +184,9 @@ class ZipStore:
         return self._read_at_member(offset, name_length, min(size, packed))
 
     def read_json(self) -> bytes:
-        assert self._json_member is not None
-        _, packed, *_ = self._json_member
-        return self._read(self._json_member, min(unpacked_limit(packed), MAX_JSON_BYTES))
+        assert self.json_name is not None
+        member = self._members[-1].item()
+        return self._read(member, min(unpacked_limit(member[1]), MAX_JSON_BYTES))
 
     def names_at(self, positions: np.ndarray) -> Iterator[str]:
         """Yield the names of images."""
@@ -198,9 +220,9 @@ class ZipStore:
         return data
 
     def _read_at_member(self, offset: int, name_length: int, size: int) -> bytes:
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
+            if self._file is None:
+                self._file = self._open()
             # The last four bytes of the local header are the lengths of the name and of the extra field. The lengths
             # usually match the directory, so one read suffices.
             guess = LOCAL_HEADER + name_length
@@ -211,6 +233,15 @@ class ZipStore:
             return _read_at(self._file, size, offset + head)
         except OSError as error:
             raise BrokenImageError(str(error)) from error
+
+    def _open(self) -> int:
+        """Return a descriptor of the zip file. Raises UserError if it is no longer the file that was read."""
+        file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        status = os.fstat(file)
+        if (status.st_size, status.st_mtime_ns) != self.contents.state[:2]:
+            os.close(file)
+            raise UserError(f"{self.path} has changed while it was in use: start again")
+        return file
 
 
 def _read_at(file: int, size: int, offset: int) -> bytes:
@@ -265,7 +296,7 @@ def open_store(path: Path, listing: Listing | None = None) -> FileStore:
     if path.is_dir():
         store: FileStore = FolderStore(path, listing or _list_images(path))
     elif path.suffix.lower() == ".zip":
-        store = ZipStore(path)
+        store = ZipStore(path, read_zip(path))
     else:
         if path.suffix in (".pkl", ".pt"):
             raise UserError(

@@ -2,72 +2,72 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dnnlib.config import UserError
 from training.data_sources.dataset_json import DatasetJson
 from training.data_sources.files import FileStore, ZipStore, labels_of, open_store, read_dataset_json
-from training.data_sources.zip_index import Index, identify, read_index, write_index
+from training.data_sources.zip_index import Index, read_index, remove_index, write_index
 
 LARGE = 100_000  # images of a zip file that has an index
 
 
-class LabelledImages(NamedTuple):
-    """Images of a folder or zip file, and the content of dataset.json.
-
-    labels  int64 class numbers [images], float32 vectors [images, c_dim], None without labels, or the error to raise
-            if labels are used, because an image has none
-    meta    the other keys of dataset.json
-    notes   messages for the user about files or labels in an unusual place or format
-    """
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images of a folder or zip file, and the content of dataset.json; `array` holds the labels if already read."""
 
     store: FileStore
-    labels: np.ndarray | UserError | None
-    meta: dict[str, Any]
-    notes: list[str]
+    content: DatasetJson
+    array: np.ndarray | None = None
 
     @property
-    def class_names(self) -> list[str] | None:
-        return self.meta.get("class_names")
+    def meta(self) -> dict[str, Any]:
+        return self.content.meta
+
+    @property
+    def notes(self) -> list[str]:
+        return [*self.store.notes, *self.content.notes]
+
+    @property
+    def has_labels(self) -> bool:
+        return self.array is not None or self.content.labels is not None
+
+    def labels(self) -> np.ndarray | None:
+        """Return class numbers int64 [images] or vectors float32 [images, c_dim]; None if there are no labels.
+
+        Raises UserError if an image has no label.
+        """
+        if self.array is not None:
+            return self.array
+        labels = labels_of(self.store, self.content)
+        return None if labels is None else np.array(labels, np.int64 if isinstance(labels[0], int) else np.float32)
 
 
 def open_labelled(path: Path) -> LabelledImages:
     """Open a folder or zip file with its labels, a large zip file by its index. Raises UserError as `open_store`."""
     if index := read_index(path):
-        return _from_index(path, index)
-    record = identify(path)
+        return LabelledImages(ZipStore(path, index.contents), index.content, index.labels)
     store = open_store(path)
-    content = read_dataset_json(store)
-    images = LabelledImages(store, _label_array(store, content), content.meta, [*store.notes, *content.notes])
-    if isinstance(store, ZipStore) and len(store.names) >= LARGE and record is not None and identify(path) == record:
-        _write_index(path, record, store, images)
-        if index := read_index(path):
-            return _from_index(path, index)
-    return images
+    images = LabelledImages(store, read_dataset_json(store))
+    if not isinstance(store, ZipStore):
+        return images
+    if len(store.names) < LARGE or images.notes or store.contents.state.directory is None:
+        remove_index(path)  # of an earlier state of the zip file
+        return images
+    return _with_index(images, store)
 
 
-def _label_array(store: FileStore, content: DatasetJson) -> np.ndarray | UserError | None:
+def _with_index(images: LabelledImages, store: ZipStore) -> LabelledImages:
+    """Return the images with `array`, after writing their index; unchanged if an image has no label."""
     try:
-        labels = labels_of(store, content)
-    except UserError as error:
-        return error
-    if labels is None:
-        return None
-    return np.array(labels, np.int64 if isinstance(labels[0], int) else np.float32)
-
-
-def _write_index(path: Path, record: dict[str, Any], store: ZipStore, images: LabelledImages) -> None:
-    """Write the index, unless an image has no label."""
-    if isinstance(images.labels, UserError):
-        return
-    values, arrays = store.to_index()
-    labels = {} if images.labels is None else {"labels": images.labels}
-    write_index(path, record, values | {"meta": images.meta, "notes": images.notes}, arrays | labels)
-
-
-def _from_index(path: Path, index: Index) -> LabelledImages:
-    store = ZipStore.of_index(path, index)
-    return LabelledImages(store, index.arrays.get("labels"), index.values["meta"], list(index.values["notes"]))
+        labels = images.labels()
+    except UserError:
+        remove_index(store.path)
+        return images
+    if read_index(store.path) is None:  # no other process has written it in the meantime
+        write_index(store.path, Index(store.contents, images.content, labels))
+    return replace(images, array=labels)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dnnlib.config import FLOAT32_MAX, OPTIONS_FILE, ConfigError, UserError, show, to_json
 from dnnlib.util import describe_error
 from torch_utils.checkpoint import Migration, copy_to_cpu, read_document, read_file, write_file
-from torch_utils.misc import OnMeta, WithoutInit, is_finite
+from torch_utils.misc import EmptyRandn, OnMeta, is_finite
 from torch_utils.pickles import is_pickle
 from training.config import TrainConfig, read_config
 from training.dataset import LabelKind, kind_of_labels
@@ -180,7 +180,7 @@ def build_networks(
 
 def _rebuild(config: Any, state: Mapping[str, Tensor], name: str, device: torch.device | str) -> nn.Module:
     check_tensors(config, state, name)
-    with torch.random.fork_rng(devices=[]), WithoutInit():  # weights that are replaced do not advance the generator
+    with torch.random.fork_rng(devices=[]), EmptyRandn():  # functions of torch.nn.init advance the global generator
         network: nn.Module = config.build()
     network.load_state_dict(state)
     for key, x in network.state_dict().items():
