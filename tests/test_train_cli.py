@@ -29,7 +29,7 @@ from dnnlib.config import from_json, override, to_json
 from metrics.registry import MetricResult
 from torch_utils.checkpoint import Checkpoint, digest
 from torch_utils.signals import EXIT_STOPPED
-from training import worker
+from training import startup, worker
 from training.config import PRESETS, Environment, TrainConfig, resolve
 from training.dataset import ImageDataset
 from training.hooks import Requests
@@ -565,3 +565,15 @@ def test_a_closed_stderr_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "stderr", None)
     command.main([], standalone_mode=False)
     sys.stderr.close()
+
+
+def test_ranks_share_the_open_dataset(shapes_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a large zip file takes seconds; the ranks map the arrays of the launcher."""
+    launched: list[Any] = []
+    monkeypatch.setattr(startup, "launch", lambda function, config: launched.append(function))
+    arguments = [f"--data={shapes_zip}", "--outdir=runs", "--cfg=auto", "--device=cpu", "--metrics=none"]
+    outcome = CliRunner().invoke(train.main, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    (function,) = launched
+    (dataset,) = (arg for arg in function.args if isinstance(arg, ImageDataset))
+    assert dataset.config.path == str(shapes_zip)

@@ -42,9 +42,10 @@ def train(request: RunRequest, *, dry_run: bool, forecast: bool = False, explain
     if distributed.launched_world_size() is None:
         start = prepare(request, dry_run=dry_run)
         if not dry_run:
-            launch(partial(worker.train, start), start.config)
+            launch(partial(worker.train, start, open_dataset(start.config.data)), start.config)
         elif forecast:
-            launch(partial(worker.forecast, start, partial(_print_plan, start)), start.config)
+            report = partial(_print_plan, start)
+            launch(partial(worker.forecast, start, open_dataset(start.config.data), report), start.config)
         else:
             _print_plan(start)
     elif not dry_run:

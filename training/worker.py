@@ -46,23 +46,26 @@ from training.saving import Saver
 from training.training_loop import Trainer, set_arithmetic
 
 
-def train(start: Start) -> None:
-    """Train in this process as one of the run's processes. Raises SystemExit if a signal stopped training."""
+def train(start: Start, dataset: ImageDataset | None = None) -> None:
+    """Train in this process as one of the run's processes, on the images of `start` or on these, if already open.
+
+    Raises SystemExit if a signal stopped training.
+    """
     streams.protect(needs_stdout=False)  # log.txt contains all output
     name_user()
     tune_allocator()
     with Signals() as signals, FolderLock() as lock:
-        is_stopped = _train(start, signals, lock)
+        is_stopped = _train(start, dataset, signals, lock)
         distributed.barrier()  # otherwise the launcher would terminate the other processes when the first exits
     if is_stopped:
         raise SystemExit(EXIT_STOPPED)
 
 
-def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
+def _train(start: Start, dataset: ImageDataset | None, signals: Signals, lock: FolderLock) -> bool:
     """Train; return whether a signal stopped training before the end."""
     if start.run_dir:
         distributed.from_main(partial(lock.acquire, start.run_dir))
-    config, dataset, device, operators = _set_up(start)
+    config, dataset, device, operators = _set_up(start, dataset)
     with _memory_errors(config):
         trainer = Trainer(config, dataset, device)
         origin = restore.load(trainer, start)
@@ -94,13 +97,13 @@ def _train(start: Start, signals: Signals, lock: FolderLock) -> bool:
     return trainer.is_stopped
 
 
-def _set_up(start: Start) -> tuple[TrainConfig, ImageDataset, torch.device, str]:
+def _set_up(start: Start, dataset: ImageDataset | None) -> tuple[TrainConfig, ImageDataset, torch.device, str]:
     """Prepare the device; return the configuration with its micro-batch, dataset, device, and lines for the log."""
     config = start.config
     device = distributed.use_device(config.run.device)
     set_arithmetic(config)
     operators = kernels.prepare(device)
-    dataset = ImageDataset(config.data)
+    dataset = ImageDataset(config.data) if dataset is None else dataset
     if start.needs_batch_gpu:
         sizes = micro_batches(config)
         config = auto_batch.choose_batch_gpu(config, dataset, device)
@@ -108,10 +111,10 @@ def _set_up(start: Start) -> tuple[TrainConfig, ImageDataset, torch.device, str]
     return config, dataset, device, operators
 
 
-def forecast(start: Start, report: Callable[[dict[str, float]], None]) -> None:
+def forecast(start: Start, dataset: ImageDataset, report: Callable[[dict[str, float]], None]) -> None:
     """Measure what a run will take, as one of its processes, and report it on rank 0; nothing is kept."""
     tune_allocator()
-    config, dataset, device, _ = _set_up(start)
+    config, dataset, device, _ = _set_up(start, dataset)
     with _memory_errors(config):
         trainer = Trainer(config, dataset, device)
         if start.run_dir or start.state:
