@@ -195,6 +195,16 @@ def test_kid_in_float32_is_close_to_float64() -> None:
     assert float(squared_mmd(x.double(), y.double())) == pytest.approx(expected, abs=1e-13)
 
 
+@pytest.mark.parametrize(("scale", "offset"), [(0.1, 0), (1, 0), (1, 1), (4, 0), (30, 0), (1, 10), (1, 100), (1, 1000)])
+def test_kid_is_accurate_for_features_of_any_scale(scale: float, offset: float) -> None:
+    """The products of large features, and the differences between them, are too large for float32."""
+    x, y = (scale * features(300, 64, seed, shift=shift) + offset for seed, shift in ((1, 0.0), (2, 0.1)))
+    a, b = x.double().numpy(), y.double().numpy()
+    within = [((s @ s.T / 64 + 1) ** 3)[~np.eye(300, dtype=bool)].mean() for s in (a, b)]
+    expected = sum(within) - 2 * ((a @ b.T / 64 + 1) ** 3).mean()
+    assert float(squared_mmd(x, y)) == pytest.approx(expected, rel=1e-6, abs=1e-8)
+
+
 def numpy_mind(x: Tensor, y: Tensor, directions: np.ndarray) -> float:
     """Compute 3 F mean_u mean_j (sort(x u)_j - sort(y u)_j)^2 for directions u (M, F), one at a time, in NumPy."""
     real, fake = x.double().numpy(), y.double().numpy()
