@@ -359,6 +359,8 @@ def test_the_block_size_does_not_change_the_result(monkeypatch: pytest.MonkeyPat
     whole = precision_recall(real, fake), density_coverage(real, fake)
     monkeypatch.setitem(BLOCKS, "cpu", 7)
     assert (precision_recall(real, fake), density_coverage(real, fake)) == whole
+    monkeypatch.setattr("metrics.precision_recall.GROUP", 2)
+    assert (precision_recall(real, fake), density_coverage(real, fake)) == whole
 
 
 class ThreadGroup:
@@ -393,6 +395,7 @@ class ThreadGroup:
 @pytest.mark.parametrize("size", [2, 3, 9])  # the last processes of 9 have no rows
 def test_neighbours_are_divided_among_processes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BLOCKS, "cpu", 7)
+    monkeypatch.setattr("metrics.precision_recall.GROUP", 3)
     real, fake = features(50, 5, 1), features(40, 5, 2)
 
     def measure() -> tuple[Any, ...]:
@@ -406,6 +409,7 @@ def test_neighbours_are_divided_among_processes(size: int, monkeypatch: pytest.M
 def test_neighbours_equal_sorted_whole_tables(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Radii and counts of balls from whole tables of distances, with the same rounding, in another order."""
     monkeypatch.setitem(BLOCKS, "cpu", 16)
+    monkeypatch.setattr("metrics.precision_recall.GROUP", 2)
     real, fake = (x.half() if half else x for x in (features(90, 48, 1), features(70, 48, 2, shift=0.05)))
 
     def table(x: Tensor, y: Tensor) -> Tensor:
