@@ -33,10 +33,11 @@ def distances(x: Tensor, y: Tensor | None = None) -> Iterator[tuple[slice, slice
     a common offset would cancel and cost precision. Only GROUP blocks of y are in float32 at a time.
     """
     others, block = x if y is None else y, BLOCKS[x.device.type]
-    centre = others.mean(dim=0, dtype=torch.float32)
+    sums = [part.sum(dim=0, dtype=torch.float64) for part in others.split(block)]  # a sum of all would convert all
+    centre = (torch.stack(sums).sum(dim=0) / len(others)).float()
     for start in range(0, len(others), GROUP * block):
         y32 = others[start : start + GROUP * block].to(torch.float32, copy=True).sub_(centre)
-        y_squares = y32.square().sum(dim=1)
+        y_squares = torch.cat([part.square().sum(dim=1) for part in y32.split(block)])
         for first in range(rank() * block, len(x), world_size() * block):
             rows = slice(first, min(first + block, len(x)))
             x32 = x[rows].to(torch.float32, copy=True).sub_(centre)
@@ -123,7 +124,8 @@ def density_coverage(real: Tensor, fake: Tensor, neighbours: int = DC_NEIGHBOURS
 
 def precision_recall_numbers(real: Result, fake: Result) -> dict[str, float]:
     """Return precision and recall of two Rows in float16. Raises UserError if distances would overflow float16."""
-    longest = max(float(side["rows"].float().norm(dim=1).max()) for side in (real, fake))
+    blocks = (part for side in (real, fake) for part in side["rows"].split(max(BLOCKS.values())))
+    longest = max(float(part.float().norm(dim=1).max()) for part in blocks)
     if 2 * longest > torch.finfo(torch.float16).max:
         raise UserError("the detector's features are too large for distances in float16: scale them down")
     precision, recall = precision_recall(real["rows"], fake["rows"])
