@@ -362,7 +362,7 @@ def level_distances(real: PatchLevel, fake: PatchLevel, directions: Tensor) -> T
     """Return the Wasserstein-1 distance of normalised patches along each of the directions (C, 49, J): (J,) float64."""
     number = len(real.values) * PATCHES
     parts = directions.split(max(1, MAX_PROJECTED // number), dim=2)
-    memory = torch.empty(2, parts[0].shape[2], number, device=real.values.device)  # reused
+    memory = torch.empty(2, parts[0].shape[2], number, device=real.values.device)  # reused for all parts
     distances = []
     for part in parts:
         x, y = memory[:, : part.shape[2]]
