@@ -36,6 +36,7 @@ METRICS = {
     "frechet": "Frechet distance",
     "kid": "KID of {subsets} subsets",
     "precision_recall": "precision and recall of {features:,} features",
+    "density_coverage": "density and coverage of {features:,} features",
 }
 
 
@@ -83,7 +84,7 @@ PARTS: dict[str, tuple[list[str], Callable[[Sequence[dict[str, Any]]], Iterator[
     ),
     "layers": (["convolutions.py"], of_layers),
     "metrics": (
-        ["feature_metrics.py", "--parts=covariance,frechet,kid,precision_recall", "--device=cpu"],
+        ["feature_metrics.py", "--parts=covariance,frechet,kid,precision_recall,density_coverage", "--device=cpu"],
         of_metrics,
     ),
     "swd": (["swd.py", "--size=32", "--device=cpu"], of_swd),

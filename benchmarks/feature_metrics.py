@@ -1,7 +1,7 @@
 """Time the passes of FID over generated and real images, and the computation of metrics from features.
 
     python benchmarks/feature_metrics.py --images=256 --device=cpu
-    python benchmarks/feature_metrics.py --parts=covariance,frechet,kid,precision_recall --device=cpu
+    python benchmarks/feature_metrics.py --parts=covariance,frechet,kid,precision_recall,density_coverage --device=cpu
 
 `passes` prints one line of JSON for each pass over images. The default detector is torch-fidelity's Inception with
 random weights, which is as fast as with the published weights. The share is the time of the detector for the same
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -32,7 +33,7 @@ from metrics.detectors import Detector, load_inception, load_program
 from metrics.feature_stats import Moments, StatRequest, statistics_of
 from metrics.frechet import frechet_distance
 from metrics.kernel import SUBSET_SIZE, kernel_distance
-from metrics.precision_recall import PR_NEIGHBOURS, precision_recall
+from metrics.precision_recall import DC_NEIGHBOURS, PR_NEIGHBOURS, density_coverage, precision_recall
 from metrics.sampling import MetricContext
 from torch_utils import distributed
 from torch_utils.images import save_image
@@ -65,19 +66,21 @@ def main(
     repeats: int,
     device: str | None,
 ) -> None:
+    computations = computations_on_features(subsets)
+    names = (PASSES, *computations)
     for part in parts or ():
-        if part not in (PASSES, *COMPUTATIONS):
-            raise UserError(f"--parts: {part!r} is not one of {', '.join((PASSES, *COMPUTATIONS))}")
+        if part not in names:
+            raise UserError(f"--parts: {part!r} is not one of {', '.join(names)}")
     tune_allocator()
     where = distributed.use_device(device)
     torch.manual_seed(0)
     if parts is None or PASSES in parts:
         network = load_program(detector, where) if detector else random_inception(where)
         time_passes(network, images, batch, detector_batch, where)
-    real, fake = (random_features(features, dimensions, shift).to(where) for shift in (0, 0.02))
-    for name, computation in COMPUTATIONS.items():
+    for name, computation in computations.items():
         if parts is None or name in parts:
-            own, plain = computation(real, fake, subsets)
+            sets = (random_features(features, dimensions, seed, shift) for seed, shift in ((1, 0), (2, 0.02)))
+            own, plain = computation(*(rows.to(where) for rows in sets))
             settings = {"benchmark": "feature_metrics", "part": name, "features": features, "dimensions": dimensions}
             if name == "kid":
                 settings["subsets"] = subsets
@@ -149,16 +152,28 @@ def time_alone(network: Detector, images: int, batch: int, device: torch.device)
 Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
 
-def random_features(count: int, dimensions: int, shift: float) -> Tensor:
+def computations_on_features(subsets: int) -> dict[str, Callable[[Tensor, Tensor], Pair]]:
+    """Return the computations on real and generated features (N, F), by part."""
+    return {
+        "covariance": covariance,
+        "frechet": frechet,
+        "kid": partial(kid, subsets=subsets),
+        "precision_recall": manifolds,
+        "density_coverage": balls,
+    }
+
+
+def random_features(count: int, dimensions: int, seed: int, shift: float) -> Tensor:
     """Draw correlated non-negative features (N, F) of mean 0.4, as those of Inception."""
     factors = max(1, dimensions // 16)
     mix = torch.randn(factors, dimensions, generator=torch.Generator().manual_seed(0)) / math.sqrt(factors)
-    rows = 0.5 * torch.randn(count, factors) @ mix + 0.2 * torch.randn(count, dimensions)
-    return (rows + 0.3 + shift).clamp(min=0)
+    stream = torch.Generator().manual_seed(seed)
+    rows = 0.5 * torch.randn(count, factors, generator=stream) @ mix
+    return (rows + 0.2 * torch.randn(count, dimensions, generator=stream) + 0.3 + shift).clamp(min=0)
 
 
-def covariance(real: Tensor, fake: Tensor, subsets: int) -> Pair:
-    """Pair of functions for the covariance of one set, given in batches."""
+def covariance(real: Tensor, _: Tensor) -> Pair:
+    """Pair of functions for the covariance of the reals, given in batches."""
 
     def own() -> Tensor:
         sums = Moments().start(len(real))
@@ -177,7 +192,7 @@ def covariance(real: Tensor, fake: Tensor, subsets: int) -> Pair:
     return own, plain
 
 
-def frechet(real: Tensor, fake: Tensor, subsets: int) -> Pair:
+def frechet(real: Tensor, fake: Tensor) -> Pair:
     """Pair of functions for the Frechet distance between two Gaussians."""
     moments = [part for x in (real, fake) for part in (x.double().mean(dim=0), x.double().T.cov(correction=0))]
 
@@ -193,7 +208,10 @@ def frechet(real: Tensor, fake: Tensor, subsets: int) -> Pair:
 def kid(real: Tensor, fake: Tensor, subsets: int) -> Pair:
     """Pair of functions for the mean and standard deviation of the kernel distance over random subsets."""
     size = min(SUBSET_SIZE, len(real))
-    index = [torch.stack([torch.randperm(len(x))[:size] for _ in range(subsets)]) for x in (real, fake)]
+    stream = torch.Generator().manual_seed(0)
+    index = [
+        torch.stack([torch.randperm(len(x), generator=stream)[:size] for _ in range(subsets)]) for x in (real, fake)
+    ]
 
     def plain() -> Tensor:
         values = []
@@ -208,29 +226,42 @@ def kid(real: Tensor, fake: Tensor, subsets: int) -> Pair:
     return lambda: torch.tensor(kernel_distance(*sides), dtype=torch.float64), plain
 
 
-def neighbours(real: Tensor, fake: Tensor, subsets: int) -> Pair:
+def manifolds(real: Tensor, fake: Tensor) -> Pair:
     """Pair of functions for precision and recall in float16."""
     real, fake = real.half(), fake.half()
 
-    def table(x: Tensor, y: Tensor) -> Tensor:
-        centre = y.float().mean(dim=0)
-        x, y = x.float() - centre, y.float() - centre
-        squares = x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1) - 2 * x @ y.T
-        return squares.clamp(min=0).sqrt().half()
-
-    def radii(x: Tensor) -> Tensor:
-        distances = table(x, x).float().fill_diagonal_(math.inf)
-        return distances.kthvalue(PR_NEIGHBOURS, dim=1).values.half()
-
     def plain() -> Tensor:
-        precision = (table(fake, real) <= radii(real)).any(dim=1).double().mean()
-        recall = (table(real, fake) <= radii(fake)).any(dim=1).double().mean()
-        return torch.stack([precision, recall])
+        precision = plain_distances(fake, real) <= plain_radii(real, PR_NEIGHBOURS)
+        recall = plain_distances(real, fake) <= plain_radii(fake, PR_NEIGHBOURS)
+        return torch.stack([inside.any(dim=1).double().mean() for inside in (precision, recall)])
 
     return lambda: torch.tensor(precision_recall(real, fake), dtype=torch.float64), plain
 
 
-COMPUTATIONS = {"covariance": covariance, "frechet": frechet, "kid": kid, "precision_recall": neighbours}
+def balls(real: Tensor, fake: Tensor) -> Pair:
+    """Pair of functions for density and coverage in float32."""
+
+    def plain() -> Tensor:
+        radii = plain_radii(real, DC_NEIGHBOURS)
+        density = (plain_distances(fake, real) <= radii).sum(dim=1).double().mean() / DC_NEIGHBOURS
+        coverage = (plain_distances(real, fake).min(dim=1).values <= radii).double().mean()
+        return torch.stack([density, coverage])
+
+    return lambda: torch.tensor(density_coverage(real, fake), dtype=torch.float64), plain
+
+
+def plain_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return the distances between all rows as one table, (len(x), len(y)), in the dtype of x."""
+    dtype, centre = x.dtype, y.float().mean(dim=0)
+    x, y = x.float() - centre, y.float() - centre
+    squares = x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1) - 2 * x @ y.T
+    return squares.clamp(min=0).sqrt().to(dtype)
+
+
+def plain_radii(x: Tensor, neighbours: int) -> Tensor:
+    """Return the distance of each row to its k-th nearest other row, (N,), in the dtype of x."""
+    distances = plain_distances(x, x).float().fill_diagonal_(math.inf)
+    return distances.kthvalue(neighbours, dim=1).values.to(x.dtype)
 
 
 if __name__ == "__main__":

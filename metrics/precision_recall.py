@@ -22,6 +22,7 @@ from torch_utils.distributed import all_reduce, rank, world_size
 PR_NEIGHBOURS = 3
 DC_NEIGHBOURS = 5
 BLOCKS = {"cpu": 512, "cuda": 2048}  # rows of a block of features; a table of 512 x 512 stays in a processor's cache
+GROUP = 8  # blocks of features that are in float32 at a time; with fewer, conversions take longer
 
 
 def distances(x: Tensor, y: Tensor | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -29,27 +30,32 @@ def distances(x: Tensor, y: Tensor | None = None) -> Iterator[tuple[slice, slice
 
     Each block belongs to one process. Without y, the blocks are those of x and x up to the diagonal. Distances are
     computed in float32 and rounded to the dtype of x. They are |x|^2 + |y|^2 - 2 x y, after subtracting the mean of y:
-    a common offset would cancel and cost precision.
+    a common offset would cancel and cost precision. Only GROUP blocks of y are in float32 at a time.
     """
     others, block = x if y is None else y, BLOCKS[x.device.type]
-    centre = others.mean(dim=0, dtype=torch.float32)
-    y32 = others.to(torch.float32, copy=True).sub_(centre)
-    y_squares = torch.cat([part.square().sum(dim=1) for part in y32.split(block)])
-    for start in range(rank() * block, len(x), world_size() * block):
-        rows = slice(start, min(start + block, len(x)))
-        x32 = y32[rows] if y is None else x[rows].float() - centre
-        x_squares = x32.square().sum(dim=1, keepdim=True)
-        for first in range(0, rows.stop if y is None else len(others), block):
-            columns = slice(first, min(first + block, len(others)))
-            with full_float32():
-                table = torch.addmm(y_squares[columns], x32, y32[columns].T, alpha=-2)
-            yield rows, columns, table.add_(x_squares).clamp_(min=0).sqrt_().to(x.dtype).float()
+    sums = [part.sum(dim=0, dtype=torch.float64) for part in others.split(block)]  # a sum of all would convert all
+    centre = (torch.stack(sums).sum(dim=0) / len(others)).float()
+    for start in range(0, len(others), GROUP * block):
+        y32 = others[start : start + GROUP * block].to(torch.float32, copy=True).sub_(centre)
+        y_squares = torch.cat([part.square().sum(dim=1) for part in y32.split(block)])
+        for first in range(rank() * block, len(x), world_size() * block):
+            rows = slice(first, min(first + block, len(x)))
+            x32 = x[rows].to(torch.float32, copy=True).sub_(centre)
+            x_squares = x32.square().sum(dim=1, keepdim=True)
+            stop = min(start + len(y32), rows.stop if y is None else len(others))
+            for column in range(start, stop, block):
+                columns = slice(column, min(column + block, stop))
+                part = slice(columns.start - start, columns.stop - start)
+                with full_float32():
+                    table = torch.addmm(y_squares[part], x32, y32[part].T, alpha=-2)
+                yield rows, columns, table.add_(x_squares).clamp_(min=0).sqrt_().to(x.dtype).float()
 
 
 def nearest(x: Tensor, others: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the distance of each row of x to the nearest of the others, (N,), and its index, (N,). Collective.
 
-    `skip` (N,) is for each row the index of one of the others to ignore.
+    `skip` (N,) is for each row the index of one of the others to ignore. Raises UserError for a row without a finite
+    distance, for example because squares overflow.
     """
     best = torch.full([len(x)], math.inf, device=x.device)
     index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
@@ -63,6 +69,8 @@ def nearest(x: Tensor, others: Tensor, skip: Tensor | None = None) -> tuple[Tens
         index[rows] = torch.where(is_nearer, found.indices + columns.start, index[rows])
     best, index = (gather_rows(each[:, None]).reshape(world_size(), len(x)) for each in (best, index))
     least = best.min(dim=0, keepdim=True)
+    if not least.values.isfinite().all():
+        raise UserError("distances between features are not finite: correct the detector, or scale its features down")
     return least.values[0], index.gather(0, least.indices)[0]
 
 
@@ -92,13 +100,12 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = PR_NEIGHBOURS
     Collective.
     """
     real_radius, fake_radius = radii(real, neighbours), radii(fake, neighbours)
-    in_real, in_fake = (
-        torch.zeros(len(x), dtype=torch.int64, device=x.device) for x in (fake, real)
-    )  # counts of balls
+    real_balls = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)  # number around each fake
+    fake_balls = torch.zeros(len(real), dtype=torch.int64, device=real.device)  # number around each real
     for rows, columns, table in distances(fake, real):
-        in_real[rows] += (table <= real_radius[columns]).sum(dim=1)
-        in_fake[columns] += (table <= fake_radius[rows, None]).sum(dim=0)
-    precision, recall = ((all_reduce(counts) > 0).double().mean() for counts in (in_real, in_fake))
+        real_balls[rows] += (table <= real_radius[columns]).sum(dim=1)
+        fake_balls[columns] += (table <= fake_radius[rows, None]).sum(dim=0)
+    precision, recall = ((all_reduce(balls) > 0).double().mean() for balls in (real_balls, fake_balls))
     return float(precision), float(recall)
 
 
@@ -117,7 +124,8 @@ def density_coverage(real: Tensor, fake: Tensor, neighbours: int = DC_NEIGHBOURS
 
 def precision_recall_numbers(real: Result, fake: Result) -> dict[str, float]:
     """Return precision and recall of two Rows in float16. Raises UserError if distances would overflow float16."""
-    longest = max(float(side["rows"].float().norm(dim=1).max()) for side in (real, fake))
+    blocks = (part for side in (real, fake) for part in side["rows"].split(max(BLOCKS.values())))
+    longest = max(float(part.float().norm(dim=1).max()) for part in blocks)
     if 2 * longest > torch.finfo(torch.float16).max:
         raise UserError("the detector's features are too large for distances in float16: scale them down")
     precision, recall = precision_recall(real["rows"], fake["rows"])

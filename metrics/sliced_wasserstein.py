@@ -214,7 +214,7 @@ def cut_patches(level: Tensor, corners: Tensor) -> Tensor:
     A row of a patch is 7 * C contiguous values, which are copied at once.
     """
     B, h, w, C = level.shape
-    rows = level.flatten().as_strided((B * h * w - PATCH + 1, PATCH * C), (C, 1))  # the 7 pixels from each pixel on
+    rows = level.flatten().as_strided((B * h * w - PATCH + 1, PATCH * C), (C, 1))  # PATCH pixels starting at each pixel
     image = torch.arange(B, device=level.device).unsqueeze(1)  # (B, 1)
     y, x = corners.long().unbind(2)  # each (B, P)
     first = ((image * h + y) * w + x).unsqueeze(2) + w * torch.arange(PATCH, device=level.device)  # (B, P, 7)
@@ -362,29 +362,33 @@ def level_distances(real: PatchLevel, fake: PatchLevel, directions: Tensor) -> T
     """Return the Wasserstein-1 distance of normalised patches along each of the directions (C, 49, J): (J,) float64."""
     number = len(real.values) * PATCHES
     parts = directions.split(max(1, MAX_PROJECTED // number), dim=2)
-    memory = torch.empty(2, parts[0].shape[2], number, device=real.values.device)  # used again for every part
+    memory = torch.empty(2, parts[0].shape[2], number, device=real.values.device)  # reused for all parts
     distances = []
     for part in parts:
-        x, y = (project(level, part, out[: part.shape[2]]) for level, out in zip((real, fake), memory, strict=True))
+        x, y = memory[:, : part.shape[2]]
+        project(real, part, out=x)
+        project(fake, part, out=y)
         distances.append(wasserstein_1d(x, y))
     return torch.cat(distances)
 
 
-def project(level: PatchLevel, directions: Tensor, out: Tensor) -> Tensor:
+def project(level: PatchLevel, directions: Tensor, *, out: Tensor) -> None:
     """Write u (x - mean) / std for every patch x and each of the directions u (C, 49, J) into out (J, n * P) float32.
 
-    The normalisation is folded into the directions. Returns `out`.
+    The rounded mean is subtracted from x, which is exact; without it, the products of channels of low contrast would
+    cancel. The remainder of the mean and the standard deviation are folded into the directions.
     """
     mean, scale = level.mean_and_scale()  # each (C,)
+    centre = mean.round()
     weight = directions.to(scale.device) * scale[:, None, None]  # (C, 49, J)
-    offset = (weight * mean[:, None, None]).sum(dim=(0, 1)).float().unsqueeze(1)  # (J, 1)
+    offset = (weight * (mean - centre)[:, None, None]).sum(dim=(0, 1)).float().unsqueeze(1)  # (J, 1)
     weight = weight.permute(2, 1, 0).flatten(1).float()  # (J, 49 * C)
+    centre = centre.float().repeat(PATCH * PATCH)  # (49 * C,)
     for start in range(0, len(level.values), CHUNK):
-        patches = level.patches(slice(start, start + CHUNK)).flatten(0, 1).float()  # (m * P, 49 * C)
+        patches = level.patches(slice(start, start + CHUNK)).flatten(0, 1).float().sub_(centre)  # (m * P, 49 * C)
         columns = slice(start * PATCHES, start * PATCHES + len(patches))
         with full_float32():
             out[:, columns] = torch.addmm(offset, weight, patches.T, beta=-1)
-    return out
 
 
 def wasserstein_1d(x: Tensor, y: Tensor) -> Tensor:

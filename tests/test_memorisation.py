@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -109,6 +110,14 @@ def test_copies_of_nearly_equal_images_are_not_authentic() -> None:
     assert authentic_percent(torch.cat([real, twins]), real) == 0
     _, other = nearest(torch.cat([real, twins]), torch.cat([real, twins]), skip=torch.arange(160))
     assert torch.equal(other, torch.arange(160).roll(80))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])  # the squares of 1e30 overflow
+def test_authpct_of_infinite_distances_is_refused(value: float) -> None:
+    real, fake = features(9, 4, 1), features(8, 4, 2)
+    fake[3] = value
+    with pytest.raises(UserError, match="distances between features are not finite: correct the detector, or scale"):
+        authentic_percent(real, fake)
 
 
 def test_authpct_separates_copies_from_held_out_images(detector: Path) -> None:

@@ -138,6 +138,21 @@ def test_swd_equals_a_float64_reimplementation(img_shape: tuple[int, int, int]) 
     assert list(measured.values()) == pytest.approx(list(expected.values()), rel=1e-3)
 
 
+@pytest.mark.parametrize(("max_sorted", "tolerance"), [(sw.MAX_SORTED, 1e-5), (1000, 2e-4)])  # sorted; histograms
+def test_swd_of_single_faint_pixels_equals_float64(
+    max_sorted: int, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels of 254, and 255 in 3 pixels of 40 images: the mean is 15,000 times the standard deviation."""
+    monkeypatch.setattr(sw, "MAX_SORTED", max_sorted)
+    real, fake = np.full((2, 40, 3, 16, 16), 254, dtype=np.uint8)
+    for stream, images in ((np.random.RandomState(1), real), (np.random.RandomState(2), fake)):
+        for channel in range(3):
+            images[stream.choice(40, 3, replace=False), channel, *stream.randint(5, 11, size=(2, 3))] = 255
+    expected = numpy_distance(real, fake, seed=0)["mean"]
+    measured = sw.sliced_wasserstein(torch.from_numpy(real), torch.from_numpy(fake))["mean"]
+    assert measured == pytest.approx(expected, rel=tolerance)
+
+
 def test_swd_grows_with_noise_and_ignores_contrast() -> None:
     images = natural_images(16)
     fresh = torch.from_numpy(np.random.RandomState(3).standard_normal(images.shape))
