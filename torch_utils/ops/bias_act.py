@@ -5,7 +5,7 @@ PyTorch makes one pass per step. The backward pass mostly reads the output, whic
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ ACTIVATIONS = {
 }
 NUMBERS = {act: number for number, act in enumerate(ACTIVATIONS)}
 SELU = (1.0507009873554805, 1.6732632423543772)  # scale and alpha, Klambauer et al. 2017
+PART = 2**19  # elements that stay in the cache of a CPU
 PIECEWISE_LINEAR = ("linear", "relu", "lrelu")
 
 
@@ -199,16 +200,42 @@ def _grad2_cuda(
 
 def _forward_cpu(x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float) -> Tensor:
     layout = library.layout(x)
-    if act == "lrelu":  # in place, because every tensor costs a pass over memory
-        y = x.clone(memory_format=layout) if b is None else (x + _along(dim, b, x)).contiguous(memory_format=layout)
-        y = F.leaky_relu_(y, alpha)
-        y = y if gain == 1 else y.mul_(gain)
-        return y if clamp < 0 else y.clamp_(-clamp, clamp)
+    if act == "lrelu":
+        return _lrelu_cpu(x, None if b is None else _along(dim, b, x), alpha, gain, clamp)
     activation = ACTIVATIONS[act]
     y = _reference(
         x, b, dim, activation, None if activation.alpha is None else alpha, gain, None if clamp < 0 else clamp
     )
     return y.clone(memory_format=layout)
+
+
+def _lrelu_cpu(x: Tensor, b: Tensor | None, alpha: float, gain: float, clamp: float) -> Tensor:
+    """Return clamp(gain * leaky_relu(x + b)) in place of x + b, in parts that stay in the cache between the steps."""
+    y = torch.empty_like(x, memory_format=library.layout(x))
+    for source, out in zip(_parts(x), _parts(y), strict=True):
+        out.copy_(source) if b is None else torch.add(source, b, out=out)
+        F.leaky_relu_(out, alpha)
+        if gain != 1:
+            out.mul_(gain)
+        if clamp >= 0:
+            out.clamp_(-clamp, clamp)
+    return y
+
+
+def _lrelu_grad_cpu(grad: Tensor, y: Tensor, alpha: float, gain: float, edge: float) -> Tensor:
+    """Return the gradient of clamp(gain * leaky_relu(x)) from y alone, which has the sign of x."""
+    dx = torch.empty_like(y, memory_format=library.layout(y))
+    for source, output, out in zip(_parts(grad), _parts(y), _parts(dx), strict=True):
+        torch.ops.aten.hardtanh_backward.grad_input(source, output, -edge, edge, grad_input=out)
+        if gain != 1:
+            out.mul_(gain)
+        torch.ops.aten.leaky_relu_backward.grad_input(out, output, alpha, True, grad_input=out)
+    return dx
+
+
+def _parts(x: Tensor) -> Sequence[Tensor]:
+    """Split x along its first dimension into parts of about PART elements."""
+    return x.split(max(PART * len(x) // max(x.numel(), 1), 1)) if x.ndim else [x]
 
 
 def _first_derivative(act: str, x: Tensor, alpha: float) -> Tensor:
@@ -265,14 +292,6 @@ def _grad_cpu(
         passes = _unclamped(x, act, alpha, gain, clamp)
     dx = torch.where(passes, grad * gain * _first_derivative(act, x, alpha), 0)
     return dx.clone(memory_format=library.layout(saved))
-
-
-def _lrelu_grad_cpu(grad: Tensor, y: Tensor, alpha: float, gain: float, edge: float) -> Tensor:
-    """Return the gradient of clamp(gain * leaky_relu(x)) from y alone, which has the sign of x."""
-    dx = torch.ops.aten.hardtanh_backward(grad, y, -edge, edge)
-    dx = dx if gain == 1 else dx.mul_(gain)
-    torch.ops.aten.leaky_relu_backward.grad_input(dx, y, alpha, True, grad_input=dx)
-    return dx.contiguous(memory_format=library.layout(y))
 
 
 def _grad2_cpu(

@@ -50,7 +50,7 @@ MIN_SIZE = {1: 2**11, 2: 2**13}
 MIN_SIDE, MIN_SIDE_CACHED = 16, 8
 
 # Tiles times channels of a block: one that stays in the cache during the transforms, one for a matrix product.
-TRANSFORM_BLOCK = 2**14
+TRANSFORM_BLOCK = 2**13
 PRODUCT_BLOCK = 2**18
 
 
@@ -292,7 +292,7 @@ class _Tiles:
     def _parts(self, points: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield images, rows of tiles, and their points (x, y, images, rows, w, C), in parts that fit into the cache.
 
-        A part consists of all rows of several images, or of some rows of one image.
+        A part consists of all rows of several images, or of some rows of one image, whose other rows follow.
         """
         channels = points.shape[2]
         points = points.view(len(self.data_x), len(self.data_y), -1, self.h, self.w, channels)
@@ -304,18 +304,22 @@ class _Tiles:
     def data_of(self, inputs: Tensor) -> Tensor:
         """Return the points B^T d B of all tiles d of inputs (B, H, W, C)."""
         (B, _, _, C), n = inputs.shape, self.data_x.shape[1]
-        padding = [0, 0, self.x.padding, self.x.padding, self.y.padding, self.y.padding]
-        padded = F.pad(inputs.to(self.computed_in), padding)
-        row = padded.shape[2] * C
-        strides = (padded.stride(0), self.y.step * row, row, 1)
-        strips = padded.as_strided((B, self.h, self.data_y.shape[1], row), strides)
         result = inputs.new_empty(self.num_points, B * self.h * self.w, C)
         for images, rows, points in self._parts(result):
-            columns = torch.matmul(self.data_y, strips[images, rows]).unflatten(3, (-1, C))
+            if rows.start == 0:
+                strips = self._strips(inputs[images])
+            columns = torch.matmul(self.data_y, strips[:, rows]).unflatten(3, (-1, C))
             tiles = columns.unfold(3, n, self.x.step).permute(5, 2, 0, 1, 3, 4)  # (n, P, b, r, w, C)
-            for i, tile in enumerate(tiles.reshape(n, len(self.data_y), -1).unbind(1)):
-                _multiply(self.data_x, tile, out=points[:, i])
+            self._multiply(self.data_x, tiles.reshape(n, len(self.data_y), -1), out=points)
         return result
+
+    def _strips(self, inputs: Tensor) -> Tensor:
+        """Return the n lines of padded inputs (b, H, W, C) that each row of tiles covers: a view (b, h, n, width C)."""
+        padding = [0, 0, self.x.padding, self.x.padding, self.y.padding, self.y.padding]
+        padded = F.pad(inputs.to(self.computed_in), padding).flatten(2)
+        line = padded.shape[2]
+        shape = len(padded), self.h, self.data_y.shape[1], line
+        return padded.as_strided(shape, (padded.stride(0), self.y.step * line, line, 1))
 
     def points_of(self, g: Tensor) -> Tensor:
         """Return the points A g A^T of all tiles of the gradient g (B, m h, m w, O) of outputs."""
@@ -325,23 +329,25 @@ class _Tiles:
         for images, rows, points in self._parts(result):
             tiles = source[images, rows].permute(4, 2, 0, 1, 3, 5).to(self.computed_in)
             columns = torch.matmul(self.output_y.T, tiles.reshape(m, len(self.output_y), -1))  # (m, P, N)
-            for i, column in enumerate(columns.unbind(1)):
-                _multiply(self.output_x.T, column, out=points[:, i])
+            self._multiply(self.output_x.T, columns, out=points)
         return result
 
     def write_inputs(self, points: Tensor, dx: Tensor) -> None:
         """Write the gradient B M B^T of all tiles, added where tiles overlap, to dx (B, H, W, C)."""
-        (B, H, W, C), step_y, step_x = dx.shape, self.y.step, self.x.step
-        padded = dx.new_zeros(B, self.h + 1, step_y, self.w + 1, step_x, C, dtype=self.computed_in)
+        (_, H, W, C), step_y, step_x = dx.shape, self.y.step, self.x.step
+        crop = slice(self.y.padding, self.y.padding + H), slice(self.x.padding, self.x.padding + W)
         for images, rows, part in self._parts(points):
+            if rows.start == 0:
+                shape = part.shape[2], self.h + 1, step_y, self.w + 1, step_x, C
+                padded = dx.new_zeros(shape, dtype=self.computed_in)
             tiles = self._of_tiles(part, self.data_y.T, self.data_x.T)  # (b, r, n, w, n, C)
             below = slice(rows.start + 1, rows.stop + 1)
             for where, piece in ((rows, tiles[:, :, :step_y]), (below, tiles[:, :, step_y:])):
-                target = padded[images, where, : piece.shape[2]]
+                target = padded[:, where, : piece.shape[2]]
                 target[:, :, :, :-1].add_(piece[..., :step_x, :])
                 target[:, :, :, 1:, : piece.shape[4] - step_x].add_(piece[..., step_x:, :])
-        rows, columns = slice(self.y.padding, self.y.padding + H), slice(self.x.padding, self.x.padding + W)
-        dx.copy_(padded.view(B, (self.h + 1) * step_y, -1, C)[:, rows, columns])
+            if rows.stop == self.h:
+                dx[images] = padded.flatten(1, 2).flatten(2, 3)[:, *crop]
 
     def write_outputs(self, points: Tensor, y: Tensor) -> None:
         """Write the outputs A^T M A of all tiles M to y (B, m h, m w, O)."""
@@ -356,18 +362,17 @@ class _Tiles:
         tiles = torch.bmm(along_y.expand(len(columns), -1, -1), columns)  # (k of x, k of y, N)
         return tiles.unflatten(2, points.shape[2:]).permute(2, 3, 1, 4, 0, 5)
 
+    def _multiply(self, matrix: Tensor, columns: Tensor, out: Tensor) -> None:
+        """Write matrix (P, n) times columns (n, y, N) to `out`, points (x, y, images, rows, w, C)."""
+        matrices, columns, out = matrix.expand(columns.shape[1], -1, -1), columns.transpose(0, 1), out.flatten(2)
+        if out.dtype == self.computed_in:
+            torch.bmm(matrices, columns, out=out.transpose(0, 1))
+        else:
+            out.copy_(torch.bmm(matrices, columns).transpose(0, 1))
+
 
 def _slices(total: int, size: int) -> Iterator[slice]:
     """Yield slices of `size`, at least 1, that cover range(total)."""
     size = max(size, 1)
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
-
-
-def _multiply(matrix: Tensor, x: Tensor, out: Tensor) -> None:
-    """Write matrix (k, P) times x (P, N) to `out` (k, ...), whose rows are contiguous."""
-    out = out.view(len(out), -1)
-    if out.dtype == matrix.dtype:
-        torch.mm(matrix, x, out=out)
-    else:
-        out.copy_(matrix @ x)
