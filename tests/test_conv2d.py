@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from derivative_helpers import Convolve, derivatives, third_derivatives
 from torch import Tensor
 
 from torch_utils.ops import conv2d as ours
 from training.networks import convolution, execution
 
-Convolve = Callable[[Tensor, Tensor], Tensor]
 CASES: dict[str, tuple[Convolve, Convolve, tuple[int, ...]]] = {
     "3x3": (partial(ours.conv2d, padding=1), partial(F.conv2d, padding=1), (4, 3, 3, 3)),
     "pointwise": (ours.conv2d, F.conv2d, (4, 3, 1, 1)),
@@ -35,14 +34,6 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[
     return x.requires_grad_(), w.requires_grad_()
 
 
-def derivatives(convolve: Convolve, x: Tensor, w: Tensor) -> list[Tensor]:
-    """Return the output, its gradients, and the gradients of the gradient norms."""
-    y = convolve(x, w)
-    first = torch.autograd.grad(y.sin().sum(), (x, w), create_graph=True)
-    second = [torch.autograd.grad(g.square().sum(), (x, w), retain_graph=True) for g in first]
-    return [y, *first, *(g for pair in second for g in pair)]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_derivatives_equal_those_of_pytorch(case: str) -> None:
     convolve, reference, shape = CASES[case]
@@ -60,15 +51,9 @@ def test_derivatives_equal_finite_differences(case: str) -> None:
 
 def test_third_derivatives() -> None:
     convolve, reference, shape = CASES["strided"]
-    x, w = inputs(shape)
-
-    def third(convolve: Convolve) -> tuple[Tensor, ...]:
-        (dx,) = torch.autograd.grad(convolve(x, w).pow(3).sum(), x, create_graph=True)
-        (dw,) = torch.autograd.grad(dx.pow(3).sum(), w, create_graph=True)
-        return torch.autograd.grad(dw.pow(3).sum(), (x, w))
-
-    for actual, expected in zip(third(convolve), third(reference), strict=True):
-        torch.testing.assert_close(actual, expected)
+    found, expected = (third_derivatives(form, *inputs(shape)) for form in (convolve, reference))
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
 
 
 def test_unneeded_gradients_are_not_computed() -> None:

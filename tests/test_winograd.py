@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from derivative_helpers import Convolve, derivatives, third_derivatives
 from torch import Tensor
 from training_helpers import (
     every_phase_config,
@@ -27,8 +28,6 @@ from training.networks import convolution, execution, weights
 from training.networks.layers import Conv2d, resample_filter
 from training.networks.stylegan2 import modulated_conv2d
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
-
-Convolve = Callable[[Tensor, Tensor], Tensor]
 
 
 def same(x: Tensor, weight: Tensor) -> Tensor:
@@ -65,14 +64,6 @@ def inputs(size: tuple[int, int], batch: int = 3, channels: tuple[int, int] = (2
     return x.requires_grad_(), weight.requires_grad_()
 
 
-def derivatives(convolve: Convolve, x: Tensor, weight: Tensor) -> list[Tensor]:
-    """Return the output, its gradients, and the gradients of the gradient norms."""
-    y = convolve(x, weight)
-    first = torch.autograd.grad(y.sin().sum(), (x, weight), create_graph=True)
-    second = [torch.autograd.grad(g.square().sum(), (x, weight), retain_graph=True) for g in first]
-    return [y, *first, *(g for pair in second for g in pair)]
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("blocks", ["whole", "rows of tiles"])
 def test_derivatives_equal_those_of_pytorch(case: str, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,16 +85,11 @@ def test_derivatives_equal_finite_differences(convolve: Convolve, size: tuple[in
 
 
 def test_third_derivatives_equal_those_of_pytorch() -> None:
-    x, weight = inputs((8, 16))
-
-    def third(convolve: Convolve) -> tuple[Tensor, ...]:
-        (dx,) = torch.autograd.grad(convolve(x, weight).pow(3).sum(), x, create_graph=True)
-        (dw,) = torch.autograd.grad(dx.pow(3).sum(), weight, create_graph=True)
-        return torch.autograd.grad(dw.pow(3).sum(), (x, weight))
-
+    tensors = inputs((8, 16))
     for convolve, reference in ((same, direct), (halving, direct_halving)):
-        for actual, expected in zip(third(convolve), third(reference), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+        expected = third_derivatives(reference, *tensors)
+        for found, wanted in zip(third_derivatives(convolve, *tensors), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("needed", [0, 1])

@@ -39,6 +39,7 @@ def train(request: RunRequest, *, dry_run: bool, forecast: bool = False, explain
     """
     if forecast and (not dry_run or distributed.launched_world_size() is not None):
         raise UserError("--forecast: only with --dry-run, and with --gpus in place of torchrun")
+    open_dataset.cache_clear()  # the files may have changed since another run in this process
     if distributed.launched_world_size() is None:
         start = prepare(request, dry_run=dry_run)
         if not dry_run:
