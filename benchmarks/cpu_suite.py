@@ -114,14 +114,11 @@ def measure(part: str) -> list[Row]:
     (script, *options), rows_of = PARTS[part]
     click.echo(f"{part}: {script} ...", err=True)
     command = [sys.executable, str(Path(__file__).with_name(script)), *options]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment())
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     if found.returncode:
         raise UserError(f"{script} ended with exit code {found.returncode}; its messages are above")
     return list(rows_of([json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]))
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -321,7 +321,6 @@ class Trainer:
             with phase.updater.requiring_grad(), execution.using(self.execution):
                 self._accumulator(phase, x, y)(x, y)
             phase.updater.step(skip=torch.ones([], dtype=torch.bool, device=self.device))
-            self.transforms.forget(phase.updater.parameters)
 
     def _accumulator(self, phase: Phase, img: Tensor, c: Tensor) -> Callable[[Tensor, Tensor], Moments]:
         """Return `_accumulate` for a phase; with run.graphs, as a CUDA graph for micro-batches of this shape."""

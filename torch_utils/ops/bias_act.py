@@ -199,14 +199,13 @@ def _grad2_cuda(
 
 
 def _forward_cpu(x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float) -> Tensor:
-    layout = library.layout(x)
     if act == "lrelu":
         return _lrelu_cpu(x, None if b is None else _along(dim, b, x), alpha, gain, clamp)
     activation = ACTIVATIONS[act]
     y = _reference(
         x, b, dim, activation, None if activation.alpha is None else alpha, gain, None if clamp < 0 else clamp
     )
-    return y.clone(memory_format=layout)
+    return y.clone(memory_format=library.layout(x))
 
 
 def _lrelu_cpu(x: Tensor, b: Tensor | None, alpha: float, gain: float, clamp: float) -> Tensor:

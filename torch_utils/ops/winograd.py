@@ -39,8 +39,11 @@ POINTS = {
     10: (0, 0.4, -0.4, 0.8, -0.8, 1.2, -1.2, 2.2, -2.2),
 }
 
-# Stride -> number of inputs of which both sides of the grid must be multiples.
+# Stride -> number of inputs of which both sides of the grid must be multiples, and supported dtypes. In bfloat16,
+# convolutions with stride 2 would not be faster than F.conv2d, and have four times its rounding errors.
 TILE = {1: 4, 2: 8}
+EXACT = (torch.float32, torch.float64)
+DTYPES = {1: (*EXACT, torch.bfloat16), 2: EXACT}
 
 # Minimum number of channels, and stride -> minimum number of channels times the side of the grid, for which the saved
 # multiplications outweigh the transforms (measured on AVX-512 cores). Transforming the weights takes as long as small
@@ -100,7 +103,7 @@ def same(width: int, dtype: torch.dtype) -> Algorithm:
     rounding of the transforms dominates, F(4, 3) has nine times the error of a direct convolution.
     """
     y, x = (Axis(*_toom_cook(m, 3), step=m, padding=1) for m in (4, 8))
-    return Algorithm(y, x if width % 8 == 0 and dtype in (torch.float32, torch.float64) else y)
+    return Algorithm(y, x if width % 8 == 0 and dtype in EXACT else y)
 
 
 @cache
@@ -121,12 +124,8 @@ def halving(taps: tuple[float, ...]) -> Algorithm:
 
 
 def fits(x: Tensor, weight: Tensor, stride: int) -> bool:
-    """Return whether `convolve` supports x (B, C, H, W) with this weight (C_out, C, k, k).
-
-    In bfloat16, convolutions with stride 2 would not be faster, and rounding errors four times as large.
-    """
-    dtypes = (torch.float32, torch.float64, *[torch.bfloat16] * (stride == 1))
-    if x.device.type != "cpu" or x.dtype not in dtypes or not library.is_plain_eager():
+    """Return whether `convolve` supports x (B, C, H, W) with this weight (C_out, C, k, k)."""
+    if x.device.type != "cpu" or x.dtype not in DTYPES[stride] or not library.is_plain_eager():
         return False
     return weight.shape[1:] == (x.shape[1], 3, 3) and all(side % TILE[stride] == 0 for side in x.shape[2:])
 
