@@ -35,10 +35,10 @@ from dnnlib.cli import Script  # noqa: E402
 from dnnlib.config import UserError  # noqa: E402
 from exploration.attention_maps import has_attention  # noqa: E402
 from exploration.directions import style_layers  # noqa: E402
-from exploration.mixing import format_ranges  # noqa: E402
 from exploration.opening import build_model  # noqa: E402
 from exploration.play import HOST, Player, open_server  # noqa: E402
 from exploration.seed_images import seed_images  # noqa: E402
+from exploration.style_groups import format_ranges  # noqa: E402
 from reporting.progress import progress_sheet  # noqa: E402
 from reporting.run_reader import Run, read_run  # noqa: E402
 from torch_utils.images import save_pixels  # noqa: E402

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from dnnlib.config import UserError
 from dnnlib.util import counted, import_extra
-from exploration.mixing import choose_styles, describe_styles
 from exploration.model import (
     MAPPING_BATCH,
     Model,
@@ -28,11 +27,14 @@ from exploration.model import (
 )
 from exploration.opening import open_model
 from exploration.output import make_outdir
+from exploration.style_groups import choose_styles, describe_styles
 from torch_utils.images import save_pixels
 from torch_utils.sheets import caption_of, sheet, tiles_of
 from training.networks.layers import FullyConnected
 from training.snapshots.exchange import read_tensors
 
+NUM_SAMPLES = 10_000  # w samples for means and standard deviations
+METHODS = ("sefa", "pca")  # methods that need no labels
 RIDGE = 0.01  # relative to the mean variance of w; regularizes a classifier with fewer images than dimensions
 
 
@@ -232,18 +234,41 @@ def _safetensors(path: Path) -> Any:
     return import_extra("safetensors.torch", "safetensors")
 
 
-def check_strength(strength: float | None, direction: str | None) -> None:
-    """Raise UserError for a --strength without a --direction."""
-    if strength is not None and direction is None:
-        raise UserError(f"--strength={strength:g}: needs a direction; specify one with --direction=FILE:INDEX")
+def read_edits(directions: Sequence[str], strengths: Sequence[float]) -> list[tuple[str, float]]:
+    """Pair each --direction with its --strength, 1 by default. Raises UserError for a strength without a direction."""
+    if len(strengths) > len(directions):
+        raise UserError(f"--strength={strengths[len(directions)]:g}: needs a direction; specify one with --direction")
+    if strengths and len(strengths) < len(directions):
+        raise UserError(
+            f"--strength: given {len(strengths)} times for {len(directions)} directions; specify one for each"
+        )
+    return list(zip(directions, strengths or [1.0] * len(directions), strict=True))
 
 
-def edited(styles: Iterator[Tensor], direction: str | None, strength: float | None, model: Model) -> Iterator[Tensor]:
-    """Apply --direction and --strength to styles (n, num_ws, w_dim). Raises UserError before the first batch."""
-    if direction is None:
-        return styles
-    found, index = read_direction(direction, model.G)
-    return (found.edit(ws, index, 1.0 if strength is None else strength) for ws in styles)
+def find_direction(given: str, model: Model) -> tuple[Directions, int]:
+    """Return a --direction: FILE:INDEX from a file, or METHOD[:STYLES]:INDEX, computed now. Raises UserError."""
+    match = re.fullmatch(rf"({'|'.join(METHODS)})(?::([^:]+))?:(\d{{1,9}})", given)
+    if not match:
+        return read_direction(given, model.G)
+    where, method, styles, index = f"--direction={given}", match[1], match[2] or "all", int(match[3])
+    limit = max_components(model, method, NUM_SAMPLES)
+    if index >= limit:
+        raise UserError(f"{where}: {method} finds directions 0 to {limit - 1} here")
+    chosen = choose_styles(styles, model.G.num_ws, getattr(model.G, "style_groups", {}), where)
+    return find_directions(model, method, chosen, index + 1, NUM_SAMPLES), index
+
+
+def edited(styles: Iterator[Tensor], edits: Sequence[tuple[str, float]], model: Model) -> Iterator[Tensor]:
+    """Apply edits (direction, strength) to styles (n, num_ws, w_dim). Raises UserError before the first batch."""
+    found = [(*find_direction(given, model), strength) for given, strength in edits]
+    return (apply_edits(ws, found) for ws in styles)
+
+
+def apply_edits(ws: Tensor, edits: Iterable[tuple[Directions, int, float]]) -> Tensor:
+    """Move styles (n, num_ws, w_dim) along several directions, each with its strength."""
+    for directions, index, strength in edits:
+        ws = directions.edit(ws, index, strength)
+    return ws
 
 
 def draw_directions(
@@ -276,7 +301,10 @@ def draw_directions(
         has, lacks = (model.styles_of(group)[:, 0] for group in (positive, negative))
         found = direction_between(has, lacks, sampled_w(model, samples), chosen, linear=method == "linear")
     else:
-        found = find_directions(model, method, chosen, components, samples)
+        limit = max_components(model, method, samples)
+        if components is not None and components > limit:
+            raise UserError(f"--components={components}: --method={method} finds at most {limit} directions here")
+        found = find_directions(model, method, chosen, components or min(5, limit), samples)
     make_outdir(outdir)
     save_directions(save, found)
     strengths = torch.arange(1 - steps, steps, 2) * (strength / (steps - 1))
@@ -307,14 +335,14 @@ def check_groups(
         raise UserError(f"--components={components}: --method={method} finds one direction; omit --components")
 
 
-def find_directions(
-    model: Model, method: str, styles: tuple[int, ...], components: int | None, samples: int
-) -> Directions:
-    """Find directions with the unsupervised method sefa or pca. Raises UserError for too many `components`."""
-    limit = min(model.G.w_dim, samples - 1) if method == "pca" else model.G.w_dim
-    if components is not None and components > limit:
-        raise UserError(f"--components={components}: --method={method} finds at most {limit} directions here")
-    count, w = components or min(5, limit), sampled_w(model, samples)
+def max_components(model: Model, method: str, samples: int) -> int:
+    """Return the number of directions that sefa or pca can find."""
+    return int(min(model.G.w_dim, samples - 1) if method == "pca" else model.G.w_dim)
+
+
+def find_directions(model: Model, method: str, styles: tuple[int, ...], count: int, samples: int) -> Directions:
+    """Find the first `count` directions with the unsupervised method sefa or pca."""
+    w = sampled_w(model, samples)
     return factorise(model, styles, count, w) if method == "sefa" else principal_components(w, styles, count)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dnnlib.config import UserError
-from exploration.directions import Directions, check_strength, read_direction
+from exploration.directions import Directions, find_direction
 from exploration.model import Model, check_seeds, gather_styles, label_of, seed_latents
 from exploration.opening import is_mapping, open_model
 from exploration.output import make_outdir
@@ -175,7 +175,8 @@ def make_video(
 ) -> None:
     """Run `generate.py video`."""
     check_encoder(output, fps)
-    check_strength(strength, direction)
+    if strength is not None and direction is None:
+        raise UserError(f"--strength={strength:g}: needs a direction; specify one with --direction")
     if projected_w is not None:
         check_saved_keyframes(projected_w, interpolation, trunc_to, classes)
     if classes and (options["class_index"], options["label"]) != (None, None):
@@ -197,7 +198,7 @@ def make_video(
     if trunc_to is not None:
         path = sweep_truncation(path, model.G.mapping.w_avg, model.truncation_psi, trunc_to, timing)
     if direction is not None:
-        found, index = read_direction(direction, model.G)
+        found, index = find_direction(direction, model)
         path = sweep_direction(path, found, index, 3.0 if strength is None else strength, timing)
     scale = scale or upscale_factor(model.G.img_shape[1:], MIN_FRAME)
     make_outdir(output.parent, flag=f"--output={output}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dnnlib.config import UserError
 from dnnlib.util import counted
-from exploration.directions import check_strength, edited
+from exploration.directions import edited, read_edits
 from exploration.model import BATCH_MULTIPLE, check_seeds, pad_batch, seed_latents, style_batches
 from exploration.opening import build_model, choose_label, execution_of, is_mapping, open_network
 from exploration.output import make_outdir, save_batches
@@ -76,8 +76,8 @@ def make_images(
     class_index: int | None,
     label: tuple[float, ...] | None,
     noise_mode: str,
-    direction: str | None,
-    strength: float | None,
+    direction: Sequence[str],
+    strength: Sequence[float],
     grid: bool,
     batch: int,
     precision: str,
@@ -87,8 +87,8 @@ def make_images(
     ema: float | None = None,
 ) -> None:
     """Run `generate.py images`."""
-    check_strength(strength, direction)
-    has_styles, is_fast = projected_w is not None or direction is not None, bool(use_compile or use_graphs)
+    edits = read_edits(direction, strength)
+    has_styles, is_fast = projected_w is not None or bool(edits), bool(use_compile or use_graphs)
     if has_styles and (is_fast or noise_mode == "random"):
         raise UserError(
             "--projected-w, --direction: cannot be combined with --compile, --graphs or --noise-mode=random"
@@ -103,8 +103,8 @@ def make_images(
             snapshot, torch_device, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc
         )
         names, styles = style_batches(model, seeds, projected_w)
-        edits = edited(styles, direction, strength, model)
-        batches: Iterable[Tensor] = (images for ws in edits for images in model.render(ws))
+        moved = edited(styles, edits, model)
+        batches: Iterable[Tensor] = (images for ws in moved for images in model.render(ws))
     elif seeds is None:
         raise UserError("--seeds: specify images, e.g. --seeds=0-35, or saved styles with --projected-w")
     else:

@@ -29,6 +29,7 @@ from dnnlib.config import UserError
 from exploration.directions import (
     direction_between,
     factorise,
+    find_direction,
     principal_components,
     read_direction,
     sampled_w,
@@ -282,5 +283,46 @@ def test_invalid_directions_arguments_get_one_message(shapes_zip: Path, tmp_path
         result = run("directions", f"--network={network}", "--seeds=0", f"--outdir={out}", *arguments)
         assert (result.exit_code, message in result.output) == (2, True), result.output
     result = run("images", f"--network={network}", "--seeds=0", f"--outdir={out}", "--strength=2")
-    assert (result.exit_code, "specify one with --direction=FILE:INDEX" in result.output) == (2, True)
+    assert (result.exit_code, "specify one with --direction" in result.output) == (2, True)
+    assert not out.exists()
+
+
+def test_edits_add_up_over_repeated_directions(shapes_zip: Path, tmp_path: Path) -> None:
+    """Images and mixtures move by the sum of the edits; --direction=sefa:... equals the file of `directions`."""
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
+    run_ok("directions", f"--network={network}", "--styles=coarse", "--seeds=1", f"--outdir={out}")
+    model = make_model()
+    (w,) = model.styles_of([2])
+    moved = w[None].clone()
+    with np.load(out / "directions.npz") as file:
+        for index, strength in ((0, 1.5), (2, -2.0)):
+            step = torch.from_numpy(strength * file["sigmas"][index] * file["directions"][index])
+            moved[:, file["styles"]] += step
+    (expected,) = model.images(moved).permute(0, 2, 3, 1).squeeze(-1).numpy()
+    strengths = ["--strength=1.5", "--strength=-2"]
+    for name in (f"{out}/directions.npz", "sefa:coarse"):
+        edits = [f"--direction={name}:0", f"--direction={name}:2", *strengths]
+        run_ok("images", f"--network={network}", "--seeds=2", f"--outdir={out}", *edits)
+        assert np.abs(pixels(out / "seed0002.png").astype(int) - expected).max() <= 1, name
+        run_ok("mix", f"--network={network}", "--rows=2", "--cols=2", "--styles=all", f"--outdir={out}", *edits)
+        assert np.abs(pixels(out / "2-2.png").astype(int) - expected).max() <= 1, name
+    pca = principal_components(sampled_w(model, 10_000), range(model.G.num_ws), 4)
+    found, index = find_direction("pca:3", model)
+    torch.testing.assert_close(found.directions[index], pca.directions[3])
+    assert found.styles == tuple(range(model.G.num_ws))
+
+
+def test_invalid_edits_get_one_message(shapes_zip: Path, tmp_path: Path) -> None:
+    network, out = make_snapshot(tmp_path / "n.pkl", shapes_zip), tmp_path / "out"
+    for arguments, message in [
+        (["--direction=sefa:12"], "--direction=sefa:12: sefa finds directions 0 to 11 here"),
+        (["--direction=sefa:conv:0"], "--direction=sefa:conv:0: 'conv' is not a style"),
+        (["--direction=fast:0"], "fast: directions are stored in"),
+        (["--direction=sefa"], "--direction=sefa: specify the index"),
+        (["--direction=sefa:0", "--direction=sefa:1", "--strength=2"], "--strength: given 1 times for 2 directions"),
+        (["--direction=sefa:0", "--strength=2", "--strength=1"], "--strength=1: needs a direction"),
+    ]:
+        for command, seeds in (("images", ["--seeds=0"]), ("mix", ["--rows=0", "--cols=1"])):
+            result = run(command, f"--network={network}", *seeds, f"--outdir={out}", *arguments)
+            assert (result.exit_code, message in result.output) == (2, True), result.output
     assert not out.exists()

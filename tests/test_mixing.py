@@ -14,8 +14,9 @@ from exploration_helpers import FAMILIES, make_model, make_snapshot, pixels, run
 import style_mixing
 from dnnlib.config import UserError
 from exploration import mixing
-from exploration.mixing import choose_styles, describe_styles, format_ranges, mix
+from exploration.mixing import mix
 from exploration.model import save_styles
+from exploration.style_groups import choose_styles, describe_styles, format_ranges
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.snapshots.snapshot import load_network
@@ -63,7 +64,7 @@ def test_styles_are_chosen_by_number_range_and_name() -> None:
     for text in ("6", "2-1", "middle", "", "-1", "1-"):
         with pytest.raises(UserError, match=r"choose from 0-5, all, coarse \(0-1\), fine \(4-5\)"):
             choose_styles(text, 6, groups)
-    with pytest.raises(UserError, match="a single style, without layers to mix"):
+    with pytest.raises(UserError, match="a single style, without layers to choose from"):
         choose_styles("coarse", 1, {})
 
 

@@ -8,7 +8,19 @@ from typing import Any
 import click
 
 from dnnlib.cli import IntRanges, Script, call, option, switch
-from exploration.commands.options import BATCH, CLASS, DEVICE, EMA, LABEL, NETWORK, PRECISION, PROJECTED, TRUNC
+from exploration.commands.options import (
+    BATCH,
+    CLASS,
+    DEVICE,
+    DIRECTION,
+    EMA,
+    LABEL,
+    NETWORK,
+    PRECISION,
+    PROJECTED,
+    STRENGTH,
+    TRUNC,
+)
 
 
 @click.command("images", cls=Script)
@@ -27,8 +39,8 @@ from exploration.commands.options import BATCH, CLASS, DEVICE, EMA, LABEL, NETWO
     show_default=True,
     help="Noise of the network.",
 )
-@option("--direction", metavar="FILE:INDEX", help="Edit the images along a direction found by `directions`.")
-@option("--strength", type=float, help="Strength of the edit, in standard deviations of w.  [default: 1]")
+@DIRECTION
+@STRENGTH
 @option("--grid", is_flag=True, help="Also write grid.png: all images, enlarged, with their seeds.")
 @BATCH
 @PRECISION

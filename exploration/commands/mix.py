@@ -8,13 +8,15 @@ from typing import Any
 import click
 
 from dnnlib.cli import Decorator, IntRanges, Script, call, option, with_options
-from exploration.commands.options import MODEL_OPTIONS, OUTDIR
+from exploration.commands.options import DIRECTION, MODEL_OPTIONS, OUTDIR, STRENGTH
 
 MIX_OPTIONS = (
     *MODEL_OPTIONS,
     option("--rows", type=IntRanges(), help="Seeds of the row images."),
     option("--projected-w", type=click.Path(path_type=Path), help="Saved styles of further row images, above --rows."),
     option("--cols", required=True, type=IntRanges(), help="Seeds of the column images."),
+    DIRECTION,
+    STRENGTH,
     OUTDIR,
 )
 

@@ -26,6 +26,16 @@ CLASS = option("--class", "class_index", type=int, help="Class label of a condit
 LABEL = option("--label", type=FloatList(), help="Label of a network with vector labels, e.g. 3.0,20.0.")
 BATCH = option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Batch size.")
 DEVICE = option("--device", help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
+DIRECTION = option(
+    "--direction",
+    metavar="FILE:INDEX",
+    multiple=True,
+    help="Edit the images along a direction in a file of `directions`, or METHOD[:STYLES]:INDEX, such as "
+    "sefa:coarse:0. Can be repeated.",
+)
+STRENGTH = option(
+    "--strength", type=float, multiple=True, help="Strength of each edit, in standard deviations of w.  [default: 1]"
+)
 PROJECTED = option("--projected-w", type=click.Path(path_type=Path), help="Styles from a file written by `project`.")
 PRECISION = option(
     "--precision",

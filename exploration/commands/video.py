@@ -46,7 +46,7 @@ class GridSize(click.ParamType):
 @switch("--loop", default=True, show_default=True, help="Return to the first keyframe at the end.")
 @option("--classes", type=IntRanges(), help="Class labels of the keyframes in a cell, e.g. 0-9.")
 @option("--trunc-to", type=float, help="Sweep psi from --trunc to this value, and back with --loop.")
-@option("--direction", metavar="FILE:INDEX", help="Sweep an edit along a direction found by `directions`.")
+@option("--direction", metavar="FILE:INDEX", help="Sweep an edit along a direction, as in images.")
 @option("--strength", type=float, help="Largest edit in both directions, in standard deviations of w.  [default: 3]")
 @option("--scale", type=click.IntRange(min=1), help="Integer upscaling of images.  [default: to at least 128 pixels]")
 def video(**options: Any) -> None:
