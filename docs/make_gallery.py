@@ -4,7 +4,7 @@ python docs/make_gallery.py --network=docs/shapes.pkl --run=RUN
 
 gallery.md shows every image with the command that produces it. The commands run in a temporary folder; the images
 are copied from there. Sections that the network does not support (for example attention maps without attention) are
-skipped. The screenshot of the browser page requires Chromium.
+skipped. The screenshots of the browser page require Chromium.
 
 The figures of README.md are images/samples.png and, with --run, images/progress.png.
 """
@@ -32,17 +32,20 @@ sys.path.insert(0, str(ROOT))
 
 import generate  # noqa: E402
 from dnnlib.cli import Script  # noqa: E402
-from dnnlib.config import UserError  # noqa: E402
+from dnnlib.config import UserError, family_of  # noqa: E402
 from exploration.attention_maps import has_attention  # noqa: E402
+from exploration.browser.networks import Network, Networks  # noqa: E402
+from exploration.browser.player import Player  # noqa: E402
+from exploration.browser.server import HOST, open_server  # noqa: E402
 from exploration.directions import style_layers  # noqa: E402
 from exploration.opening import build_model  # noqa: E402
-from exploration.play import HOST, Player, open_server  # noqa: E402
 from exploration.seed_images import seed_images  # noqa: E402
 from exploration.style_groups import format_ranges  # noqa: E402
 from reporting.progress import progress_sheet  # noqa: E402
 from reporting.run_reader import Run, read_run  # noqa: E402
 from torch_utils.images import save_pixels  # noqa: E402
 from torch_utils.sheets import caption_of, labelled_grid, sheet, tile_of, to_rgb  # noqa: E402
+from training.config import GENERATORS  # noqa: E402
 from training.data_sources.codec import decode_image  # noqa: E402
 from training.snapshots.snapshot import Snapshot, load_network  # noqa: E402
 
@@ -60,11 +63,17 @@ class Entry:
     images: tuple[tuple[str, str], ...]
 
 
+SCREENSHOTS = {  # file -> window size, and the state of the page
+    "play.png": ("1280,860", "#seed=4&first=0&x=10&y=12"),
+    "play-mixing.png": ("1280,860", "#view=mixing&seed=2&other=6&first=0"),
+    "play-morph.png": ("1280,860", "#view=morph&from=2&to=6&frame=10&edit=0:1.5,3:-2&first=0&seed=8"),
+}
 BROWSER_PAGE = Entry(
     title="Browser page",
-    text="Images by seed and truncation. Click an image to mix styles or to show attention maps.",
+    text="Images by seed with attention of a pixel, the table of mixtures, and a morph. Each view has a link and a "
+    "command.",
     commands=("play",),
-    images=(("", "play.png"),),
+    images=tuple(("", name) for name in SCREENSHOTS),
 )
 
 
@@ -139,7 +148,7 @@ def main(network: Path, run_dir: Path | None, outdir: Path) -> None:
         new.mkdir()
         for entry in entries(snapshot.G_ema):
             make_images(entry, network, new)
-        save_screenshot(snapshot, browser, new / BROWSER_PAGE.images[0][1])
+        save_screenshots(network, snapshot, browser, new)
         shutil.rmtree(images, ignore_errors=True)
         shutil.copytree(new, images)
     (outdir / "gallery.md").write_text(page(snapshot, shown))
@@ -193,24 +202,34 @@ def find_browser() -> str:
         path = shutil.which(name)
         if path:
             return path
-    raise UserError("the screenshot of the browser page requires Chromium; install it, for example as chromium")
+    raise UserError("the screenshots of the browser page require Chromium; install it, for example as chromium")
 
 
-def save_screenshot(snapshot: Snapshot, browser: str, target: Path) -> None:
-    """Write a screenshot of the browser page. Raises UserError if Chromium fails."""
+def save_screenshots(network: Path, snapshot: Snapshot, browser: str, folder: Path) -> None:
+    """Write the screenshots of the browser page. Raises UserError if Chromium fails."""
     cpu, c = torch.device("cpu"), torch.zeros(1, snapshot.G_ema.c_dim)
     model = build_model(snapshot, cpu, c, noise_mode="const", batch=24, precision="fp32", trunc=1.0)
-    server = open_server(Player(model), port=0)
+    family = family_of(snapshot.config.generator, GENERATORS)
+    opened = Network(path=str(network), family=family, model=model, kimg=snapshot.kimg)
+    server = open_server(Player(Networks({network.name: lambda: opened})), port=0)
     Thread(target=server.serve_forever, daemon=True).start()
-    flags = ("--headless", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=20000", "--window-size=1280,690")
-    command = [browser, *flags, f"--screenshot={target}", f"http://{HOST}:{server.server_port}/"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"{browser} did not finish in {error.timeout:g} s") from None
+        for name, (size, address) in SCREENSHOTS.items():
+            take_screenshot(browser, f"http://{HOST}:{server.server_port}/{address}", size, folder / name)
     finally:
         server.shutdown()
         server.server_close()
+
+
+def take_screenshot(browser: str, url: str, size: str, target: Path) -> None:
+    """Write a screenshot of a page of a size. Raises UserError if Chromium fails."""
+    flags = ("--headless", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=20000", f"--window-size={size}")
+    try:
+        done = subprocess.run(
+            [browser, *flags, f"--screenshot={target}", url], capture_output=True, text=True, timeout=120, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{browser} did not finish in {error.timeout:g} s") from None
     if not target.is_file():
         raise UserError(f"{browser} wrote no screenshot: {done.stderr[-500:]}")
 

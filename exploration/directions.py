@@ -187,7 +187,14 @@ def read_direction(given: str, G: Any) -> tuple[Directions, int]:
     match = re.fullmatch(r"(.+):(\d{1,9})", given)
     if not match:
         raise UserError(f"{where}: specify the index of a direction in the file, e.g. {given}:0")
-    path, index = Path(match[1]), int(match[2])
+    found, index = read_directions(Path(match[1]), G, where), int(match[2])
+    if index >= len(found.directions):
+        raise UserError(f"{where}: the file has directions 0 to {len(found.directions) - 1}")
+    return found, index
+
+
+def read_directions(path: Path, G: Any, where: str) -> Directions:
+    """Read a file of `save_directions`. Raises UserError, prefixed with `where`, if it does not fit the network."""
     arrays = _read(path, where)
     try:
         if any(arrays[name].dtype.kind not in "biuf" for name in ("directions", "values", "sigmas", "styles")):
@@ -207,11 +214,9 @@ def read_direction(given: str, G: Any) -> tuple[Directions, int]:
         )
     if not sigmas.shape == values.shape == (len(directions),):
         raise UserError(f"{where}: needs one value and one sigma for each of its {len(directions)} directions")
-    if index >= len(directions):
-        raise UserError(f"{where}: the file has directions 0 to {len(directions) - 1}")
     if not (directions.isfinite().all() and sigmas.isfinite().all()):
         raise UserError(f"{where}: holds values that are not finite")
-    return Directions(directions=directions, values=values, sigmas=sigmas, styles=styles), index
+    return Directions(directions=directions, values=values, sigmas=sigmas, styles=styles)
 
 
 def _read(path: Path, where: str) -> Mapping[str, np.ndarray]:

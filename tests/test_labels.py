@@ -17,16 +17,16 @@ from conftest import small_config
 from exploration_helpers import FAMILIES, build, pixels
 from foreign_files import module, styleformer, write
 from PIL import Image
+from play_helpers import answer, as_pixels, decoded, page_of
 
 import generate
 import legacy
 import train
-from exploration import opening
+from dnnlib.config import UserError
 from exploration.model import seed_latents
-from exploration.play import Player
 from torch_utils.images import to_uint8
 from training.dataset import DatasetConfig, ImageDataset, LabelKind, kind_of_labels
-from training.snapshots.snapshot import Snapshot, load_network, save_network
+from training.snapshots.snapshot import load_network, save_network
 
 
 @pytest.fixture(scope="module")
@@ -167,15 +167,14 @@ def test_snapshots_without_a_label_kind_are_read(vectors_zip: Path, shapes_zip: 
     assert legacy.load_network(theirs).label_kind() is None  # the dataset is missing
 
 
-def test_play_uses_one_label_for_vector_networks(vectors_zip: Path, tmp_path: Path) -> None:
+def test_play_uses_the_label_vector_of_the_request(vectors_zip: Path, tmp_path: Path) -> None:
     path = snapshot_of(tmp_path / "n.pkl", vectors_zip, "vectors")
     assert "--label: labels of this network are vectors" in refused("play", f"--network={path}", "--port=0")
-    snapshot: Snapshot = load_network(path)
-    c = opening.choose_label(snapshot, None, (3.0, 20.0))
-    options = {"noise_mode": "const", "batch": 8, "precision": "fp32", "trunc": 1.0}
-    model = opening.build_model(snapshot, torch.device("cpu"), c, **options)  # type: ignore[arg-type]
-    player = Player(model, has_classes=False)
-    assert '"classes": 0' in player.page()
-    styles = player._styles(player._parse_request({"seed": "5"}), [5])
-    expected = snapshot.G_ema.mapping(seed_latents([5], model.G.z_dim), torch.tensor([[3.0, 20.0]]))
-    torch.testing.assert_close(styles, expected)
+    player = page_of(path, label=(3.0, 20.0))
+    G = load_network(path).G_ema
+    for query, label in (("", [3.0, 20.0]), ("&label=-1,2.5", [-1.0, 2.5])):
+        (uri,) = answer(player, f"images?of=5{query}")["images"]
+        expected = to_uint8(G(seed_latents([5], G.z_dim), torch.tensor([label]), noise_mode="const"))[0]
+        assert np.abs(decoded(uri).astype(int) - as_pixels(expected)).max() <= 1
+    with pytest.raises(UserError, match="label=1: has 1 numbers, but labels of this network have 2"):
+        answer(player, "images?of=5&label=1")

@@ -1,85 +1,59 @@
-"""generate.py play: results equal those of the other commands; invalid requests are answered with status 400."""
+"""generate.py play: images equal those of the commands it shows; invalid requests are answered with status 400."""
 
 from __future__ import annotations
 
-import base64
-import html
-import http.client
-import io
 import json
 import re
-import socket
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import ThreadingHTTPServer
+import shlex
 from pathlib import Path
-from threading import Thread
 from typing import Any
-from urllib.parse import urlencode
 
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE
-from exploration_helpers import TRANSGAN, build, make_model, make_snapshot, model_of, run, run_ok
-from PIL import Image
+from exploration_helpers import (
+    TRANSGAN,
+    build,
+    decode_video,
+    example_directions,
+    make_model,
+    make_snapshot,
+    model_of,
+    pixels,
+    run,
+    run_ok,
+)
+from play_helpers import answer, as_pixels, decoded, get, page_of, player_of, request_json, served
 
 from exploration.attention_maps import attention_maps, record
+from exploration.browser.networks import MAX_LOADED
+from exploration.browser.player import Player
+from exploration.browser.query import MAX_SEED
+from exploration.browser.rendering import ImageCache
+from exploration.browser.server import File
+from exploration.directions import NUM_SAMPLES, factorise, sampled_w, save_directions
 from exploration.mixing import mix
-from exploration.model import Model, label_of, seed_latents
-from exploration.play import MAX_SEED, Player, open_server
+from exploration.model import Model, label_of, save_styles, seed_latents
 from torch_utils.sheets import overlay, tile_of
+from training.networks.generator import GeneratorConfig
 from training.networks.stylegan2 import StyleGAN2Config
 
-
-@contextmanager
-def served(player: Player) -> Iterator[int]:
-    """Serve the page in a thread; return its port."""
-    with open_server(player, 0) as server:
-        thread = Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-            thread.join()
+CONDITIONAL: GeneratorConfig = StyleGAN2Config(z_dim=16, w_dim=12, c_dim=3, resolutions=4, channel_base=64)
 
 
-def get(port: int, address: str, **headers: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    try:
-        connection.request("GET", address, headers=headers)
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
+def shown(player: Player, path: str, **query: Any) -> Any:
+    """Return the answer to a request."""
+    return answer(player, f"{path}?" + "&".join(f"{name}={value}" for name, value in query.items()))
 
 
-def request_json(port: int, path: str, **query: Any) -> Any:
-    status, body = get(port, f"/{path}?{urlencode(query)}")
-    assert status == 200, body
-    return json.loads(body)
-
-
-def decoded(uri: str) -> np.ndarray:
-    kind, data = uri.split(",")
-    assert kind == "data:image/png;base64"
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-
-
-def as_pixels(img: torch.Tensor) -> np.ndarray:
-    return img.permute(1, 2, 0).numpy()
-
-
-def test_images_equal_those_of_the_commands() -> None:
+def test_images_equal_those_of_the_model() -> None:
     model = make_model(truncation_psi=0.7)
     ws = model.styles_of([4, 5, 6, 9])
     styles = model.G.style_groups["coarse"]
     plain, mixed = model.images(ws[:3]), model.images(mix(ws[:3], ws[3:], styles)[:, 0])
-    with served(Player(make_model())) as port:
-        found = request_json(port, "images", seed=4, count=3, trunc=0.7)["images"]
-        also_mixed = request_json(port, "images", seed=4, count=3, trunc=0.7, other=9, styles="coarse")["images"]
+    with served(player_of(make_model())) as port:
+        found = request_json(port, "images", of="4-6", trunc=0.7)["images"]
+        also_mixed = request_json(port, "images", of="4-6", trunc=0.7, other=9, styles="coarse")["images"]
     for uris, images in ((found, plain), (also_mixed, mixed)):
         assert len(uris) == 3
         for uri, img in zip(uris, images, strict=True):
@@ -87,10 +61,41 @@ def test_images_equal_those_of_the_commands() -> None:
     assert not torch.equal(plain, mixed)
 
 
-def test_images_are_cached_and_generated_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exploration.play.MAX_IMAGES", 3)
-    monkeypatch.setattr("exploration.play.MAX_CACHE_BYTES", 4 * 3 * 32 * 32)
-    player, render = Player(make_model()), Model.images
+def test_edits_move_styles_along_directions() -> None:
+    """Two edits of SeFa, and one along a direction of a file, equal w + sum of strength * sigma * direction."""
+    model = make_model()
+    ws = model.styles_of([3])
+    coarse = model.G.style_groups["coarse"]
+    sefa = factorise(model, coarse, 3, sampled_w(model, NUM_SAMPLES))
+    file = example_directions()
+    player = player_of(model, files={"d.npz": file})
+    for found, layers, strengths in ((sefa, "coarse", {0: 2.0, 2: -1.5}), (file, "all", {1: 3.0})):
+        moved = ws.clone()
+        for index, strength in strengths.items():
+            moved[:, list(found.styles)] += strength * found.sigmas[index] * found.directions[index]
+        edit = ",".join(f"{index}:{strength}" for index, strength in strengths.items())
+        name = "sefa" if found is sefa else "d.npz"
+        (uri,) = shown(player, "images", of=3, directions=name, layers=layers, edit=edit)["images"]
+        assert np.array_equal(decoded(uri), as_pixels(model.images(moved)[0]))
+
+
+def test_the_cache_keeps_the_latest_images_within_its_size() -> None:
+    cache, calls = ImageCache(4 * 10), []
+
+    def make(missing: list[int]) -> torch.Tensor:
+        calls.append(len(missing))
+        return torch.zeros(len(missing), 10, dtype=torch.uint8)
+
+    for keys in ("aabc", "abc", "bcd", "efg", "a", "abcdef", "f"):
+        assert len(cache.get(keys, make)) == len(keys)
+    assert calls == [3, 1, 3, 1, 3]  # "efg" drops "abc", "a" drops "d", and "abcdef" is larger than the cache
+    assert list(cache.images) == ["c", "d", "e", "f"]
+    assert cache.size == 40
+    assert {img.untyped_storage().nbytes() for img in cache.images.values()} == {10}
+
+
+def test_the_images_of_a_request_are_generated_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    player, render = player_of(make_model()), Model.images
     sizes: list[int] = []
 
     def counted(model: Model, ws: torch.Tensor) -> torch.Tensor:
@@ -98,24 +103,23 @@ def test_images_are_cached_and_generated_in_one_batch(monkeypatch: pytest.Monkey
         return render(model, ws)
 
     monkeypatch.setattr(Model, "images", counted)
-    for query in ("seed=0&count=3", "seed=0&count=3", "seed=1&count=3", "seed=1&count=3&trunc=0.5", "seed=0"):
-        player.answer("/images", query)
-    assert sizes == [3, 1, 3, 1]  # the oldest image was no longer cached
-    assert len(player.images) == 4
-    assert {img.untyped_storage().nbytes() for img in player.images.values()} == {3 * 32 * 32}
+    for of, trunc in (("0-2", 1), ("0-2", 1), ("1-4", 1), ("1-4", 0.5)):
+        shown(player, "images", of=of, trunc=trunc)
+    shown(player, "mixtures", rows="0-1", cols="5-6", styles="fine")
+    shown(player, "morph", of="0,5", frames=9, start=2, count=4)
+    assert sizes == [3, 2, 4, 2, 4, 4]  # the rows 0 and 1 were cached
 
 
-def test_the_request_selects_the_class() -> None:
-    G = build(StyleGAN2Config(z_dim=16, w_dim=12, c_dim=3, resolutions=4, channel_base=64))
-    model = Model(G=G, device=torch.device("cpu"), c=label_of(3, 2))
+def test_the_request_selects_the_class_or_label() -> None:
+    model = Model(G=build(CONDITIONAL), device=torch.device("cpu"), c=label_of(3, 2))
     expected = model.images(model.map(seed_latents([5], 16)))[0]
-    with served(Player(model)) as port:
-        assert np.array_equal(
-            decoded(request_json(port, "images", **{"seed": 5, "class": 2})["images"][0]), as_pixels(expected)
-        )
-        for query in ("seed=5", "seed=5&class=3"):
-            assert get(port, f"/images?{query}")[0] == 400
-        status, body = get(port, "/attention?seed=5&class=1&x=0&y=0")
+    classes, vectors = player_of(model, num_classes=3), player_of(model)
+    for player, query in ((classes, {"class": 2}), (vectors, {"label": "0,0,1"}), (vectors, {})):
+        assert np.array_equal(decoded(shown(player, "images", of=5, **query)["images"][0]), as_pixels(expected))
+    with served(classes) as port:
+        for path in ("images?of=5", "images?of=5&class=3", "images?of=5&class=2&label=0,0,1"):
+            assert get(port, f"/{path}")[0] == 400
+        status, body = get(port, "/attention?of=5&class=1&x=0&y=0")
     assert (status, b"has no self-attention" in body) == (400, True)
 
 
@@ -123,260 +127,261 @@ def test_attention_maps_equal_those_of_the_command() -> None:
     model, size = make_model(), (32, 32)
     records, _ = record(model, model.styles_of([3]))
     computed = attention_maps(records, 0, torch.tensor([[7, 20]]), size)
-    with served(Player(model)) as port:
-        position, *found = request_json(port, "attention", seed=3, x=7, y=20)["maps"]
-        moved = request_json(port, "attention", seed=4, x=7, y=20)["maps"]
-        sheet = tile_of(decoded(request_json(port, "images", seed=3)["images"][0]))
-    assert [one["block"] for one in found] == [*computed.titles().values()]
+    player = player_of(model)
+    position, *found = shown(player, "attention", of=3, x=7, y=20)["maps"]
+    moved = shown(player, "attention", of=4, x=7, y=20)["maps"]
+    sheet = tile_of(decoded(shown(player, "images", of=3)["images"][0]))
+    assert [one["title"] for one in found] == [*computed.titles().values()]
     for one, maps in zip(found, computed.maps.values(), strict=True):
         assert np.array_equal(decoded(one["image"]), overlay(sheet, maps.mean(axis=0)[0]))
     assert tuple(decoded(position["image"])[20 * 3 - 2, 7 * 3]) == (0, 255, 255)
     assert moved[1] != found[0]
 
 
+@pytest.fixture
+def with_files(shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder, also the current one, with a snapshot, saved styles and directions."""
+    monkeypatch.chdir(tmp_path)
+    save_styles(tmp_path / "w.npz", make_model().styles_of([20, 21]))
+    save_directions(tmp_path / "d.npz", example_directions())
+    return make_snapshot(tmp_path / "my network.pkl", shapes_zip)
+
+
+def run_shown(command: str) -> None:
+    """Run a command of the page."""
+    words = shlex.split(command)
+    assert words[:2] == ["python", "generate.py"]
+    run_ok(words[2], *words[3:])
+
+
+REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
+    "plain": ({"of": 7}, "seed0007"),
+    "truncated": ({"of": 7, "trunc": 0.35, "noise": "none"}, "seed0007"),
+    "edited": ({"of": 7, "directions": "pca", "edit": "1:-1.3,4:2.75"}, "seed0007"),
+    "edited by layers": ({"of": 7, "trunc": 0.5, "directions": "sefa", "layers": "fine", "edit": "0:4"}, "seed0007"),
+    "edited by file": ({"of": 7, "directions": "d.npz", "edit": "2:-3.1"}, "seed0007"),
+    "mixed": ({"of": 3, "other": 9, "styles": "coarse,4"}, "3-9"),
+    "mixed and edited": ({"of": 3, "other": 9, "styles": "middle", "directions": "sefa", "edit": "0:5"}, "3-9"),
+    "saved": ({"of": "proj01", "noise": "none"}, "proj01"),
+    "saved and edited": ({"of": "proj01", "directions": "sefa", "layers": "coarse", "edit": "5:2"}, "proj01"),
+    "saved and mixed": ({"of": "proj01", "other": 9, "styles": "fine"}, "proj01-9"),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_the_shown_command_makes_the_same_image(name: str, with_files: Path) -> None:
+    player = page_of(with_files, projected_w=Path("w.npz"), directions=(Path("d.npz"),))
+    query, file = REQUESTS[name]
+    found = shown(player, "images", **query)
+    run_shown(found["command"])
+    plain = decoded(shown(player, "images", of=query["of"])["images"][0])
+    made = pixels(Path("out") / f"{file}.png")
+    assert np.abs(made.astype(int) - decoded(found["images"][0])).max() <= 1
+    assert (name == "plain") == np.array_equal(plain, made)
+
+
+def test_the_command_of_a_conditional_network_has_its_class(shapes_zip: Path, tmp_path: Path) -> None:
+    network = make_snapshot(tmp_path / "n.pkl", shapes_zip, "stylegan2", c_dim=3)
+    for options, query in (({}, {"class": 2}), ({"label": (0.5, 0.0, 1.0)}, {}), ({}, {"class": 1, "trunc": 0.5})):
+        found = shown(page_of(network, **options), "images", of=4, **query)
+        run_shown(found["command"].replace("--outdir=out", f"--outdir={tmp_path}"))
+        assert np.array_equal(pixels(tmp_path / "seed0004.png"), decoded(found["images"][0]))
+
+
+def test_the_mixing_table_equals_that_of_its_command(with_files: Path) -> None:
+    player = page_of(with_files, projected_w=Path("w.npz"))
+    found = shown(player, "mixtures", rows="proj00,proj01,2", cols="8,5", styles="middle", trunc=0.6)
+    run_shown(found["command"])
+    assert [row["source"] for row in found["rows"]] == ["proj00", "proj01", 2]
+    assert [col["source"] for col in found["cols"]] == [8, 5]
+    for row, line in zip(found["rows"], found["mixtures"], strict=True):
+        for col, uri in zip(found["cols"], line, strict=True):
+            assert np.array_equal(decoded(uri), pixels(Path("out") / f"{row['source']}-{col['source']}.png"))
+    for one in (*found["rows"], *found["cols"]):
+        (alone,) = shown(player, "images", of=one["source"], trunc=0.6)["images"]
+        assert one["image"] == alone
+
+
+@pytest.mark.parametrize("interpolation", ["w", "z", "spline"])
+@pytest.mark.parametrize("loop", [0, 1])
+def test_a_morph_equals_the_video_of_its_command(interpolation: str, loop: int, with_files: Path) -> None:
+    player = page_of(with_files)
+    query: dict[str, Any] = {"of": "3,9", "frames": 5, "fps": 10, "interpolation": interpolation, "loop": loop}
+    query |= {"trunc": 0.8}
+    parts = [shown(player, "morph", **query, start=start, count=3) for start in (0, 3)]
+    frames = [decoded(uri) for part in parts for uri in part["images"]]
+    run_shown(parts[0]["command"].replace("morph.mp4", "morph.gif"))
+    gif = shown(player, "video", **query, format="gif")
+    assert isinstance(gif, File)
+    assert (gif.content, gif.media_type) == (Path("out/morph.gif").read_bytes(), "image/gif")
+    moving, fps = decode_video(Path("out/morph.gif"))
+    assert (len(moving), fps) == (10 if loop else 6, 10)
+    for frame, image in zip(frames, moving, strict=False):
+        assert np.abs(image[::4, ::4].astype(float) - frame).mean() < 8  # a GIF has 256 colours
+    ends = [decoded(shown(player, "images", of=seed, trunc=0.8)["images"][0]) for seed in (3, 9)]
+    assert np.array_equal(frames[0], ends[0])
+    assert np.abs(frames[5].astype(int) - ends[1]).max() <= 1
+
+
+def test_a_morph_is_exported_as_mp4(with_files: Path) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    player = page_of(with_files, projected_w=Path("w.npz"))
+    query = {"of": "3,9", "frames": 4, "fps": 8}
+    run_shown(shown(player, "morph", **query, start=0, count=1)["command"])
+    assert shown(player, "video", **query, format="mp4").content == Path("out/morph.mp4").read_bytes()
+    saved = shown(player, "morph", of="proj00,9", frames=4, start=0, count=5)
+    (first,) = shown(player, "images", of="proj00")["images"]
+    assert (saved["images"][0], saved["command"]) == (first, "")  # `video` would show all styles of the file
+
+
+def test_the_attention_command_draws_the_same_maps(with_files: Path) -> None:
+    player = page_of(with_files)
+    found = shown(player, "attention", of=6, x=9, y=4)
+    run_shown(found["command"])
+    with np.load("out/seed0006-attention.npz") as file:
+        assert file["queries"].tolist() == [[9, 4]]
+    edited = shown(player, "attention", of=6, x=9, y=4, directions="sefa", edit="0:3")
+    assert edited["command"] == ""
+    assert edited["maps"] != found["maps"]
+
+
+def test_the_snapshots_of_a_run_are_loaded_when_chosen(shapes_zip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    names = [f"network-snapshot-{kimg:06d}.pkl" for kimg in (100, 20, 3, 4)]
+    for name in (*names, "network-best-swd.pkl"):
+        make_snapshot(folder / name, shapes_zip, z_dim=16 + len(name) % 2)
+    player = page_of(folder)
+    assert player.networks.names == [*sorted(names), "network-best-swd.pkl"]
+    assert player.networks.default == "network-snapshot-000100.pkl"
+    before = shown(player, "images", of=1)["images"]
+    for name in names:
+        assert shown(player, "network", network=name)["path"] == str(folder / name)
+        assert f"--network={folder / name}" in shown(player, "images", of=1, network=name)["command"]
+        assert len(player.networks.loaded) <= MAX_LOADED
+    assert shown(player, "images", of=1)["images"] == before
+    (folder / names[1]).write_bytes(b"nonsense")
+    with served(page_of(folder)) as port:
+        status, body = get(port, f"/network?network={names[1]}")
+        assert (status, names[1] in json.loads(body)["error"]) == (400, True)
+        assert get(port, "/images?of=0")[0] == 200
+        for name in ("../n.pkl", str(folder / names[0]), "network-snapshot-000999.pkl"):
+            assert get(port, f"/images?of=0&network={name}")[0] == 400
+
+
+def test_large_images_are_thumbnails_in_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exploration.browser.rendering.MAX_TILE", 16)
+    model = make_model()
+    player = player_of(model)
+    full = decoded(shown(player, "images", of=2)["images"][0])
+    small = decoded(shown(player, "images", of="2,3")["images"][0])
+    assert (full.shape, small.shape) == ((32, 32, 3), (16, 16, 3))
+    assert np.abs(full.reshape(16, 2, 16, 2, 3).mean(axis=(1, 3)) - small).max() <= 1
+
+
 NONSENSE = {
-    "images": "seed: is missing",
-    "images?": "seed: is missing",
-    "images?seed": "malformed query: bad query field",
-    "images?seed=": "seed=: must be a whole number from 0 to 4294967295",
-    "images?seed=-1": "seed=-1: must be a whole number",
-    "images?seed=1.5": "seed=1.5: must be a whole number",
-    "images?seed=%D9%A3": "seed=٣: must be a whole number",
-    "images?seed=%ff": "malformed query: 'utf-8' codec",
-    "images?seed=" + "9" * 5000: "99: must be a whole number",
-    f"images?seed={MAX_SEED}&count=2": "must be a whole number from 0 to 4294967294",
-    "images?seed=0&count=0": "count=0: must be a whole number from 1 to 64",
-    "images?seed=0&count=65": "count=65: must be a whole number from 1 to 64",
-    "images?seed=0&seed=1": "the query repeats a parameter",
-    "images?seed=0&trunc=nan": "trunc=nan: must be a number from -2 to 2",
-    "images?seed=0&trunc=1e9": "trunc=1e9: must be a number",
-    "images?seed=0&trunc=__import__": "trunc=__import__: must be a number",
-    "images?seed=0&class=0": "class=0: this model has no classes to choose from",
-    "images?seed=0&other=1": "other, styles: give both or neither",
-    "images?seed=0&styles=all": "other, styles: give both or neither",
-    "images?seed=0&other=1&styles=conv": "'conv' is not a style; choose from 0-4",
-    "images?seed=0&other=1&styles=" + "9" * 5000: "99' is not a style",
-    "images?seed=0&other=1&styles=..%2f..%2fetc": "'../../etc' is not a style",
-    "images?seed=0&x=3": "x: unknown parameter",
+    "images": "of: is missing",
+    "images?of": "malformed query: bad query field",
+    "images?of=": "of=: '' is neither a seed nor a range such as 0-23",
+    "images?of=-1": "of=-1: '-1' is neither a seed",
+    "images?of=1.5": "of=1.5: '1.5' is neither a seed",
+    "images?of=%D9%A3": "of=٣: '٣' is neither a seed",
+    "images?of=%ff": "malformed query: 'utf-8' codec",
+    "images?of=" + "9" * 5000: "99' is neither a seed",
+    f"images?of={MAX_SEED + 1}": f"of={MAX_SEED + 1}: must be a whole number from 0 to {MAX_SEED}",
+    "images?of=0-64": "of=0-64: has more than 64 images",
+    "images?of=0-63,64": "of=0-63,64: has more than 64 images",
+    f"images?of=0-{MAX_SEED}": "has more than 64 images",
+    "images?of=5-2": "of=5-2: the range 5-2 runs backwards",
+    "images?of=proj00": "of=proj00: 'proj00' is neither a seed",
+    "images?of=0&of=1": "the query repeats a parameter",
+    "images?of=0&trunc=nan": "trunc=nan: must be a number from -2 to 2",
+    "images?of=0&trunc=1e9": "trunc=1e9: must be a number",
+    "images?of=0&trunc=__import__": "trunc=__import__: must be a number",
+    "images?of=0&class=0": "class=0: this network has no classes to choose from",
+    "images?of=0&label=1": "label=1: this network has no label vectors to choose from",
+    "images?of=0&noise=random": "noise=random: choose from const, none",
+    "images?of=0&network=x": "network=x: choose from n.pkl",
+    "images?of=0&other=1": "other, styles: give both or neither",
+    "images?of=0&styles=all": "other, styles: give both or neither",
+    "images?of=0&other=1&styles=conv": "'conv' is not a style; choose from 0-4",
+    "images?of=0&other=1&styles=" + "9" * 5000: "99' is not a style",
+    "images?of=0&other=1&styles=..%2f..%2fetc": "'../../etc' is not a style",
+    "images?of=0&edit=0:1": "directions: is missing",
+    "images?of=0&directions=sefa&edit=0": "edit=: must be a number from -20 to 20",
+    "images?of=0&directions=sefa&edit=8:1": "edit=8: must be a whole number from 0 to 7",
+    "images?of=0&directions=sefa&edit=0:inf": "edit=inf: must be a number",
+    "images?of=0&directions=%2fetc%2fpasswd&edit=0:1": "directions=/etc/passwd: choose from sefa, pca",
+    "images?of=0&directions=sefa&layers=conv&edit=0:1": "layers=conv: 'conv' is not a style",
+    "images?of=0&x=3": "x: unknown parameter",
     "images?" + "&".join(f"a{i}=1" for i in range(50)): "malformed query: Max number of fields exceeded",
-    "attention?seed=0": "x: is missing",
-    "attention?seed=0&x=32&y=0": "x=32: must be a whole number from 0 to 31",
-    "attention?seed=0&x=0&y=-1": "y=-1: must be a whole number",
-    "attention?seed=0&count=2&x=0&y=0": "count: attention maps need a single image",
+    "mixtures?rows=0-8&cols=0-7&styles=all": "rows, cols: 9 x 8 mixtures are more than 64",
+    "mixtures?rows=0&cols=proj00&styles=all": "cols=proj00: 'proj00' is neither a seed",
+    "attention?of=0": "x: is missing",
+    "attention?of=0&x=32&y=0": "x=32: must be a whole number from 0 to 31",
+    "attention?of=0&x=0&y=-1": "y=-1: must be a whole number",
+    "attention?of=0-1&x=0&y=0": "of: attention maps need a single image",
+    "morph?of=0&frames=3&start=0&count=1": "of: a morph has two ends, not 1",
+    "morph?of=0-1&frames=0&start=0&count=1": "frames=0: must be a whole number from 1 to 240",
+    "morph?of=0-1&frames=3&start=4&count=1": "start=4: must be a whole number from 0 to 3",
+    "morph?of=0-1&frames=3&start=2&count=3": "count=3: must be a whole number from 1 to 2",
+    "video?of=0-1&frames=3&format=exe": "format=exe: choose from mp4, gif",
+    "video?of=0-1&frames=3&format=gif&fps=60": "fps=60: must be a whole number from 1 to 50",
+    "network": "network: is missing",
 }
 
 
 def test_invalid_requests_are_answered_with_400() -> None:
-    player = Player(make_model())
+    player = player_of(make_model())
     with served(player) as port:
         for query, message in NONSENSE.items():
             status, body = get(port, f"/{query}")
             assert status == 400, query
-            assert message in json.loads(body)["error"]
+            assert message in json.loads(body)["error"], query
         assert get(port, "http://[", Host="localhost") == (400, b'{"error": "malformed URL"}')
-        assert not player.images
-        for path in ("images/", "../images", "favicon.ico", "exploration/play.py"):
+        assert not player.renderer.cache.images
+        for path in ("images/", "../images", "favicon.ico", "exploration/play.py", "page.js", "page.css"):
             assert get(port, f"/{path}")[0] == 404
         assert get(port, "/", Host="elsewhere.example:80")[0] == 403
         assert get(port, "/", Host=f"localhost:{port}")[0] == 200
 
 
-def request_raw(port: int, *lines: str) -> tuple[int, str]:
-    """Send a request with these header lines; return the status and the full response."""
-    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
-        connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-        response = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode("latin-1")
-    return int(response.split()[1]), response
-
-
-FOREIGN_HOSTS = [
-    "elsewhere.example",
-    "user@localhost",
-    "u:p@127.0.0.1",
-    "127.0.0.1:x@evil.example",
-    "localhost:80@evil",
-]
-FOREIGN_HOSTS += [
-    "localhost.evil.example",
-    "127.0.0.1.evil.example:80",
-    "127.0.0.2",
-    "0.0.0.0",
-    "[::1]",
-    "",
-    "localhost:",
-]
-FOREIGN_HOSTS += ["localhost:123456", "localhost/", "127.0.0.1:80:80", "localhost:²", "localhost, evil.example"]
-OWN_HOSTS = ["localhost", "LocalHost", "127.0.0.1", "localhost:1", "127.0.0.1:65535"]
-FROM_ELSEWHERE = [
-    f"Sec-Fetch-Site: {site}" for site in ("cross-site", "same-site", "", "none, cross-site", "Same-Origin")
-]
-FROM_ELSEWHERE += [
-    f"Origin: {origin}" for origin in ("http://evil.example", "null", "https://localhost", "http://localhost:81")
-]
-FROM_ELSEWHERE += ["Sec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site", "Host: localhost", "Host: evil.example"]
-FROM_HERE = ["Sec-Fetch-Site: same-origin", "Sec-Fetch-Site: none", "Origin: http://localhost", "X: y"]
-
-
-def test_requests_from_other_pages_are_refused() -> None:
-    player = Player(make_model())
-    with served(player) as port:
-        for path in ("/", "/images?seed=0", "/attention?seed=0&x=0&y=0"):
-            for host in FOREIGN_HOSTS:
-                assert request_raw(port, f"GET {path} HTTP/1.1", f"Host: {host}")[0] == 403, host
-            for line in FROM_ELSEWHERE:
-                assert request_raw(port, f"GET {path} HTTP/1.1", "Host: localhost", line)[0] == 403, line
-        assert request_raw(port, "GET /images?seed=0 HTTP/1.0")[0] == 403
-        assert not player.images
-        for host in OWN_HOSTS:
-            assert request_raw(port, "GET /images?seed=0 HTTP/1.1", f"Host: {host}")[0] == 200, host
-        for line in FROM_HERE:
-            assert request_raw(port, "GET / HTTP/1.1", "Host: localhost", line)[0] == 200, line
-
-
-def test_a_link_may_open_only_the_page() -> None:
-    window = ("Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document")
-    frame = (*window[:2], "Sec-Fetch-Dest: iframe")
-    script = (window[0], "Sec-Fetch-Mode: no-cors", window[2])
-    player = Player(make_model())
-    with served(player) as port:
-        for host, path, lines, status in (
-            ("localhost", "/", window, 200),
-            ("localhost", "/?x=1", window, 200),
-            ("localhost", "/", frame, 403),
-            ("localhost", "/", script, 403),
-            ("localhost", "/", (*window, "Sec-Fetch-Dest: iframe"), 403),
-            ("localhost", "/images?seed=0", window, 403),
-            ("localhost", "/attention?seed=0&x=0&y=0", window, 403),
-            ("evil.example", "/", window, 403),
-        ):
-            assert request_raw(port, f"GET {path} HTTP/1.1", f"Host: {host}", *lines)[0] == status, (path, lines)
-    assert not player.images
-
-
-def test_other_pages_cannot_frame_or_read_the_page() -> None:
-    with served(Player(make_model())) as port:
-        for path in ("/", "/images?seed=0", "/images", "/nothing"):
-            response = request_raw(port, f"GET {path} HTTP/1.1", "Host: localhost")[1]
-            for line in (
-                "X-Frame-Options: DENY",
-                "Cross-Origin-Resource-Policy: same-origin",
-                "frame-ancestors 'none'",
-            ):
-                assert line in response, path
-            assert "Access-Control" not in response
-        for method in ("POST", "PUT", "DELETE", "OPTIONS", "HEAD"):
-            assert request_raw(port, f"{method} / HTTP/1.1", "Host: localhost")[0] == 501
-
-
-def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    player = Player(make_model())
-    with monkeypatch.context() as patch:
-        patch.setattr("exploration.play.IDLE_TIMEOUT", 0.1)
-        with served(player) as port:
-            for sent in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: loc"):
-                with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
-                    connection.sendall(sent)
-                    assert connection.recv(1) == b""
-    with served(player) as port:  # now with the default timeout
-        assert get(port, "/")[0] == 200
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory.\nOf 80 GiB"), ValueError("CUDA out of memory.")])
-def test_a_failed_request_gets_an_error_response(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(model: Model, ws: torch.Tensor) -> torch.Tensor:
-        raise error
-
-    with served(Player(make_model())) as port:
-        with monkeypatch.context() as patch:
-            patch.setattr(Model, "images", failing)
-            status, body = get(port, "/images?seed=0")
-        assert (status, json.loads(body)) == (500, {"error": "CUDA out of memory."})
-        assert len(request_json(port, "images", seed=0)["images"]) == 1
-
-
-def test_the_page_shows_only_supported_controls() -> None:
+def test_the_page_describes_its_network(with_files: Path) -> None:
     thirds = {"coarse", "middle", "fine"}
-    for model, groups, has_attention in (
-        (make_model("styleformer-c"), thirds | {"transformer", "conv"}, True),
-        (make_model("stylegan2"), thirds, False),
-        (model_of(TRANSGAN), set(), True),
+    for model, groups, has_attention, methods in (
+        (make_model("styleformer-c"), thirds | {"transformer", "conv"}, True, ["sefa", "pca"]),
+        (make_model("stylegan2"), thirds, False, ["sefa", "pca"]),
+        (model_of(TRANSGAN), set(), True, ["sefa", "pca"]),
     ):
-        page = Player(model).page()
-        facts = json.loads(re.search(r"MODEL = (\{.*\}), COUNT", page)[1])  # type: ignore[index]
+        page = player_of(model).page()
+        facts = json.loads(re.search(r"START = (\{.*?\});", page)[1])["facts"]  # type: ignore[index]
         assert facts["attention"] is has_attention
         assert set(facts["groups"]) == groups
+        assert [found["name"] for found in facts["directions"]] == methods
+        assert facts["parameters"] == sum(x.numel() for x in model.G.parameters())
         assert not re.search(r"(src|href)=.?https?:", page)
+        assert "__START__" not in page
+        assert "/*" not in page
+    facts = (
+        page_of(with_files, projected_w=Path("w.npz"), directions=(Path("d.npz"),))
+        .networks.open(with_files.name)
+        .facts()
+    )
+    assert (facts["family"], facts["kimg"], facts["noise"]) == ("styleformer", 0, True)
+    assert facts["saved"] == ["proj00", "proj01"]
+    assert facts["directions"][2] == {"name": "d.npz", "title": "d.npz", "count": 3, "on": "1-2"}
 
 
-def test_the_command_serves_until_ctrl_c_and_names_a_port_in_use(
-    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network = make_snapshot(tmp_path / "n.pkl", shapes_zip)
-
-    def interrupted(server: ThreadingHTTPServer) -> None:
-        assert server.server_address[0] == "127.0.0.1"
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
-        assert re.search(r"Serving http://127\.0\.0\.1:\d+/,", run_ok("play", f"--network={network}", "--port=0"))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        result = run("play", f"--network={network}", f"--port={port}")
-    assert (result.exit_code, f"--port={port}: cannot be used" in result.output) == (2, True)
-
-
-def run_in_browser(browser: str, model: Model, script: str) -> Any:
-    """Run a script on the loaded page and return the result; the script can wait with `until(predicate)`."""
-    probe = """<script>
-      const until = async done => { while (!done()) await new Promise(go => setTimeout(go, 20)); };
-      (async () => {
-        await until(() => cells.every(cell => cell.firstChild.src) && $("large").src);
-        const found = await (async () => { SCRIPT })().catch(String);
-        document.body.dataset.found = JSON.stringify(found);
-      })();
-    </script></body>"""
-
-    class Probed(Player):
-        def page(self) -> str:
-            return super().page().replace("</body>", probe.replace("SCRIPT", script))
-
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom")
-    with served(Probed(model)) as port:
-        command = [browser, *options, f"http://127.0.0.1:{port}/"]
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
-    found = re.search(r'data-found="([^"]*)"', dom.stdout)
-    assert found, dom.stdout[-2000:]
-    return json.loads(html.unescape(found[1]))
-
-
-def test_a_browser_shows_mixing_and_attention(chromium: str) -> None:
-    script = """
-        const large = $("large"), before = large.src;
-        $("pick").click();
-        cells[2].click();
-        await until(() => large.src != before);
-        const box = large.getBoundingClientRect();
-        large.onclick({clientX: box.left + box.width / 2, clientY: box.top + 1});
-        await until(() => document.querySelectorAll("#maps img").length);
-        large.onkeydown(new KeyboardEvent("keydown", {key: "ArrowDown"}));
-        await until(() => !("maps" in queued));
-        const maps = document.querySelectorAll("#maps img").length;
-        return [maps, pixel, $("caption").textContent, $("problem").textContent];"""
-    maps, pixel, caption, problem = run_in_browser(chromium, make_model(), script)
-    assert (maps, pixel, problem) == (5, [16, 1], "")  # the query position, and four blocks
-    assert "with styles coarse of seed 2" in caption
-
-
-def test_a_browser_hides_mixing_without_styles(chromium: str) -> None:
-    """TransGAN has one style, so a shift-click selects like a click. Two clicks on the arrow advance two pages."""
-    script = """
-        $("after").click();
-        $("after").click();
-        await until(() => first == 48);
-        cells[2].onclick({shiftKey: true});
-        await until(() => !("large" in queued));
-        return [$("caption").textContent, other, cells[2].className];"""
-    caption, other, kind = run_in_browser(chromium, model_of(TRANSGAN), script)
-    assert (caption.partition(".")[0], other, kind) == ("Seed 50", None, "chosen")
+def test_files_that_do_not_fit_get_one_message(with_files: Path, shapes_zip: Path) -> None:
+    other = make_snapshot(Path("other.pkl"), shapes_zip, w_dim=8)
+    Path("empty").mkdir()
+    for arguments, message in [
+        ([f"--network={other}", "--projected-w=w.npz"], "w has shape (2, 5, 12), this network needs (n, 5, 8)"),
+        ([f"--network={other}", "--directions=d.npz"], "--directions=d.npz: holds directions (3, 12)"),
+        ([f"--network={other}", "--directions=none.npz"], "--directions=none.npz: cannot be read"),
+        (["--network=empty"], "--network=empty: neither a run (network-snapshot-*.pkl) nor a snapshot"),
+        (["--network=none.pkl"], "none.pkl"),
+    ]:
+        result = run("play", *arguments, "--port=0")
+        assert (result.exit_code, message in result.output) == (2, True), result.output
+        assert result.output.count("\n") == 1
