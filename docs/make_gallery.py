@@ -64,9 +64,9 @@ class Entry:
 
 
 SCREENSHOTS = {  # file -> window size, and the state of the page
-    "play.png": ("1280,860", "#seed=4&first=0&x=10&y=12"),
-    "play-mixing.png": ("1280,860", "#view=mixing&seed=2&other=6&first=0"),
-    "play-morph.png": ("1280,860", "#view=morph&from=2&to=6&frame=10&edit=0:1.5,3:-2&first=0&seed=8"),
+    "play.png": ("1280,1000", "#seed=4&first=0&x=10&y=12"),
+    "play-mixing.png": ("1280,1000", "#view=mixing&seed=2&other=6&first=0"),
+    "play-morph.png": ("1280,1000", "#view=morph&from=2&to=6&frame=10&edit=0:1.5,3:-2&first=0&seed=8"),
 }
 BROWSER_PAGE = Entry(
     title="Browser page",
@@ -148,7 +148,7 @@ def main(network: Path, run_dir: Path | None, outdir: Path) -> None:
         new.mkdir()
         for entry in entries(snapshot.G_ema):
             make_images(entry, network, new)
-        save_screenshots(network, snapshot, browser, new)
+        save_screenshots(shown, snapshot, browser, new)
         shutil.rmtree(images, ignore_errors=True)
         shutil.copytree(new, images)
     (outdir / "gallery.md").write_text(page(snapshot, shown))
@@ -205,13 +205,13 @@ def find_browser() -> str:
     raise UserError("the screenshots of the browser page require Chromium; install it, for example as chromium")
 
 
-def save_screenshots(network: Path, snapshot: Snapshot, browser: str, folder: Path) -> None:
-    """Write the screenshots of the browser page. Raises UserError if Chromium fails."""
+def save_screenshots(shown: str, snapshot: Snapshot, browser: str, folder: Path) -> None:
+    """Write the screenshots of the browser page; `shown` is the path of the network in its commands."""
     cpu, c = torch.device("cpu"), torch.zeros(1, snapshot.G_ema.c_dim)
     model = build_model(snapshot, cpu, c, noise_mode="const", batch=24, precision="fp32", trunc=1.0)
     family = family_of(snapshot.config.generator, GENERATORS)
-    opened = Network(path=str(network), family=family, model=model, kimg=snapshot.kimg)
-    server = open_server(Player(Networks({network.name: lambda: opened})), port=0)
+    opened = Network(path=shown, family=family, model=model, kimg=snapshot.kimg)
+    server = open_server(Player(Networks({snapshot.path.name: lambda: opened})), port=0)
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         for name, (size, address) in SCREENSHOTS.items():

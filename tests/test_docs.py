@@ -233,7 +233,7 @@ def test_the_gallery_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         entry for entry in gallery.entries(load_network(ROOT / "docs" / "shapes.pkl").G_ema) if "coarse" in entry.title
     ]
     monkeypatch.setattr(gallery, "entries", lambda G: some)
-    monkeypatch.setattr(gallery, "save_screenshot", lambda snapshot, browser, target: target.touch())
+    monkeypatch.setattr(gallery, "take_screenshot", lambda browser, url, size, target: target.touch())
     monkeypatch.setattr(gallery, "find_browser", lambda: "chromium")
     arguments = [f"--network={ROOT / 'docs' / 'shapes.pkl'}", f"--outdir={tmp_path}"]
     images = tmp_path / "gallery"
@@ -248,7 +248,7 @@ def test_the_gallery_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (images / "mine.png").exists()
     result = CliRunner().invoke(gallery.main, arguments)
     assert result.exit_code == 0, result.output
-    assert {path.name for path in images.iterdir()} == {"mix-coarse.png", "play.png"}
+    assert {path.name for path in images.iterdir()} == {"mix-coarse.png", *gallery.SCREENSHOTS}
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["samples.png"]
     assert "--styles=coarse" in (tmp_path / "gallery.md").read_text()
 
