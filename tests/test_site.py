@@ -150,6 +150,6 @@ def test_the_site_renders_the_markdown_as_github_does(site: Path, pages: dict[Pa
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_the_search_works_in_pages_opened_as_files(site: Path, tmp_path: Path) -> None:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
-    flags += ["--virtual-time-budget=20000", f"{(site / 'index.html').as_uri()}?q=preempted"]
+    flags += ["--virtual-time-budget=20000", f"{(site / 'index.html').as_uri()}?q=rendezvous"]
     shown = subprocess.run(["chromium", *flags], capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
-    assert re.search(r'href="[^"]*running\.html\?h=preempted', shown)
+    assert re.search(r'href="[^"]*running\.html\?h=rendezvous', shown)
