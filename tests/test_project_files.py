@@ -35,11 +35,21 @@ INSTRUCTIONS = {
 
 def test_the_version_is_the_same_everywhere() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    releases = re.findall(r"^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = [heading for heading in headings if heading != "Unreleased"]
     assert PROJECT["dynamic"] == ["version"]
-    assert releases[0] == (dnnlib.__version__, citation["date-released"].isoformat())
+    assert released[0] == f"{dnnlib.__version__} ({citation['date-released']})"
     assert citation["version"] == dnnlib.__version__
-    assert [version for version, _ in releases] == sorted((version for version, _ in releases), reverse=True)
+    assert headings.index(released[0]) == headings.count("Unreleased") <= 1  # the section for later changes is first
+
+
+def test_the_release_begins_with_a_short_summary() -> None:
+    release = (ROOT / "CHANGELOG.md").read_text().split(f"\n## {dnnlib.__version__} ")[1].split("\n## ")[0]
+    summary, *sections = release.split("\n### ")
+    assert [section.partition("\n")[0] for section in sections] == ["Incompatible changes", "Added", "Fixed"]
+    assert 0 < len(summary.strip().splitlines()) - 2 <= 10  # without date and empty line
+    entries = re.findall(r"^- (.*(?:\n  .*)*)", release, re.MULTILINE)
+    assert len(entries) == len({*entries}) > 100
 
 
 def load_form(name: str) -> dict[str, Any]:
