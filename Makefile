@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: env demo test test-slow test-gpu check bench docs clean
+.PHONY: env demo test test-slow test-gpu check bench docs site site-serve clean
 
 env: $(STAMP)
 
@@ -42,5 +42,12 @@ docs: $(STAMP)
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_transcript.py
 
+# The documentation as a site, which needs no server: site/index.html.
+site: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+site-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 clean:
-	rm -rf out .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf out site .hypothesis .pytest_cache .mypy_cache .ruff_cache

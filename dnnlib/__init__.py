@@ -4,4 +4,4 @@ from dnnlib import util
 from dnnlib.util import EasyDict
 
 __all__ = ["EasyDict", "util"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
