@@ -17,6 +17,7 @@ from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.styleformer_discriminator import StyleformerDiscriminatorConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from training.networks.stylegan3 import StyleGAN3Config
 from training.networks.transgan import TransGANConfig
 from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 
@@ -27,6 +28,7 @@ GENERATORS: dict[str, type[GeneratorConfig]] = {
     "styleformer2": Styleformer2Config,
     "transgan": TransGANConfig,
     "r3gan": R3GANConfig,
+    "stylegan3": StyleGAN3Config,
 }
 DISCRIMINATORS: dict[str, type[DiscriminatorConfig]] = {
     "stylegan2": StyleGAN2DiscriminatorConfig,

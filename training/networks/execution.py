@@ -38,7 +38,9 @@ class Execution:
     compute the styles of all layers together if one w is expanded to them, even with gradients; these reach w, but
     not each style separately. `slicing`: a SlicingHead of D returns its logits twice, with gradients for its two
     losses. `all_rgb_heads`: a generator with several RGB heads returns the images of all of them, concatenated along
-    the channels, the last one first.
+    the channels, the last one first. `input_transform`: matrices (1 or B, 3, 3) that FourierInput applies to positions
+    in the image; None: the identity. `magnitudes`: a list to which a StyleGAN3 generator appends the mean squares of
+    its layers' inputs.
     """
 
     reduced: torch.dtype | None = None
@@ -53,6 +55,8 @@ class Execution:
     shared_styles: bool = False
     slicing: bool = False
     all_rgb_heads: bool = False
+    input_transform: Tensor | None = None
+    magnitudes: list[Tensor] | None = None
 
 
 current = Execution()
