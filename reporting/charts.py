@@ -222,8 +222,10 @@ def colour_of_run(i: int, count: int) -> str:
 
 def css_colour(colour: str) -> str:
     """Return a CSS colour that is legible on a light and on a dark page."""
-    dark = DARK[COLOURS.index(colour)] if colour in COLOURS else f"color-mix(in oklab, {colour} 55%, white)"
-    return f"light-dark({colour}, {dark})"
+    if colour in COLOURS:
+        return f"light-dark({colour}, {DARK[COLOURS.index(colour)]})"
+    light, dark = (f"oklch(from {colour} {lightness} c h)" for lightness in ("min(l, .75)", "calc(.5 + .45 * l)"))
+    return f"light-dark({light}, {dark})"
 
 
 def _colour(i: int, count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
@@ -20,6 +21,7 @@ SYMPTOMS = {  # statistics that show how training fails, with their labels
     "Images/diversity": "diversity:",
     "Progress/augment": "p:",
 }
+FLAG = re.compile(r"--[a-z][a-z-]*(=\w+)?")
 SKIPPED = (
     "raise --gamma, lower --glr and --dlr, or use --precision=fp32",
     "docs/troubleshooting.md",
@@ -30,18 +32,20 @@ SKIPPED = (
 def health_section(runs: Sequence[Run]) -> Section:
     """Return a table of everything that went wrong in the runs, and the runs of which nothing is recorded."""
     rows: list[Sequence[str]] = [HEAD]
-    notes = []
+    well, unknown = [], []
     for i, run in enumerate(runs):
         found = list(_findings(run))
         if found and len(runs) > 1:
             rows.append([run_label(runs, i)])
         rows += found
         if run.log is None:
-            notes.append(f"{run.name}: no readable log.txt, so the warnings of this run are unknown.")
+            unknown.append(run.name)
         elif not found:
-            notes.append(f"{run.name}: no warning was recorded.")
-    items = element("ul", Html("".join(element("li", note) for note in notes)), "card") if notes else ""
-    return Section("health", "Health", (table(rows, "prose") if len(rows) > 1 else "") + items)
+            well.append(run.name)
+    notes = [f"No warning was recorded: {', '.join(well)}."] if well else []
+    notes += [f"Warnings are unknown, because log.txt cannot be read: {', '.join(unknown)}."] if unknown else []
+    body = table(rows, "prose") if len(rows) > 1 else ""
+    return Section("health", "Health", body + "".join(element("p", note, "card") for note in notes))
 
 
 def count_findings(run: Run) -> int:
@@ -75,9 +79,11 @@ def _row(warning: LogWarning, run: Run) -> Sequence[str]:
 
 
 def _remedy(text: str | None, page: str, heading: str) -> Html:
-    """Return a remedy and its place in the documentation."""
+    """Return a remedy, whose flags do not break across lines, and its place in the documentation."""
     place = element("span", f"{page}, “{heading}”", "quiet")
-    return Html(f"{escape(text)}. {place}" if text else place)
+    if not text:
+        return place
+    return Html(FLAG.sub(r"<code>\g<0></code>", escape(text)) + f". {place}")
 
 
 def _kimg(first: float, last: float) -> Html:

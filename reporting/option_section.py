@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from reporting.markup import Html, element, run_label, table, to_html
+from reporting.markup import Html, element, run_label, table
 from reporting.run_reader import Run
 
 MISSING = object()
+LONG = 100  # characters of a value that is shown in a box of its own
 
 
 def differing_options(runs: Sequence[Run]) -> Html:
@@ -38,11 +39,9 @@ def _group(name: str) -> str:
 
 def _values(values: Sequence[object]) -> list[Html]:
     """Return the values of an option in all runs; those that differ from the first are marked."""
-    texts = [_value(value) for value in values]
-    return [
-        to_html(text) if value == values[0] else element("mark", text)
-        for text, value in zip(texts, values, strict=True)
-    ]
+    texts = map(_value, values)
+    tags = ["span" if value == values[0] else "mark" for value in values]
+    return [element(tag, text, "long" * (len(text) > LONG)) for tag, text in zip(tags, texts, strict=True)]
 
 
 def _value(value: object) -> str:

@@ -46,22 +46,21 @@ def build_page(runs: Sequence[Run], charts: Iterable[RenderedChart], max_images:
 def _overview(runs: Sequence[Run], now: float) -> Html:
     """Return the table of runs: state, progress, speed, and best and last metrics."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    rows: list[list[str]] = [["run", "state", "kimg", "training time", "sec/kimg", "p", "last tick"]]
-    rows[0] += [head for name in metrics for head in (f"{name}, best", "last")]
+    heads = [head for name in metrics for head in (f"{name}, best", "last")]
+    rows = [["run", "state", "kimg", *heads, "training time", "sec/kimg", "p", "last tick"]]
     best = {name: _best_run(name, runs) for name in metrics}
     for i, run in enumerate(runs):
         seconds = run.last("Timing/total_sec")
-        cells = [cell for name in metrics for cell in _best_and_last(name, run, is_best=run is best[name])]
         rows.append(
             [
                 run_label(runs, i),
                 _state(run, now),
                 f"{number(run.last('Progress/kimg'), 6)} of {number(run.total_kimg, 6)}",
+                *(cell for name in metrics for cell in _best_and_last(name, run, is_best=run is best[name])),
                 format_time(seconds) if math.isfinite(seconds) else "?",
                 number(run.last("Timing/sec_per_kimg")),
                 number(run.last("Progress/augment")),
                 date(run.last("timestamp")),
-                *cells,
             ]
         )
     return table(rows, "overview")

@@ -935,7 +935,7 @@ def test_a_report_of_a_laboratory_has_charts_tables_and_images(tmp_path: Path) -
     assert page.count("<figure") == 2  # the chart, and the images of the newest run with the lowest seed
     assert 'alt="other, seed9: generated at kimg 2"' in page
     assert "stats.jsonl: skipped 1 corrupt lines of 2" in page
-    assert "other, seed9: no readable log.txt" in page
+    assert "log.txt cannot be read: other, seed9." in page
 
 
 @pytest.mark.usefixtures("_without_charts")
