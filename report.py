@@ -14,7 +14,7 @@ from dnnlib.util import write_atomically
 from reporting.charts import find_charts
 from reporting.drawing import check_matplotlib, draw
 from reporting.laboratory import LABORATORY_FILE, read_laboratory
-from reporting.laboratory_chart import draw_laboratory
+from reporting.laboratory_chart import draw_laboratory, draw_laboratory_svg
 from reporting.laboratory_page import build_laboratory_page
 from reporting.page import build_page
 from reporting.run_reader import find_runs, read_run
@@ -62,8 +62,10 @@ def report_laboratory(path: Path, paths: Sequence[Path], outdir: Path | None, ma
     if not laboratory.trials:
         raise UserError(f"{path}: there is nothing to show yet: no trial has ended")
     outdir = outdir or path / "report"
-    charts = {metric: draw_laboratory(laboratory, metric) for metric in laboratory.question.metrics}
-    page = build_laboratory_page(laboratory, charts, path, max_images).encode(errors="backslashreplace")
+    metrics = laboratory.question.metrics
+    charts = {metric: draw_laboratory(laboratory, metric) for metric in metrics}
+    drawings = {metric: draw_laboratory_svg(laboratory, metric) for metric in metrics}
+    page = build_laboratory_page(laboratory, drawings, path, max_images).encode(errors="backslashreplace")
     write(outdir, {"report.html": page} | {f"chart-{metric}.png": png for metric, png in charts.items()})
     click.echo(f"{outdir / 'report.html'}, and {len(charts)} charts as PNG in the same folder")
 

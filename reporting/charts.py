@@ -45,6 +45,8 @@ GROUPS = (
 )
 # Okabe-Ito palette, suitable for colour blindness, without the colours that are faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+# The same hues on a dark page, with a lightness that keeps them apart for colour blindness too.
+DARK = ("#3C86F7", "#FC883C", "#00C58F", "#FFA8D9", "#FFDD59", "#BEF9FF", "#878787")
 DASH, DOT = (5, 2), (1, 2)  # lengths of stroke and gap, in line widths
 SMOOTHED_ABOVE = 200  # a curve with more points is drawn as a moving average
 
@@ -211,6 +213,19 @@ def _lines(runs: Sequence[tuple[str, dict[str, Curve]]], statistics: Sequence[st
 def _dashes(i: int) -> tuple[int, ...]:
     """Return the i-th dash pattern: solid, dashes, dots, then dashes with 1, 2, 3, ... dots between them."""
     return ((), DASH, DOT)[i] if i < 3 else DASH + (i - 2) * DOT
+
+
+def colour_of_run(i: int, count: int) -> str:
+    """Return the CSS colour of the i-th of several runs; "" for a single run."""
+    return css_colour(_colour(i, count)) if count > 1 else ""
+
+
+def css_colour(colour: str) -> str:
+    """Return a CSS colour that is legible on a light and on a dark page."""
+    if colour in COLOURS:
+        return f"light-dark({colour}, {DARK[COLOURS.index(colour)]})"
+    light, dark = (f"oklch(from {colour} {lightness} c h)" for lightness in ("min(l, .75)", "calc(.5 + .45 * l)"))
+    return f"light-dark({light}, {dark})"
 
 
 def _colour(i: int, count: int) -> str:

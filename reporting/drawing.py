@@ -10,14 +10,15 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dnnlib.config import UserError
-from reporting.charts import Chart, Line
+from reporting.charts import Chart, Line, css_colour
 from reporting.run_reader import Curve
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 MARKERS_BELOW = 40  # a curve with fewer points is drawn with markers
 SECTIONS = 200  # number of sections of a long curve; a section is reduced to its minimum and maximum
-INK = "#0a0b0c"  # placeholder colour of text and axes; the page replaces it
+INK, GRID = "#0a0b0c", "#0a0b0d"  # placeholder colours of text and axes, and of the grid; the page replaces them
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,7 @@ def check_matplotlib() -> None:
 def draw(chart: Chart) -> RenderedChart:
     """Render a chart as PNG and SVG."""
     os.environ["MPLBACKEND"] = "agg"  # no window, regardless of the user's backend
-    import matplotlib
-
-    x_axes = _x_axes(chart.lines)
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        return RenderedChart(chart, draw_png(chart), tuple(_draw_panel(chart, axis) for axis in x_axes))
+    return RenderedChart(chart, draw_png(chart), tuple(_draw_panel(chart, axis) for axis in _x_axes(chart.lines)))
 
 
 def _x_axes(lines: Sequence[Line]) -> list[Axis]:
@@ -171,25 +168,44 @@ def escape_text(text: str) -> str:
 
 def _draw_panel(chart: Chart, axis: Axis) -> Panel:
     """Draw a chart along one axis as SVG. The page adds title and legend."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    settings: dict[Any, Any] = {f"{part}.color": INK for part in ("text", "xtick", "ytick")}
-    settings |= {"axes.edgecolor": INK, "axes.labelcolor": INK, "svg.hashsalt": f"{chart.name} {axis.name}"}
-    with matplotlib.rc_context(settings):
+    with page_style(f"{chart.name} {axis.name}"):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         axes = figure.subplots()
         _plot(axes, chart, axis)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        svg = to_svg(figure)
     box = axes.get_position()
-    return Panel(_inline(buffer.getvalue()), axis, box.x0, box.x1, *axes.get_xlim())
+    return Panel(svg, axis, box.x0, box.x1, *axes.get_xlim())
+
+
+@contextmanager
+def page_style(name: str) -> Iterator[None]:
+    """Draw in the placeholder colours that `to_svg` replaces. Different names lead to different ids in the SVG."""
+    import matplotlib
+
+    settings: dict[Any, Any] = {f"{part}.color": INK for part in ("text", "xtick", "ytick")}
+    settings |= {"axes.edgecolor": INK, "axes.labelcolor": INK, "grid.color": GRID}
+    with matplotlib.rc_context(settings | {"svg.fonttype": "none", "svg.hashsalt": name}):
+        yield
+
+
+def to_svg(figure: Figure) -> str:
+    """Return a figure drawn in `page_style` as SVG for inlining: in the colours of the page, with unique ids."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(buffer.getvalue())
 
 
 def _inline(svg: str) -> str:
-    """Strip an SVG for inlining: use the page's text colour and make element ids unique per chart."""
+    """Strip an SVG, and replace its colours by those of the page."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r' id="[a-z0-9.]+_\d+"', "", svg)
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
-    return svg.replace(INK, "currentColor")
+    return re.sub(r' style="[^"]*"', lambda style: re.sub(r"#[0-9a-f]{6}\b", _page_colour, style[0]), svg)
+
+
+def _page_colour(colour: re.Match[str]) -> str:
+    own = {INK: "currentColor", GRID: "var(--grid)", "#ffffff": "var(--card)"}
+    return own.get(colour[0]) or css_colour(colour[0].upper())

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reporting.charts import COLOURS, higher_is_better
-from reporting.drawing import escape_text
+from reporting.drawing import escape_text, page_style, to_svg
 from reporting.laboratory import AXES, BASES, PLACES, SEEDS, STAGES, Axis, Basis, Comparison, Laboratory, Stage, Values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ARM, REFERENCE = COLOURS[0], COLOURS[-1]
 STAGE_COLOURS: dict[Stage, str] = {"screen": COLOURS[4], "confirm": COLOURS[0]}
@@ -27,6 +28,19 @@ ARMS_PER_ROW = 3  # of the curves; each arm has a panel for each axis
 
 def draw_laboratory(laboratory: Laboratory, metric: str) -> bytes:
     """Draw the chart of a metric as PNG."""
+    buffer = io.BytesIO()
+    _figure(laboratory, metric).savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def draw_laboratory_svg(laboratory: Laboratory, metric: str) -> str:
+    """Draw the chart of a metric as SVG in the colours of the page."""
+    with page_style(metric):
+        return to_svg(_figure(laboratory, metric))
+
+
+def _figure(laboratory: Laboratory, metric: str) -> Figure:
+    """Return the chart of a metric."""
     os.environ["MPLBACKEND"] = "agg"  # no window, regardless of the user's backend
     from matplotlib.figure import Figure
 
@@ -49,15 +63,15 @@ def draw_laboratory(laboratory: Laboratory, metric: str) -> bytes:
         _draw_curves(pair, laboratory, arm, metric)
     for axes in panels.flatten()[2 * len(arms) :]:
         axes.set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return figure
 
 
 def _draw_intervals(
     axes: Axes, comparisons: Sequence[Comparison], pairs: Sequence[tuple[str, str]], metric: str
 ) -> None:
     """Draw the interval of each difference: a row for each pair of arms, a line for each stage and axis."""
+    from matplotlib import rcParams
+
     limit = _reach(comparisons)
     spacing = 0.8 / _most_lines(comparisons)
     for row, pair in enumerate(pairs):
@@ -66,7 +80,7 @@ def _draw_intervals(
             _draw_interval(axes, item, spacing * ((len(own) - 1) / 2 - i) - row, limit)
     for y, text in _verdicts(comparisons, pairs):
         axes.text(1.04 * limit, y, text, va="center", fontsize=9)
-    axes.axvline(0, color="black", linewidth=0.8)
+    axes.axvline(0, color=rcParams["axes.edgecolor"], linewidth=0.8)
     labels = [escape_text(f"{arm} minus {against}") for arm, against in pairs]
     axes.set(xlim=(-limit, limit), ylim=(0.6 - max(len(pairs), 1), 0.6))
     axes.set_yticks([-i for i in range(len(pairs))], labels)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import base64
+import time
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
+from reporting.health_section import health_section
+from reporting.image_section import image_section
 from reporting.laboratory import Laboratory
 from reporting.laboratory_table import arms_table, result_tables
-from reporting.page import figure, fill_template, generated_images, problems, table
+from reporting.markup import Html, Section, element, fill_template, table
 from reporting.run_reader import Run, is_run, read_run
 
 CAPTION = (
@@ -17,24 +19,31 @@ CAPTION = (
     "seeds excludes 0. Below: thin lines are runs, strong lines their mean, bands one standard deviation, of the fresh "
     "seeds if there are any."
 )
+SHOWN = "Of each arm the newest run with the lowest seed is shown."
 
 
-def build_laboratory_page(laboratory: Laboratory, charts: Mapping[str, bytes], folder: Path, max_images: int) -> str:
-    """Return the page, with a PNG for each metric, and the images of the runs in the folder of the laboratory."""
-    parts = [_chart(metric, png) for metric, png in charts.items()]
-    for title, rows in result_tables(laboratory):
-        parts += [f"<h2>{escape(title)}</h2>", table(rows)]
+def build_laboratory_page(laboratory: Laboratory, charts: Mapping[str, str], folder: Path, max_images: int) -> str:
+    """Return the page, with an SVG for each metric, and the images of the runs in the folder of the laboratory."""
+    tables = [f"<h3>{escape(title)}</h3>\n{table(rows)}" for title, rows in result_tables(laboratory)]
     runs = list(filter(None, (first_run(folder, arm) for arm in laboratory.question.arms)))
-    images = generated_images(runs, max_images) if runs else []
-    parts += ["<h2>Arms</h2>", table(arms_table(laboratory)), *images]
-    return fill_template(laboratory.question.question, [problems(runs), *parts])
+    sections = [
+        Section("comparisons", "Comparisons", "\n".join(_chart(metric, svg) for metric, svg in charts.items())),
+        Section("results", "Results", "\n".join(tables)),
+        Section("arms", "Arms", table(arms_table(laboratory))),
+    ]
+    if runs:
+        images = image_section(runs, max_images)
+        health = health_section(runs)
+        note = element("p", SHOWN, "quiet")
+        sections += [Section(part.name, part.title, note + part.body) for part in (images, health)]
+    return fill_template(laboratory.question.question, sections, time.time())
 
 
-def _chart(metric: str, png: bytes) -> str:
+def _chart(metric: str, svg: str) -> Html:
     """Return the chart of a metric as a card."""
-    uri = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    image = figure(uri, CAPTION, f"Comparison of the arms by {metric}")
-    return f'<section class="card"><h3>{escape(metric)}</h3>{image}</section>'
+    drawing = element("div", Html(svg), "drawing", role="img", **{"aria-label": f"Comparison of the arms by {metric}"})
+    image = element("figure", Html(drawing + element("figcaption", CAPTION)))
+    return element("div", Html(element("h3", metric) + image), "card")
 
 
 def first_run(folder: Path, arm: str) -> Run | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -15,9 +14,8 @@ import numpy as np
 from dnnlib.config import OPTIONS_FILE, UserError
 from dnnlib.util import MAX_LINE_BYTES, parse_json, read_json, read_lines
 from metrics.registry import COMPARABLE
+from reporting.log_reader import Log, read_log
 
-MAX_WARNINGS = 20
-MAX_WARNING_LENGTH = 1000  # maximum length of a warning
 MAX_AGE = 1e15  # kimg or seconds; a larger value is corrupt
 MAX_VALUE = 1e100  # larger plotted values would overflow the arithmetic of axes
 MAX_STATISTICS = 300  # statistics per run; typical runs have about 60
@@ -27,13 +25,14 @@ MAX_STATISTICS = 300  # statistics per run; typical runs have about 60
 class Curve:
     """A statistic of a run in ascending order of kimg; nan for a tick without a value.
 
-    `origin` contains the COMPARABLE fields of the records of a metric.
+    `origin` contains the COMPARABLE fields of the records of a metric, `last` all values of its last record.
     """
 
     kimg: np.ndarray
     seconds: np.ndarray  # training time without pauses; nan if unknown
     values: np.ndarray
     origin: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
 
     def finite(self) -> Curve:
         """Return the points with a finite value."""
@@ -53,7 +52,7 @@ class Grid:
 class Run:
     """The content of a run's folder.
 
-    `starts` are the environments of each start, `warnings` are warnings in the log, and `problems` are errors while
+    `starts` are the environments of each start, `log` is None without a readable log, and `problems` are errors while
     reading the files.
     """
 
@@ -65,7 +64,7 @@ class Run:
     grids: Sequence[Grid]
     reals: Path | None
     starts: Sequence[dict[str, Any]] = ()
-    warnings: Sequence[str] = ()
+    log: Log | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -128,7 +127,7 @@ def read_run(path: Path, name: str) -> Run:
         grids=sorted(_list_grids(path), key=lambda grid: grid.kimg),
         reals=reals if reals.is_file() else None,
         starts=list(_read_lines(path / "environment.jsonl", "kimg", problems)),
-        warnings=_read_warnings(path / "log.txt"),
+        log=read_log(path / "log.txt"),
         problems=problems,
     )
 
@@ -175,10 +174,13 @@ def _read_metric(path: Path, clock: Curve | None, problems: list[str]) -> Curve 
         problems.append(
             f"{path.name}: skipped {count} lines that are not comparable with the last line (other data or settings)"
         )
-    values = {record["kimg"]: _main_value(record) or 0.0 for record in comparable}
-    kimg = np.array(sorted(values), dtype=float)
+    latest = {record["kimg"]: record for record in comparable}
+    kimg = np.array(sorted(latest), dtype=float)
     seconds = np.interp(kimg, clock.kimg, clock.values, right=math.nan) if clock else np.full(len(kimg), math.nan)
-    return Curve(kimg=kimg, seconds=seconds, values=np.array([values[x] for x in kimg.tolist()]), origin=origin)
+    values = np.array([_main_value(latest[x]) for x in kimg.tolist()], dtype=float)
+    results = latest[kimg[-1]]["results"]
+    last = {name: float(value) for name, value in results.items() if is_number(value, MAX_VALUE)}
+    return Curve(kimg=kimg, seconds=seconds, values=values, origin=origin, last=last)
 
 
 def _main_value(record: dict[str, Any]) -> float | None:
@@ -219,18 +221,6 @@ def _read_lines(path: Path, age: str, problems: list[str]) -> Iterator[dict[str,
 def is_number(value: object, limit: float) -> TypeGuard[float]:
     """Return whether a JSON value is a number from -limit to limit."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -limit <= value <= limit
-
-
-def _read_warnings(path: Path) -> list[str]:
-    """Return the latest distinct warnings and errors of a log, in order of last occurrence, with repetition counts."""
-    counts: dict[str, int] = {}
-    with suppress(OSError):
-        for line in read_lines(path):
-            if line.startswith((b"Warning: ", b"Error: ")):
-                text = line[:MAX_WARNING_LENGTH].decode(errors="replace").rstrip("\r\n")
-                counts[text] = counts.pop(text, 0) + 1
-    newest = list(counts.items())[-MAX_WARNINGS:]
-    return [text + (f" ({count} times)" if count > 1 else "") for text, count in newest]
 
 
 def _list_grids(path: Path) -> Iterator[Grid]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -907,6 +907,7 @@ def assert_refused(result: Result, message: str) -> None:
 def _without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip chart rendering in tests of other parts."""
     monkeypatch.setattr(report, "draw_laboratory", lambda laboratory, metric: metric.encode())
+    monkeypatch.setattr(report, "draw_laboratory_svg", lambda laboratory, metric: "")
 
 
 def test_a_report_of_a_laboratory_has_charts_tables_and_images(tmp_path: Path) -> None:
@@ -924,14 +925,17 @@ def test_a_report_of_a_laboratory_has_charts_tables_and_images(tmp_path: Path) -
     chart = (tmp_path / "report" / f"chart-{FD}.png").read_bytes()
     with Image.open(io.BytesIO(chart)) as image:
         assert image.format == "PNG"
-    assert base64.b64encode(chart).decode() in page
+    assert f'aria-label="Comparison of the arms by {FD}"' in page
+    for text in ("at equal kimg:", "other minus baseline", "promising"):
+        assert re.search(rf"<text[^>]*>{text}</text>", page)
     assert "<h1>Does it help?</h1>" in page
     for row in next(iter(result_tables(small_laboratory())))[1][1:]:
         assert "".join(f"<td>{cell}</td>" for cell in row) in page
     assert "<tr><td>other</td><td>--other</td></tr>" in page
-    assert page.count("<figure>") == 2  # the chart, and the images of the newest run with the lowest seed
+    assert page.count("<figure") == 2  # the chart, and the images of the newest run with the lowest seed
     assert 'alt="other, seed9: generated at kimg 2"' in page
-    assert "<li>other, seed9: stats.jsonl: skipped 1 corrupt lines of 2</li>" in page
+    assert "stats.jsonl: skipped 1 corrupt lines of 2" in page
+    assert "log.txt cannot be read: other, seed9." in page
 
 
 @pytest.mark.usefixtures("_without_charts")

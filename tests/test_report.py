@@ -11,9 +11,11 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,9 +24,13 @@ from conftest import PATIENCE
 from PIL import Image
 
 import report
-from reporting import drawing, page
-from reporting.charts import find_charts
+from metrics.registry import registered_metrics
+from reporting import chart_section, drawing, markup, time_left
+from reporting.charts import DARK, find_charts
+from reporting.memorisation_section import REFERENCES
 from reporting.run_reader import find_runs, read_run
+from training.health import CONDITIONS, Condition, HealthCheck, TickValues
+from training.training_loop import Tick
 
 NAMES = ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real", "Loss/r1_penalty", "Gradients/G_main_norm", "Ours/new_signal")
 
@@ -116,7 +122,13 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
     for title in ("Losses of G and D", "Gradient norms", "Augmentation probability p"):
         assert title in charts
     assert charts["Metric swd5k: lower is better"] == [
-        {"label": "swd5k", "colour": "#0072B2", "kimg": [0, 4, 8], "seconds": [0, 60, 120], "values": [100, 98, 96]}
+        {
+            "label": "swd5k",
+            "colour": "light-dark(#0072B2, #3C86F7)",
+            "kimg": [0, 4, 8],
+            "seconds": [0, 60, 120],
+            "values": [100, 98, 96],
+        }
     ]
     assert text.count('class="panel"') == 2 * len(charts)
     assert all(
@@ -262,8 +274,6 @@ def test_a_folder_of_runs_reports_all_of_them(tmp_path: Path) -> None:
     result = run_report(tmp_path)
     assert result.exit_code == 0, result.output
     text = (tmp_path / "report" / "report.html").read_text()
-    assert "<tr><td>loss.r1_gamma</td><td>4</td><td>5</td></tr>" in text
-    assert "<td>preset</td>" not in text  # equal in both
     assert "16 of 20" in text
     assert "4 of 20" in text
 
@@ -393,12 +403,14 @@ def test_long_series_of_grids_are_thinned(tmp_path: Path) -> None:
 def test_warnings_and_environment_of_a_run_are_listed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=2)
     warning = "Warning: D tells <nothing>"
-    (run / "log.txt").write_text(f"tick 1\n{warning}\ntick 2\n{warning}\nError: the end\nmore\n")
+    (run / "log.txt").write_text(f"{warning}\ntick 1    kimg 2       time\n{warning}\nError: the end\nmore\n")
     starts = [{"kimg": 0.0, "device": "NVIDIA H100", "torch": "2.12"}, {"kimg": 4.0, "device": "cpu", "commit": None}]
     (run / "environment.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
     assert run_report(run).exit_code == 0
     text = (run / "report" / "report.html").read_text()
-    assert "<li>run: Warning: D tells &lt;nothing&gt; (2 times)</li><li>run: Error: the end</li>" in text
+    assert '<span class="finding">D tells &lt;nothing&gt; (2 times)</span>' in text
+    assert '<a href="#curves" data-kimg="2">2</a></td><td><span class="finding">Error: the end</span>' in text
+    assert "No warning was recorded" not in text
     assert "<th>kimg</th><th>device</th><th>torch</th><th>commit</th>" in text
     assert "<tr><td>run</td><td>0.0</td><td>NVIDIA H100</td><td>2.12</td><td></td></tr>" in text
     assert "<tr><td>run</td><td>4.0</td><td>cpu</td><td></td><td>?</td></tr>" in text
@@ -432,7 +444,7 @@ def test_unusual_names_and_numbers_are_shown(tmp_path: Path) -> None:
     assert "training_options.json: cannot be read (nested too deeply)" in result.output
     text = (run / "report" / "report.html").read_text()
     assert "<title>$body \\udcff</title>" in text
-    assert "<td>4 of ?</td><td>?</td><td>?</td><td>?</td><td>?</td><td>3 at 2 kimg</td><td>3</td>" in text
+    assert "<td>4 of ?</td><td>3 at 2 kimg</td><td>3</td><td>?</td><td>?</td><td>?</td><td>?</td>" in text
     assert list(read_run(run, "run").metrics) == ["swd5k"]
 
 
@@ -461,7 +473,7 @@ def test_lines_are_visually_distinct(tmp_path: Path) -> None:
     runs = [read_run(run, name) for name in ("a", "b")]
     chart = next(chart for chart in find_charts(runs) if chart.name == "gradients")
     assert len({(line.colour, line.dashes) for line in chart.lines}) == 2 * 9
-    assert len({page._swatch(entry) for entry in chart.legend()}) == 2 + 9
+    assert len({chart_section.swatch(entry) for entry in chart.legend()}) == 2 + 9
 
 
 def test_runs_with_equal_names_are_distinguished(tmp_path: Path) -> None:
@@ -477,37 +489,361 @@ def test_a_run_is_shown_once(tmp_path: Path) -> None:
 
 def test_a_repeated_warning_is_listed_by_its_last_occurrence(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ticks=1)
-    warnings = [f"Warning: {i}\n" for i in (0, *range(25), 0)]
-    (run / "log.txt").write_text("".join(warnings))
-    shown = read_run(run, "run").warnings
-    assert shown == [*(f"Warning: {i}" for i in range(6, 25)), "Warning: 0 (3 times)"]
+    lines = [f"tick {i}    kimg {i / 2:<7g} time 1s\nWarning: {i % 25}\n" for i in (*range(26), 50)]
+    (run / "log.txt").write_text("".join(lines))
+    log = read_run(run, "run").log
+    assert log is not None
+    shown = [(warning.text, warning.first_kimg, warning.last_kimg, warning.count) for warning in log.warnings]
+    assert shown == [*((str(i), i / 2, i / 2, 1) for i in range(6, 25)), ("0", 0, 25, 3)]
+
+
+def page_of(*runs: Path) -> str:
+    """Return the page that reports on runs."""
+    result = run_report(*runs, f"--outdir={runs[0].parent / 'out'}")
+    assert result.exit_code == 0, result.output
+    return (runs[0].parent / "out" / "report.html").read_text()
+
+
+def rows_of(text: str, section: str) -> list[list[str]]:
+    """Return the texts of the cells of all tables in a section of a page."""
+    part = text.partition(f'<section id="{section}">')[2].partition("\n</section>")[0]
+    rows = re.findall(r"<tr.*?</tr>", part)
+    return [[unescape(re.sub("<.*?>", "", cell)) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+
+
+@pytest.mark.usefixtures("_without_charts")
+def test_options_that_differ_are_grouped_and_marked(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, ticks=1) for name in ("a", "b", "c")]
+    long = "x" * 500
+    for run, gamma, extra in zip(runs, (1.0, 2.0, 1), ({}, {"path": long}, {"path": None}), strict=True):
+        options = {
+            "seed": 3,
+            "loss": {"r1_gamma": gamma, "penalty": "exact"},
+            "data": extra,
+            "run": {"nan": [gamma < 2]},
+        }
+        (run / "training_options.json").write_text(json.dumps(options))
+    text = page_of(*runs)
+    assert rows_of(text, "options") == [
+        ["option", "a", "b", "c"],
+        ["data"],
+        ["data.path", "(no such option)", long, "null"],
+        ["loss"],
+        ["loss.r1_gamma", "1.0", "2.0", "1"],
+        ["run"],
+        ["run.nan", "[true]", "[false]", "[true]"],
+    ]
+    assert re.findall("<mark.*?>(.*?)</mark>", text) == [long, "null", "2.0", "[false]"]
+    assert f'<mark class="long">{long}</mark>' in text
+    assert "Marked values differ from those of a. The other 2 options are equal in all runs." in text
+
+
+@pytest.mark.usefixtures("_without_charts")
+def test_runs_with_equal_options_are_said_to_be_equal(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, ticks=1) for name in ("a", "b")]
+    assert "All 3 options are equal in these 2 runs." in page_of(*runs)
+    assert rows_of(page_of(runs[0]), "options") == []
+
+
+def timed_run(path: Path, seconds: Sequence[float], log: str = "", last: float = 1e9) -> Path:
+    """Write a run with a tick of 2 kimg at each of these training times, the last at a time since 1970."""
+    run = make_run(path, ticks=0, grids=())
+    ticks = [
+        {"Progress/kimg": 2.0 * i, "Timing/total_sec": second, "timestamp": last - seconds[-1] + second}
+        for i, second in enumerate(seconds)
+    ]
+    (run / "stats.jsonl").write_text("".join(json.dumps(tick) + "\n" for tick in ticks))
+    (run / "training_options.json").write_text('{"run": {"total_kimg": 100, "snapshot_ticks": 3}}')
+    (run / "log.txt").write_text(log)
+    return run
+
+
+def test_the_pace_covers_whole_intervals_between_snapshots(tmp_path: Path) -> None:
+    """The first 20 ticks take 100 s; then a tick takes 10 s, and every third one 70 s, because of a metric."""
+    slow, steps = [100.0 * i for i in range(20)], np.cumsum([10.0 + 60.0 * (i % 3 == 2) for i in range(22)])
+    pace = time_left.measure_pace(read_run(timed_run(tmp_path / "run", [*slow, *(1900 + steps)]), "run"))
+    assert pace.ticks == 21
+    assert pace.seconds_per_kimg == pytest.approx((10 + 10 + 70) / 6)
+    assert pace.interval == 70
+    first = time_left.measure_pace(read_run(timed_run(tmp_path / "first", [0.0, 8.0, 12.0]), "first"))
+    assert (first.ticks, first.seconds_per_kimg) == (2, 3.0)
+    assert math.isnan(time_left.measure_pace(read_run(timed_run(tmp_path / "new", [0.0]), "new")).seconds_per_kimg)
+
+
+@pytest.mark.usefixtures("_without_charts")
+def test_time_left_and_state_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
+    monkeypatch.setattr("time.time", lambda: now)
+    start, stop = "Training on cpu\n", "Stopped; --resume=latest resumes this run: x\n"
+    runs = [
+        timed_run(tmp_path / "a", [10.0 * i for i in range(11)], start + stop + start, last=now - 25),
+        timed_run(tmp_path / "b", [10.0 * i for i in range(11)], start, last=now - 35),
+        timed_run(tmp_path / "c", [10.0 * i for i in range(11)], start + stop, last=now - 25),
+        timed_run(tmp_path / "d", [10.0 * i for i in range(11)], f"{start}Error: out of memory\n", last=now - 25),
+        timed_run(tmp_path / "e", [10.0 * i for i in range(51)], start, last=now - 86400),
+    ]
+    text = page_of(*runs)
+    states = [row[1] for row in rows_of(text, "overview")[1:6]]
+    assert states == ["last tick 25s ago", "no tick for 35s", "stopped", "ended with an error1 warning", "done"]
+    rows = rows_of(text, "overview")[7:]
+    left = ["80", "5 sec/kimg", "9 ticks", "6m 40s"]  # 80 kimg at 10 s per 2 kimg
+    assert rows == [
+        ["a", *left, "2023-11-14 22:19 UTC"],  # 6 min 40 s after the last tick at 22:12:55
+        ["b", *left, "no tick for 35s"],
+        ["c", *left, "stopped"],
+        ["d", *left, "ended with an error"],
+        ["e", "0", "", "", "", "done"],
+    ]
+    assert "Time left" not in page_of(runs[-1])
+
+
+class Always(HealthCheck):
+    """Health check whose conditions are all met at once."""
+
+    def newly_met(self, values: TickValues) -> list[Condition]:
+        return list(CONDITIONS)
+
+
+@pytest.mark.usefixtures("_without_charts")
+def test_health_lists_warnings_with_remedy_and_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"Progress/kimg": 2.0016, "Loss/scores/real": {"mean": 7.25}, "Images/diversity": 0.01}
+    sick = make_run(tmp_path / "sick", ticks=0, grids=())
+    skipped = {"Progress/kimg": 4.0, "Skipped/D_main": 3.0}
+    (sick / "stats.jsonl").write_text(
+        "".join(json.dumps(tick) + "\n" for tick in (values, skipped, {"Progress/kimg": 6}))
+    )
+    trainer = SimpleNamespace(ada=SimpleNamespace(is_saturated=lambda p: False))
+    tick = Tick(1, 0, is_first=False, is_last=False, stats={}, values={"Progress/augment": 0.0})
+    Always().on_tick(cast(Any, trainer), tick)
+    printed = capsys.readouterr().out
+    log = f"tick 1    kimg 2.0016  time 9s\n{printed}Warning: 3 updates of D_main skipped: values were not finite\n"
+    (sick / "log.txt").write_text(log)
+    well = make_run(tmp_path / "well", ticks=2)
+    (well / "log.txt").write_text("tick 0    kimg 0\n")
+    unknown = make_run(tmp_path / "unknown", ticks=2)
+    text = page_of(sick, well, unknown)
+    _, label, update, *warnings = rows_of(text, "health")
+    assert label == ["sick"]
+    assert update[:2] == ["4", "3 updates of D_main skipped in 1 of 3 ticks: values were not finite"]
+    assert len(warnings) == len(CONDITIONS)
+    for row, condition in zip(warnings, CONDITIONS, strict=True):
+        finding, _, remedy = condition.message.partition(": ")
+        assert row[:2] == ["2.0016", finding]
+        assert row[2].startswith(f"{remedy}. docs" if remedy else "docs")
+        assert row[2].endswith(f"docs/troubleshooting.md, “{condition.name}”")
+        assert row[3] == "logits: real 7.25, diversity: 0.01"
+    assert ">No warning was recorded: well.<" in text
+    assert ">Warnings are unknown, because log.txt cannot be read: unknown.<" in text
+
+
+@pytest.mark.usefixtures("_without_charts")
+def test_memorisation_is_shown_if_it_was_computed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=2)
+    assert 'id="memorisation"' not in page_of(run)
+    records = {
+        "authpct5k": [{"authpct5k": 50.0}, {"authpct5k": 61.5}],
+        "fld5k_dinov2": [{"fld5k_dinov2": 12.5, "fld5k_dinov2_generalisation_gap": -3.25}],
+        "fid5k_full": [{"fid5k_full": 9.0, "fid5k_full_train": 10.0, "fid5k_full_holdout": 12.5}],
+    }
+    for name, results in records.items():
+        lines = [metric_line(2.0 * i, 0, metric=name, results=values) for i, values in enumerate(results)]
+        (run / f"metric-{name}.jsonl").write_text("".join(lines))
+    rows = rows_of(page_of(run), "memorisation")
+    assert [row[:2] for row in rows[1:]] == [
+        ["authpct5k", "61.5 at 2 kimg"],
+        ["fid5k_full_holdout minus _train", "2.5 at 0 kimg"],
+        ["fld5k_dinov2", "12.5 at 0 kimg"],
+        ["fld5k_dinov2_generalisation_gap", "-3.25 at 0 kimg"],
+    ]
+    assert all("" not in row for row in rows)
+
+
+def test_every_metric_of_memorisation_has_reference_values() -> None:
+    specs = [spec for spec in registered_metrics() if spec.part == "train"]
+    expected = {(spec.pattern.removesuffix("_dinov2"), value) for spec in specs for value in spec.values}
+    assert set(REFERENCES) == expected
+
+
+@pytest.mark.usefixtures("_without_charts")
+def test_the_best_of_comparable_runs_is_marked(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, ticks=3) for name in ("a", "b")]
+    (runs[1] / "metric-swd5k.jsonl").write_text(metric_line(4, 12.0))
+    assert re.findall('<strong class="best">(.*?)</strong>', page_of(*runs)) == ["12 at 4 kimg"]
+    (runs[1] / "metric-swd5k.jsonl").write_text(metric_line(4, 12.0, seed=1))
+    assert 'class="best"' not in page_of(*runs)
+
+
+@pytest.mark.usefixtures("_without_charts")
+def test_equal_real_images_are_shown_once(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, ticks=1, grids=()) for name in ("a", "b", "c")]
+    Image.new("RGB", (64, 64), "red").save(runs[2] / "reals.png")
+    names = [name for name in Page(page_of(*runs)).images() if "real" in name]
+    assert names == ["a, b: real images", "c: real images"]
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance of a colour `#rrggbb` (WCAG 2)."""
+    channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_charts_are_legible_on_a_dark_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=3)
+    card = re.search(r"--card: light-dark\(#fff, (#\w{6})\)", (markup.FOLDER / "page.css").read_text())
+    assert card
+    for colour in DARK:
+        assert (luminance(colour) + 0.05) / (luminance(card[1]) + 0.05) > 4.5
+    for chart in find_charts([read_run(run, "run")]):
+        for panel in drawing.draw(chart).panels:
+            fixed = re.sub(r"light-dark\(#\w{6}, #\w{6}\)", "", panel.svg)
+            assert not re.search(r"#[0-9a-f]{6}\b", fixed, re.IGNORECASE)
+            assert "currentColor" in fixed
+
+
+def probe(chromium: str, page: Path, script: str, head: str = "", *flags: str) -> Any:
+    """Return the value that a script computes once a page is loaded; `head` runs before the scripts of the page."""
+    text = page.read_text().replace("<header>", f"<script>{head}</script><header>")
+    found = f"document.body.dataset.found = JSON.stringify({script})"
+    text = text.replace("</body>", f"<script>onload = () => {{ {found} }}</script></body>")
+    own = page.with_name("probe.html")
+    own.write_text(text)
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    options = ("--headless", "--no-sandbox", "--disable-gpu", profile, "--dump-dom", *flags)
+    command = [chromium, *options, own.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    match = re.search(r'data-found="([^"]*)"', dom.stdout)
+    assert match
+    return json.loads(unescape(match[1]))
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a page with a run of 12 kimg with five grids, and one of 6 kimg with three."""
+    monkeypatch.setattr(drawing, "draw_png", lambda chart: b"")  # the page uses SVG
+    long = make_run(tmp_path / "long", ticks=7, grids=(3, 6, 9, 12))
+    page_of(long, make_run(tmp_path / "short", ticks=4, grids=(2, 6)))
+    return tmp_path / "out" / "report.html"
+
+
+SLIDERS = """(() => {
+  const [long, short] = [...document.querySelectorAll(".frames")];
+  const shown = run => [...run.querySelectorAll("figure:not([hidden])")].map(frame => frame.dataset.kimg).join();
+  const places = name => {
+    const panel = [...document.querySelectorAll(".chart[aria-label^=Losses] .panel")]
+      .find(element => JSON.parse(element.dataset.axis).name === name);
+    const axis = JSON.parse(panel.dataset.axis), scale = (axis.last - axis.first) / (axis.right - axis.left);
+    const value = place => axis.first + (parseFloat(place.style.left) / 100 - axis.left) * scale;
+    return [...panel.querySelectorAll(".place")].map(place => Math.round(value(place)));
+  };
+  const state = () => [shown(long), shown(short), places("kimg"), places("seconds")];
+  const move = (run, index) => {
+    const slider = run.querySelector("input");
+    slider.value = index;
+    slider.dispatchEvent(new Event("input"));
+  };
+  const states = [state()];
+  move(long, 1);
+  states.push(state());
+  move(long, 4);
+  states.push(state());
+  document.querySelector("#link").click();
+  move(long, 2);
+  states.push(state());
+  document.querySelector("#link").click();
+  states.push(state());
+  const label = short.querySelector("input").getAttribute("aria-valuetext");
+  return [states, label, short.querySelector("input").ariaLabel];
+})()"""
+
+
+def test_linked_sliders_show_the_nearest_kimg(two_runs: Path, chromium: str) -> None:
+    """The time at a kimg is 15 s per kimg in both runs; the charts begin at 2 kimg."""
+    states, text, label = probe(chromium, two_runs, SLIDERS)
+    assert states == [
+        ["12", "6", [12], [180, 90]],
+        ["3", "2", [3], [45, 30]],
+        ["12", "6", [12], [180, 90]],
+        ["6", "6", [6, 6], [90, 90]],  # unlinked: a mark per run
+        ["6", "6", [6], [90, 90]],
+    ]
+    assert (text, label) == ("kimg 6", "kimg of the images of short")
+
+
+def test_playing_moves_all_linked_runs(two_runs: Path, chromium: str) -> None:
+    script = """(() => {
+      const now = () => [...document.querySelectorAll(".frames figure:not([hidden])")].map(x => x.dataset.kimg);
+      const steps = [];
+      let tick = null;
+      window.setInterval = step => { tick = step; return 1; };
+      window.clearInterval = () => { tick = null; };
+      const button = document.querySelector(".frames button");
+      button.click();
+      const names = [button.textContent];
+      while (tick && steps.length < 10) { steps.push(now()); tick(); }
+      return [[...steps, now()], [...names, button.textContent]];
+    })()"""
+    steps, names = probe(chromium, two_runs, script)
+    assert steps == [["0", "0"], ["3", "2"], ["6", "6"], ["9", "6"], ["12", "6"]]
+    assert names == ["Pause", "Play"]
+
+
+def test_a_chosen_theme_is_applied_and_remembered(two_runs: Path, chromium: str) -> None:
+    script = """(() => {
+      const text = document.querySelector(".panel text");
+      const line = document.querySelector(".panel path[style*=light-dark]");
+      const state = () => [getComputedStyle(document.body).backgroundColor, getComputedStyle(text).fill,
+        getComputedStyle(line).stroke, localStorage.getItem("report-theme")];
+      const states = [state()];
+      for (const name of ["light", "dark"]) {
+        document.querySelector(`[name=theme][value=${name}]`).click();
+        states.push(state());
+      }
+      return states;
+    })()"""
+    light = ["rgb(243, 244, 246)", "rgb(36, 41, 47)", "rgb(0, 114, 178)"]
+    dark = ["rgb(13, 17, 23)", "rgb(213, 219, 225)", "rgb(60, 134, 247)"]
+    stored = 'localStorage.setItem("report-theme", "dark")'
+    assert probe(chromium, two_runs, script, stored) == [[*dark, "dark"], [*light, "light"], [*dark, "dark"]]
+    for number, system in ((0, dark), (1, light)):
+        flag = f"--blink-settings=preferredColorScheme={number}"
+        states = probe(chromium, two_runs, script, "localStorage.clear()", flag)
+        assert states == [[*system, None], [*light, "light"], [*dark, "dark"]]
+
+
+def test_a_narrow_page_does_not_scroll_sideways(two_runs: Path, chromium: str) -> None:
+    frame = two_runs.with_name("frame.html")
+    narrow = f'<iframe srcdoc="{escape(two_runs.read_text())}" style="width: 390px; height: 800px; border: 0"></iframe>'
+    wide = narrow.replace("390px", "1900px")
+    frame.write_text(f"<header></header><body>{narrow}{wide}</body>")
+    script = """[...document.querySelectorAll("iframe")].map(frame => {
+      const root = frame.contentDocument.documentElement;
+      const overflow = root.scrollWidth - root.clientWidth;
+      return [frame.contentWindow.innerWidth, overflow, root.querySelectorAll(".panel").length];
+    })"""
+    sizes = probe(chromium, frame, script)
+    assert sizes == [[390, 0, 14], [1900, 0, 14]]
 
 
 def test_a_browser_shows_every_chart_and_reacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chromium: str) -> None:
     run = make_run(tmp_path / "run", ticks=3)
     monkeypatch.setattr(drawing, "draw_png", lambda chart: b"")  # the page uses SVG
     assert run_report(run).exit_code == 0
-    probe = """<script>onload = () => {
+    script = """(() => {
       const panel = document.querySelector(".chart[aria-label^=Losses] .panel"), box = panel.getBoundingClientRect();
       const axis = JSON.parse(panel.dataset.axis);
       const at = axis.left + (axis.right - axis.left) * (3.9 - axis.first) / (axis.last - axis.first);
       panel.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + at * box.width}));
       const reading = [...panel.querySelectorAll(".reading div")].map(line => line.textContent);
       const shown = () => [...document.querySelectorAll(".frames figure")].findIndex(frame => !frame.hidden);
-      const slider = document.querySelector("input"), before = shown();
+      const slider = document.querySelector("[type=range]"), before = shown();
       slider.value = 1;
       slider.dispatchEvent(new Event("input"));
       const widths = [...document.images].map(image => image.naturalWidth);
-      document.body.dataset.found = JSON.stringify([before, shown(), Math.min(...widths), widths.length, reading]);
-    }</script></body>"""
-    page = tmp_path / "probe.html"
-    page.write_text((run / "report" / "report.html").read_text().replace("</body>", probe))
-    options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom")
-    command = [chromium, *options, page.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
-    found = re.search(r'data-found="([^"]*)"', dom.stdout)
-    assert found
-    before, after, narrowest, count, reading = json.loads(found[1].replace("&quot;", '"'))
+      return [before, shown(), Math.min(...widths), widths.length, reading];
+    })()"""
+    page = run / "report" / "report.html"
+    before, after, narrowest, count, reading = probe(chromium, page, script)
     assert (before, after) == (2, 1)
     assert narrowest == 64
     assert count == len(Page(page.read_text()).images())
