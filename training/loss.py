@@ -105,13 +105,20 @@ class GAN:
         from_other = mixed & (torch.arange(num_ws, device=z.device) >= cutoff)  # (num_ws,)
         return torch.where(from_other[:, None], other, ws), mean_w
 
-    def generate(self, count: int, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return generated images of all RGB heads, their labels (c; random if c is None) and the mean w."""
+    def generate(self, count: int, c: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return generated images of all RGB heads, their labels (c; random if c is None) and means of running state.
+
+        The means are the mean w (`w_avg`) and, of a generator that normalises the inputs of its layers by running
+        means, the mean squares of these inputs (`input_magnitudes`).
+        """
         z, drawn = self.sample_latents(count)
         c = drawn if c is None else c
         ws, mean_w = self.sample_styles(z, c)
-        with execution.using(all_rgb_heads=True):
-            return self.synthesize(ws, noise_mode="random"), c, mean_w
+        magnitudes: list[Tensor] | None = [] if hasattr(self.G.synthesis, "input_magnitudes") else None
+        with execution.using(all_rgb_heads=True, magnitudes=magnitudes):
+            images = self.synthesize(ws, noise_mode="random")
+        means = {"w_avg": mean_w} | ({"input_magnitudes": magnitudes[0]} if magnitudes else {})
+        return images, c, means
 
     def repeat_for_rgb_heads(self, img: Tensor) -> Tensor:
         """Repeat real images (B, C, H, W) for every RGB head of G, as in D's input: (B, num_rgb_heads C, H, W)."""
@@ -151,24 +158,24 @@ class GAN:
 
 def generator_logistic(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
     """softplus(-D(T(G(z)))): the non-saturating logistic loss (Goodfellow et al. 2014) under augmentation T."""
-    fake, fake_c, mean_w = gan.generate(batch_scale * len(img))
+    fake, fake_c, means = gan.generate(batch_scale * len(img))
     logits = gan.logits(fake, fake_c)
-    return _generator_terms(F.softplus(-logits).mean(), logits, mean_w)
+    return _generator_terms(F.softplus(-logits).mean(), logits, means)
 
 
 def discriminator_logistic(gan: GAN, img: Tensor, c: Tensor, lecam_weight: float = 0.0) -> LossTerms:
     """softplus(D(T(G(z)))) + softplus(-D(T(x)))."""
-    fake_logits, real_logits, direction, mean_w = _fake_and_real_logits(gan, img, c)
+    fake_logits, real_logits, direction, means = _fake_and_real_logits(gan, img, c)
     loss = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
-    terms = _discriminator_terms(loss, real_logits, real_logits, mean_w, direction)
+    terms = _discriminator_terms(loss, real_logits, real_logits, means, direction)
     return _add_lecam(terms, gan, fake_logits, real_logits, lecam_weight) if lecam_weight else terms
 
 
 def generator_linear(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
     """-D(T(G(z))): the generator loss of the hinge and Wasserstein objectives."""
-    fake, fake_c, mean_w = gan.generate(batch_scale * len(img))
+    fake, fake_c, means = gan.generate(batch_scale * len(img))
     logits = gan.logits(fake, fake_c)
-    return _generator_terms(-logits.mean(), logits, mean_w)
+    return _generator_terms(-logits.mean(), logits, means)
 
 
 def generator_wgan(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> LossTerms:
@@ -178,9 +185,9 @@ def generator_wgan(gan: GAN, img: Tensor, c: Tensor, batch_scale: int = 1) -> Lo
 
 def discriminator_hinge(gan: GAN, img: Tensor, c: Tensor, lecam_weight: float = 0.0) -> LossTerms:
     """max(0, 1 + D(T(G(z)))) + max(0, 1 - D(T(x))) (Lim & Ye 2017)."""
-    fake_logits, real_logits, direction, mean_w = _fake_and_real_logits(gan, img, c)
+    fake_logits, real_logits, direction, means = _fake_and_real_logits(gan, img, c)
     loss = F.relu(1 + fake_logits).mean() + F.relu(1 - real_logits).mean()
-    terms = _discriminator_terms(loss, real_logits, real_logits, mean_w, direction)
+    terms = _discriminator_terms(loss, real_logits, real_logits, means, direction)
     return _add_lecam(terms, gan, fake_logits, real_logits, lecam_weight) if lecam_weight else terms
 
 
@@ -192,7 +199,7 @@ def discriminator_wgan(gan: GAN, img: Tensor, c: Tensor, gp_weight: float, drift
     Karras et al. 2018 square each logit; here, as in TransGAN, the mean logit of the micro-batch is squared.
     """
     with torch.no_grad():
-        fake, _, mean_w = gan.generate(len(img), c)
+        fake, _, means = gan.generate(len(img), c)
     with execution.using(minibatches=2):
         with torch.no_grad():
             images = gan.augment(torch.cat([fake, img]))
@@ -201,19 +208,19 @@ def discriminator_wgan(gan: GAN, img: Tensor, c: Tensor, gp_weight: float, drift
     penalty = gradient_penalty(gan, real, fake, c)
     mean_real = real_logits.mean()
     loss = fake_logits.mean() - mean_real + gp_weight * penalty.mean() + drift_weight * mean_real.square()
-    terms = _discriminator_terms(loss, real_logits, real_logits - fake_logits, mean_w)
+    terms = _discriminator_terms(loss, real_logits, real_logits - fake_logits, means)
     terms.stats["Loss/gradient_penalty"] = penalty
     return terms
 
 
 def generator_relativistic(gan: GAN, img: Tensor, c: Tensor) -> LossTerms:
     """softplus(D(T(x)) - D(T(G(z)))) on pairs with the same labels (Jolicoeur-Martineau 2019; Huang et al. 2024)."""
-    fake, _, mean_w = gan.generate(len(img), c)
+    fake, _, means = gan.generate(len(img), c)
     values = gan.augment.draw(img) if gan.paired_augment else None
     with torch.no_grad():
         real_logits = gan.logits(img, c, values)
     logits = gan.logits(fake, c, values)
-    return _omit_signs(_generator_terms(F.softplus(real_logits - logits).mean(), logits, mean_w))
+    return _omit_signs(_generator_terms(F.softplus(real_logits - logits).mean(), logits, means))
 
 
 def discriminator_relativistic(
@@ -226,7 +233,7 @@ def discriminator_relativistic(
     pairs, whose common shift has no effect on the loss, near zero (Lin et al. 2025, "Adversarial flow models").
     """
     with torch.no_grad():
-        fake, _, mean_w = gan.generate(len(img), c)
+        fake, _, means = gan.generate(len(img), c)
         images, labels = torch.cat([fake, gan.reals(img, c)]), c.repeat(2, 1)
         values = gan.augmentation_of_pairs(images)
     if not isinstance(gamma, Tensor) and gamma == 0:
@@ -245,30 +252,30 @@ def discriminator_relativistic(
     if centring:
         stats["Loss/centring"] = (real_logits + fake_logits).square()
         loss = loss + centring * stats["Loss/centring"].mean()
-    terms = _discriminator_terms(loss, real_logits, real_logits - fake_logits, mean_w)
+    terms = _discriminator_terms(loss, real_logits, real_logits - fake_logits, means)
     return replace(terms, stats=terms.stats | stats)
 
 
-def _fake_and_real_logits(gan: GAN, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return D's logits for as many generated as real images, the loss of a SlicingHead's direction, and the mean w.
+def _fake_and_real_logits(gan: GAN, img: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+    """Return D's logits for as many generated as real images, the loss of a SlicingHead's direction, and G's means.
 
     The loss of the direction is E[D(T(G(z)))] - E[D(T(x))], with gradients to the direction only (Takida et al. 2024);
     it is None if D has no SlicingHead.
     """
     with torch.no_grad():
-        fake, fake_c, mean_w = gan.generate(len(img))
+        fake, fake_c, means = gan.generate(len(img))
     real = gan.reals(img, c)
     with execution.using(slicing=True):
         fake_logits, real_logits = gan.fake_and_real_logits(fake, fake_c, real, c)
     if fake_logits.shape[1] == 1:
-        return fake_logits, real_logits, None, mean_w
+        return fake_logits, real_logits, None, means
     direction = fake_logits[:, 1].mean() - real_logits[:, 1].mean()
-    return fake_logits[:, :1], real_logits[:, :1], direction, mean_w
+    return fake_logits[:, :1], real_logits[:, :1], direction, means
 
 
-def _generator_terms(loss: Tensor, logits: Tensor, mean_w: Tensor) -> LossTerms:
+def _generator_terms(loss: Tensor, logits: Tensor, means: dict[str, Tensor]) -> LossTerms:
     stats = {"Loss/G/loss": loss, "Loss/scores/fake": logits, "Loss/signs/fake": logits.sign()}
-    return LossTerms(loss, stats, {"w_avg": mean_w})
+    return LossTerms(loss, stats, means)
 
 
 def _omit_signs(terms: LossTerms) -> LossTerms:
@@ -278,7 +285,7 @@ def _omit_signs(terms: LossTerms) -> LossTerms:
 
 
 def _discriminator_terms(
-    loss: Tensor, real_logits: Tensor, margins: Tensor, mean_w: Tensor, direction: Tensor | None = None
+    loss: Tensor, real_logits: Tensor, margins: Tensor, means: dict[str, Tensor], direction: Tensor | None = None
 ) -> LossTerms:
     """Return the terms of a discriminator loss; `margins` are positive where D is correct about a real image.
 
@@ -289,7 +296,7 @@ def _discriminator_terms(
     signs = margins.detach().sign()
     stats = {"Loss/D/loss": loss, "Loss/scores/real": real_logits, "Loss/signs/real": signs}
     total = loss if direction is None else loss + direction
-    return LossTerms(total, stats, {"w_avg": mean_w, "real_sign": signs.mean()})
+    return LossTerms(total, stats, means | {"real_sign": signs.mean()})
 
 
 def _add_lecam(terms: LossTerms, gan: GAN, fake_logits: Tensor, real_logits: Tensor, weight: float) -> LossTerms:

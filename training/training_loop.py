@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from training.hooks import Hook
 
 Moments = tuple[tuple[str, ...], Tensor]  # names of statistics, and their moments (names, 3)
+MAGNITUDE_HALF_LIFE = 20_000  # images, of the running mean squares of layer inputs (StyleGAN3)
 MAX_SECONDS = 1e10  # upper bound of the times of TrainState in a file
 
 
@@ -194,6 +195,9 @@ class Trainer:
             "real_sign": self.ada.observe,
             "logits": self.gan.logit_means.update,
         }
+        if hasattr(self.G.synthesis, "input_magnitudes"):
+            rate = 1 - 0.5 ** (self.batch_size / MAGNITUDE_HALF_LIFE)
+            self.trackers["input_magnitudes"] = RunningMean(self.G.synthesis.input_magnitudes, rate).update
         self.checkpoint = Checkpoint(
             G=self.G,
             D=self.D,
