@@ -20,7 +20,6 @@ from training.networks.modulation import read_styles
 
 NUM_LAYERS = 14  # of the published networks, without the input and ToRGB
 NUM_CRITICAL = 2  # last layers with a cutoff of half the sampling rate and no margin
-MARGIN = 10  # samples beyond each edge of the image
 FIRST_CUTOFF, FIRST_STOPBAND = 2.0, 2**2.1  # cycles per image
 LAST_STOPBAND = 2**0.3  # relative to the last cutoff
 OUTPUT_GAIN = 0.25
@@ -28,21 +27,21 @@ MIN_SIDE = 64  # pixels of the smallest images for which `fit` chooses the numbe
 
 
 @dataclass(frozen=True, kw_only=True)
-class StyleGAN3Config(GeneratorConfig):
-    """Configuration of a StyleGAN3 generator: equivariant to translation (T) or also to rotation (R).
+class AliasFreeConfig(GeneratorConfig):
+    """Configuration of a generator whose layers are alias-free up to cutoffs that grow from layer to layer.
 
     `fit` chooses `side`, the image size in pixels, if it is None, and `num_layers` and `channel_base` if they are 0.
     """
 
-    rotation: bool = setting(False, "Configuration R: 1x1 convolutions and radial filters, equivariant to rotation.")
     side: int | None = setting(
         None, "Side of the images in pixels, a power of two; None: chosen from the image size.", auto=True, at_least=8
     )
     num_layers: int = setting(
-        0, "Number of layers between the input and ToRGB; 0: 14, for images of 64 pixels or more.", at_least=0
+        0, "Layers between the input and ToRGB; 0: 14, for images of 64 pixels or more.", auto=True, at_least=0
     )
+    margin: int = setting(10, "Samples beyond each edge of the image on all but the last layers.", at_least=1)
     channel_base: int = setting(
-        0, "Channels times cutoff frequency times 2; 0: chosen from the image size.", at_least=0
+        0, "Channels times twice the cutoff frequency of a layer; 0: chosen from the image size.", at_least=0
     )
     channel_max: int = setting(512, "Maximum number of channels of a layer.", at_least=1)
 
@@ -56,6 +55,16 @@ class StyleGAN3Config(GeneratorConfig):
             raise ConfigError("side", self.side, "must be a power of two")
         if self.side is not None and 0 < self.channel_base < self.side:
             raise ConfigError("channel_base", self.channel_base, f"leaves no channel: must be at least {self.side}")
+
+    @property
+    def kernel_size(self) -> int:
+        """Side of the kernels of the convolutions."""
+        return 3
+
+    @property
+    def has_radial_filters(self) -> bool:
+        """Whether the filters for downsampling are radially symmetric."""
+        return False
 
     @property
     def img_size(self) -> Grid:
@@ -87,7 +96,7 @@ class StyleGAN3Config(GeneratorConfig):
             cutoff = FIRST_CUTOFF * (side / 2 / FIRST_CUTOFF) ** e
             stopband = FIRST_STOPBAND * (side / 2 * LAST_STOPBAND / FIRST_STOPBAND) ** e
             rate = 2 ** math.ceil(math.log2(min(2 * stopband, side)))
-            size = side if i >= self.num_layers - 1 else rate + 2 * MARGIN
+            size = side if i >= self.num_layers - 1 else rate + 2 * self.margin
             found.append(Band(rate=rate, size=size, cutoff=cutoff, half_width=max(stopband, rate / 2) - cutoff))
         return tuple(found)
 
@@ -99,20 +108,39 @@ class StyleGAN3Config(GeneratorConfig):
     def fit(self, height: int, width: int) -> Self:
         side = max(height, width)
         if height != width or side & (side - 1) or side < 8:
-            problem = f"not supported: StyleGAN3 generates square images of 8, 16, 32, ... pixels, not {width}x{height}"
+            problem = f"does not support {width}x{height}: alias-free generators need square images of 2^n pixels"
             raise ConfigError("side", side, problem)
         if not self.num_layers and side < MIN_SIDE:
             problem = (
                 f"not chosen for images of {side} pixels, where margins make 14 layers 18 times as expensive as "
-                f"StyleGAN2; use --gen=stylegan2, images of {MIN_SIDE} pixels, or a number of layers"
+                f"StyleGAN2; use --gen=stylegan2, images of {MIN_SIDE} pixels, or choose a number of layers"
             )
             raise ConfigError("num_layers", 0, problem)
-        channel_base = self.channel_base or (32768 if side >= 512 else 16384) * (2 if self.rotation else 1)
+        channel_base = self.channel_base or (32768 if side >= 512 else 16384)
         return replace(self, side=side, num_layers=self.num_layers or NUM_LAYERS, channel_base=channel_base)
 
-    def build(self) -> StyleGAN3Generator:
+    def check_resolved(self) -> None:
+        """Raise ConfigError if `channel_base` is not chosen."""
         if not self.channel_base:
             raise ConfigError("channel_base", self.channel_base, "not chosen yet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleGAN3Config(AliasFreeConfig):
+    """Configuration of a StyleGAN3 generator: equivariant to translation (T) or also to rotation (R)."""
+
+    rotation: bool = setting(False, "Configuration R: 1x1 convolutions and radial filters, equivariant to rotation.")
+
+    @property
+    def kernel_size(self) -> int:
+        return 1 if self.rotation else 3
+
+    @property
+    def has_radial_filters(self) -> bool:
+        return self.rotation
+
+    def build(self) -> StyleGAN3Generator:
+        self.check_resolved()
         return StyleGAN3Generator(self)
 
 
@@ -123,14 +151,14 @@ class StyleGAN3Layer(nn.Module):
     only, without filters. `magnitude` is a running mean of x^2 of the input x.
     """
 
-    def __init__(self, config: StyleGAN3Config, index: int) -> None:
+    def __init__(self, config: AliasFreeConfig, index: int) -> None:
         super().__init__()
         bands, channels, before = config.bands(), config.channels(), max(index - 1, 0)
         source, target = bands[before], bands[index]
         self.is_torgb = index == config.num_layers
         self.rate = max(source.rate, target.rate)
         self.place = f"{'torgb' if self.is_torgb else 'layer'}{index}"
-        kernel = 1 if self.is_torgb or config.rotation else 3
+        kernel = 1 if self.is_torgb else config.kernel_size
         self.affine = FullyConnected(config.w_dim, channels[before], bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(channels[index], channels[before], kernel, kernel))
         self.activation = FilteredActivation(
@@ -140,7 +168,7 @@ class StyleGAN3Layer(nn.Module):
             extra=kernel - 1,
             clamp=config.conv_clamp,
             is_linear=self.is_torgb,
-            is_radial=config.rotation and index < config.num_layers - NUM_CRITICAL,
+            is_radial=config.has_radial_filters and index < config.num_layers - NUM_CRITICAL,
         )
 
     def forward(self, x: Tensor, style: Tensor, magnitude: Tensor) -> Tensor:
@@ -167,11 +195,15 @@ class StyleGAN3Synthesis(Synthesis):
 
     input_magnitudes: Tensor
 
-    def __init__(self, config: StyleGAN3Config) -> None:
+    def __init__(self, config: AliasFreeConfig) -> None:
         super().__init__(config)
         self.input = FourierInput(config.w_dim, config.channels()[0], config.bands()[0])
-        self.layers: Any = nn.ModuleList(StyleGAN3Layer(config, index) for index in range(config.num_layers + 1))
+        self.layers: Any = nn.ModuleList(self.build_layer(config, index) for index in range(config.num_layers + 1))
         self.register_buffer("input_magnitudes", torch.ones(len(self.layers)))
+
+    def build_layer(self, config: Any, index: int) -> nn.Module:
+        """Return a layer; the last is ToRGB."""
+        return StyleGAN3Layer(config, index)
 
     def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
         readers = [(self.input.affine, 0), *((layer.affine, i + 1) for i, layer in enumerate(self.layers))]
