@@ -31,6 +31,8 @@ G_SETTINGS: dict[str, Settings] = {
     "styleformer-c": {"handover": 8, "widths": (16,), "layers": (1,), "channel_base": 128, "channel_max": 8},
     "transgan": {"widths": (16, 4), "layers": (1, 1), "num_heads": 2, "full_upto": 8, "window": 8},
     "r3gan": {"w_dim": 0, "widths": (16, 16, 8), "layers": (1, 1, 1), "group_width": 8},
+    "stylegan3": {"num_layers": 4, "channel_base": 64, "channel_max": 8, "margin": 4},
+    "styleformer-a": {"num_layers": 4, "channel_base": 64, "channel_max": 8, "margin": 4},
 }
 D_SETTINGS: dict[str, Settings] = {
     "stylegan2": {"channel_base": 128, "channel_max": 8},
@@ -56,6 +58,7 @@ G_VARIANTS: dict[str, dict[str, Settings]] = {
     "styleformer": {
         "linformer": {"linformer": True, "linformer_k": 5, "linformer_min_tokens": 64},
         "ablations": {"ffn": True, "layernorm": "after", "style_attention": False, "residual": False},
+        "fourier": {"fourier_input": True},
     },
     "styleformer2": {
         "linformer": {"linformer": True, "linformer_k": 5, "linformer_min_tokens": 64},
@@ -71,6 +74,8 @@ G_VARIANTS: dict[str, dict[str, Settings]] = {
         "noise": {"attention_noise": True, "latent_tokens": 3, "antialias": 1, "layers": (0, 1)},
     },
     "r3gan": {"clamp": {"conv_clamp": 1.0, "layers": (2, 0, 1)}},
+    "stylegan3": {"rotation": {"rotation": True, "num_layers": 3}},
+    "styleformer-a": {"heads": {"depth": 4, "attention_rate": 64}},
 }
 D_VARIANTS: dict[str, dict[str, Settings]] = {
     "stylegan2": {"skip": {"architecture": "skip"}, "orig": {"architecture": "orig"}},

@@ -146,7 +146,16 @@ def test_size_errors_of_the_discriminator_name_the_options(
 
 def test_all_families_are_covered() -> None:
     """A new family needs test cases above."""
-    assert set(GENERATORS) == {"styleformer", "stylegan2", "styleformer-c", "styleformer2", "transgan", "r3gan"}
+    assert set(GENERATORS) == {
+        "styleformer",
+        "stylegan2",
+        "styleformer-c",
+        "styleformer2",
+        "transgan",
+        "r3gan",
+        "stylegan3",
+        "styleformer-a",
+    }
     assert set(DISCRIMINATORS) == {"stylegan2", "styleformer", "transgan", "r3gan"}
 
 

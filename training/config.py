@@ -28,8 +28,10 @@ from training.networks.r3gan import R3GANConfig
 from training.networks.r3gan_discriminator import R3GANDiscriminatorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer2 import Styleformer2Config
+from training.networks.styleformer_a import StyleformerAConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from training.networks.stylegan3 import StyleGAN3Config
 from training.networks.transgan import TransGANConfig
 from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 from training.phases import AdamConfig
@@ -250,6 +252,7 @@ def _presets() -> dict[str, TrainConfig]:
         "styleformer-c256": _compositional(stylegan2),
         **{config.preset: config for config in _transgans()},
         **{config.preset: config for config in _r3gans()},
+        **_alias_free(stylegan2, cifar),
         "tiny": _tiny(),
     }
 
@@ -292,6 +295,28 @@ def _styleformer2(cifar: TrainConfig) -> TrainConfig:
     generator = Styleformer2Config(z_dim=64, w_dim=128, **Styleformer2Config.AUTO)
     recipe = {"preset": "styleformer2", "batch_size": 8, "discriminator.mbstd_group_size": 8, "loss.n_critic": 2}
     return override(replace(cifar, generator=generator), recipe)
+
+
+def _alias_free(stylegan2: TrainConfig, cifar: TrainConfig) -> dict[str, TrainConfig]:
+    """StyleGAN3's configurations T and R, and Styleformers with their input: alias-free (A) or on plain grids (F).
+
+    StyleGAN3 has no path length regularisation, style mixing and noise. gamma is that of FFHQ at 256 pixels.
+    """
+    common: dict[str, Any] = {"loss.r1_gamma": 2, "loss.pl_weight": 0, "loss.style_mixing": 0, "g_optimizer.lr": 0.0025}
+    t = override(
+        replace(stylegan2, preset="stylegan3-t", generator=StyleGAN3Config(channel_base=0)),
+        common,
+    )
+    a = StyleformerAConfig()
+    return {
+        "stylegan3-t": t,
+        "stylegan3-r": replace(t, preset="stylegan3-r", generator=StyleGAN3Config(rotation=True, channel_max=1024)),
+        "styleformer-a": replace(t, preset="styleformer-a", generator=a),
+        "styleformer-f": override(
+            replace(cifar, generator=StyleformerConfig(**StyleformerConfig.AUTO, fourier_input=True)),
+            {"preset": "styleformer-f"},
+        ),
+    }
 
 
 def _compositional(stylegan2: TrainConfig) -> TrainConfig:
@@ -789,6 +814,7 @@ def schedules(config: Any) -> dict[str, Schedule]:
 
 # Fields missing from the files of earlier versions, with the values that reproduce the behaviour of those versions.
 ADDED_FIELDS: Mapping[str, Any] = {
+    "generator.fourier_input": False,
     "precision": "fp32",
     "reduced_from": 0,
     "run.data_on_gpu": False,

@@ -196,8 +196,9 @@ class Trainer:
             "logits": self.gan.logit_means.update,
         }
         if hasattr(self.G.synthesis, "input_magnitudes"):
+            magnitudes: Any = self.G.synthesis.input_magnitudes
             rate = 1 - 0.5 ** (self.batch_size / MAGNITUDE_HALF_LIFE)
-            self.trackers["input_magnitudes"] = RunningMean(self.G.synthesis.input_magnitudes, rate).update
+            self.trackers["input_magnitudes"] = RunningMean(magnitudes, rate).update
         self.checkpoint = Checkpoint(
             G=self.G,
             D=self.D,

@@ -13,6 +13,7 @@ from training.networks.r3gan import R3GANConfig
 from training.networks.r3gan_discriminator import R3GANDiscriminatorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer2 import Styleformer2Config
+from training.networks.styleformer_a import StyleformerAConfig
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.styleformer_discriminator import StyleformerDiscriminatorConfig
 from training.networks.stylegan2 import StyleGAN2Config
@@ -29,6 +30,7 @@ GENERATORS: dict[str, type[GeneratorConfig]] = {
     "transgan": TransGANConfig,
     "r3gan": R3GANConfig,
     "stylegan3": StyleGAN3Config,
+    "styleformer-a": StyleformerAConfig,
 }
 DISCRIMINATORS: dict[str, type[DiscriminatorConfig]] = {
     "stylegan2": StyleGAN2DiscriminatorConfig,

@@ -35,6 +35,11 @@ class Band:
     half_width: float
 
 
+def input_band(side: int) -> Band:
+    """Return the band of an input of side^2 tokens without margins, with frequencies up to a quarter of the rate."""
+    return Band(rate=side, size=side, cutoff=side / 4, half_width=side / 4)
+
+
 class FourierInput(nn.Module):
     """Fourier features (B, C, size, size) of positions that w rotates and shifts.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dnnlib.config import ConfigError, setting
 from torch_utils.ops.upfirdn2d import upsample2d
 from training.networks import execution
+from training.networks.alias_free import FourierInput, input_band
 from training.networks.generator import (
     Generator,
     Grid,
@@ -77,6 +78,7 @@ class EncoderConfig(StagedConfig):
     linformer_min_tokens: int = setting(1024, "Minimum number of tokens for Linformer attention.", at_least=1)
 
     AUTO: ClassVar[Mapping[str, Any]] = {**StagedConfig.AUTO, "linformer": None}
+    fourier_input: ClassVar[bool] = False  # a field of StyleformerConfig
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,6 +151,14 @@ class StyleformerConfig(EncoderConfig):
     )
     style_attention: bool = setting(True, "Modulate the input of attention in addition to its values (ablation).")
     residual: bool = setting(True, "Residual connection from the values to the attention output (ablation).")
+    fourier_input: bool = setting(  # type: ignore[misc]
+        False, "Input of StyleGAN3's Fourier features, which w moves, in place of learned constants and positions."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fourier_input and self.base[0] != self.base[1]:
+            raise ConfigError("fourier_input", True, f"needs a square base grid, not {self.base}")
 
     def build(self) -> Generator:
         """Build the generator, initialized from torch's global RNG."""
@@ -208,7 +218,9 @@ class StyleformerStage(nn.Module):
         """Create the position embedding and the blocks; return the width of the last block's output."""
         width, following = config.widths[index], config.widths[index + 1 :]
         out_width = following[0] if following else width  # the last block projects to the next width
-        self.pos_embedding = nn.Parameter(torch.zeros(1, math.prod(self.grid), width))
+        self.pos_embedding: nn.Parameter | None = None
+        if not config.fourier_input:
+            self.pos_embedding = nn.Parameter(torch.zeros(1, math.prod(self.grid), width))
         block_class = AblatedEncoderBlock if is_ablated(config) else EncoderBlock
         out_widths = [width] * (config.layers[index] - 1) + [out_width]
         self.blocks = nn.ModuleList(block_class(config, self.grid, width, out) for out in out_widths)
@@ -221,7 +233,7 @@ class StyleformerStage(nn.Module):
     def add_positions(self, x: Tensor) -> Tensor:
         """Return the input (B or 1, N, C) of the first block for the output of the previous stage."""
         x = execution.cast(x, self.grid)
-        return x + effective(self.pos_embedding, x.dtype)
+        return x if self.pos_embedding is None else x + effective(self.pos_embedding, x.dtype)
 
     def forward(
         self, x: Tensor, rgb: Tensor | None, modulations: Sequence[Modulation], style: Tensor, d: Tensor
@@ -247,11 +259,13 @@ class StyleformerStage(nn.Module):
 class StyleformerSynthesis(Synthesis):
     """Styleformer synthesis network: a learned constant on the base grid, then one stage per resolution.
 
-    Block i reads ws[:, i]. A ToRGB after block i reads ws[:, i + 1], which is also the style of block i + 1.
+    With `fourier_input`, Fourier features replace the constant. Block i reads ws[:, i]. A ToRGB after block i reads
+    ws[:, i + 1], which is also the style of block i + 1.
     """
 
     stage_class: ClassVar[type[StyleformerStage]] = StyleformerStage
     const: Tensor  # (N, C) on the base grid
+    input: FourierInput  # with `fourier_input`
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
@@ -260,7 +274,10 @@ class StyleformerSynthesis(Synthesis):
         self.stages: Any = nn.ModuleList(self.stage_class(config, index) for index in range(len(config.widths)))
 
     def build_input(self, config: Any) -> None:
-        """Create `const`."""
+        """Create `const` or `input`."""
+        if config.fourier_input:
+            self.input = FourierInput(config.w_dim, config.widths[0], input_band(config.base[0]))
+            return
         self.const = nn.Parameter(torch.randn(math.prod(config.base), config.widths[0]))
 
     def render(self, ws: Tensor, noise_mode: NoiseMode) -> Tensor:
@@ -281,11 +298,14 @@ class StyleformerSynthesis(Synthesis):
 
     def input_tokens(self, styles: Mapping[FullyConnected, Tensor]) -> Tensor:
         """Return the tokens (B or 1, N, C) on the base grid."""
-        return self.const.unsqueeze(0)
+        return to_tokens(self.input(styles[self.input.affine])) if self._has_input() else self.const.unsqueeze(0)
+
+    def _has_input(self) -> bool:
+        return hasattr(self, "input")
 
     def style_readers(self) -> list[Reader]:
         """Return the affine layers with the indices of their styles."""
-        readers: list[Reader] = []
+        readers: list[Reader] = [(self.input.affine, 0)] if self._has_input() else []
         first = 0
         for stage in self.stages:
             readers += [(block.affine, first + i) for i, block in enumerate(stage.blocks)]
