@@ -31,8 +31,8 @@ G_SETTINGS: dict[str, Settings] = {
     "styleformer-c": {"handover": 8, "widths": (16,), "layers": (1,), "channel_base": 128, "channel_max": 8},
     "transgan": {"widths": (16, 4), "layers": (1, 1), "num_heads": 2, "full_upto": 8, "window": 8},
     "r3gan": {"w_dim": 0, "widths": (16, 16, 8), "layers": (1, 1, 1), "group_width": 8},
-    "stylegan3": {"num_layers": 4, "channel_base": 64, "channel_max": 8, "margin": 4},
-    "styleformer-a": {"num_layers": 4, "channel_base": 64, "channel_max": 8, "margin": 4},
+    "stylegan3": {"num_layers": 4, "channel_base": 128, "channel_max": 8, "margin": 4},
+    "styleformer-a": {"num_layers": 4, "channel_base": 128, "channel_max": 8, "margin": 4},
 }
 D_SETTINGS: dict[str, Settings] = {
     "stylegan2": {"channel_base": 128, "channel_max": 8},

@@ -14,7 +14,7 @@ from training.networks.alias_free import Band, FilteredActivation, positions
 from training.networks.attention import Attention, attend, split_heads
 from training.networks.generator import Generator
 from training.networks.layers import FullyConnected, normalize_2nd_moment, to_map, to_tokens
-from training.networks.stylegan3 import AliasFreeConfig, StyleGAN3Layer, StyleGAN3Synthesis
+from training.networks.stylegan3 import AliasFreeConfig, StyleGAN3Synthesis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,12 @@ class StyleformerAConfig(AliasFreeConfig):
 
     def attention_channels(self) -> list[int]:
         """Return the channels of the inputs of the attention layers."""
-        pairs = zip(self.bands(), self.channels(), strict=True)
-        return [channels for band, channels in pairs if band.rate <= self.attention_rate]
+        return [self.channels()[max(i - 1, 0)] for i in range(self.num_layers) if self.attends(i)]
+
+    def attends(self, index: int) -> bool:
+        """Return whether a layer has attention; the critically sampled layers and ToRGB have none."""
+        band = self.bands()[max(index - 1, 0)]
+        return band.rate <= self.attention_rate and band.size > band.rate and index < self.num_layers
 
     def num_heads(self, channels: int) -> int:
         """Number of heads of a layer."""
@@ -160,8 +164,7 @@ class StyleformerASynthesis(StyleGAN3Synthesis):
     """StyleGAN3's synthesis network with attention layers on the coarse grids."""
 
     def build_layer(self, config: StyleformerAConfig, index: int) -> nn.Module:
-        rate = config.bands()[max(index - 1, 0)].rate
-        return AttentionLayer(config, index) if rate <= config.attention_rate else StyleGAN3Layer(config, index)
+        return AttentionLayer(config, index) if config.attends(index) else super().build_layer(config, index)
 
 
 class StyleformerAGenerator(Generator):

@@ -116,8 +116,12 @@ class AliasFreeConfig(GeneratorConfig):
                 f"StyleGAN2; use --gen=stylegan2, images of {MIN_SIDE} pixels, or choose a number of layers"
             )
             raise ConfigError("num_layers", 0, problem)
-        channel_base = self.channel_base or (32768 if side >= 512 else 16384)
+        channel_base = self.channel_base or self.default_channel_base(side)
         return replace(self, side=side, num_layers=self.num_layers or NUM_LAYERS, channel_base=channel_base)
+
+    def default_channel_base(self, side: int) -> int:
+        """Return the `channel_base` that `fit` chooses for a size."""
+        return 32768 if side >= 512 else 16384
 
     def check_resolved(self) -> None:
         """Raise ConfigError if `channel_base` is not chosen."""
@@ -138,6 +142,9 @@ class StyleGAN3Config(AliasFreeConfig):
     @property
     def has_radial_filters(self) -> bool:
         return self.rotation
+
+    def default_channel_base(self, side: int) -> int:
+        return super().default_channel_base(side) * (2 if self.rotation else 1)
 
     def build(self) -> StyleGAN3Generator:
         self.check_resolved()
