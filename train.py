@@ -137,15 +137,17 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
     ),
     "Generator": (
         option("--gen", field="generator.family", metavar="NAME",
-               help="Family: styleformer, stylegan2, styleformer-c, styleformer2, transgan or r3gan. [the preset's]"),
+               help="Family: styleformer, stylegan2, styleformer-c, styleformer2, transgan, r3gan, stylegan3 or "
+                    "styleformer-a. [the preset's]"),
         option("--g_dict", field="generator.widths", metavar="INT,...",
                help="Hidden sizes, lowest grid first (styleformer, styleformer-c, styleformer2, transgan, r3gan)."),
         option("--num_layers", field="generator.layers", metavar="INT,...",
                help="Blocks per resolution (styleformer, styleformer-c, styleformer2, transgan, r3gan)."),
         option("--base", field="generator.base", metavar="N|HxW",
-               help="Lowest resolution: 8, or 8x12 for height x width (all families)."),
+               help="Lowest resolution: 8, or 8x12 for height x width (styleformer, stylegan2, styleformer-c, "
+                    "styleformer2, transgan, r3gan)."),
         option("--depth", field="generator.depth", metavar="INT",
-               help="Channels per attention head (styleformer, styleformer-c, styleformer2). [32]"),
+               help="Channels per attention head (styleformer, styleformer-c, styleformer2, styleformer-a). [32]"),
         option("--minimum_head", field="generator.minimum_head", metavar="INT",
                help="Minimum number of heads (styleformer, styleformer-c, styleformer2). [1]"),
         switch("--linformer", field="generator.linformer",

@@ -304,13 +304,15 @@ def _alias_free(stylegan2: TrainConfig, cifar: TrainConfig) -> dict[str, TrainCo
     """
     common: dict[str, Any] = {"loss.r1_gamma": 2, "loss.pl_weight": 0, "loss.style_mixing": 0, "g_optimizer.lr": 0.0025}
     t = override(
-        replace(stylegan2, preset="stylegan3-t", generator=StyleGAN3Config(channel_base=0)),
+        replace(stylegan2, preset="stylegan3-t", generator=StyleGAN3Config(**StyleGAN3Config.AUTO)),
         common,
     )
-    a = StyleformerAConfig()
+    a = StyleformerAConfig(**StyleformerAConfig.AUTO)
     return {
         "stylegan3-t": t,
-        "stylegan3-r": replace(t, preset="stylegan3-r", generator=StyleGAN3Config(rotation=True, channel_max=1024)),
+        "stylegan3-r": replace(
+            t, preset="stylegan3-r", generator=StyleGAN3Config(**StyleGAN3Config.AUTO, rotation=True, channel_max=1024)
+        ),
         "styleformer-a": replace(t, preset="styleformer-a", generator=a),
         "styleformer-f": override(
             replace(cifar, generator=StyleformerConfig(**StyleformerConfig.AUTO, fourier_input=True)),
@@ -814,7 +816,6 @@ def schedules(config: Any) -> dict[str, Schedule]:
 
 # Fields missing from the files of earlier versions, with the values that reproduce the behaviour of those versions.
 ADDED_FIELDS: Mapping[str, Any] = {
-    "generator.fourier_input": False,
     "precision": "fp32",
     "reduced_from": 0,
     "run.data_on_gpu": False,
@@ -854,6 +855,7 @@ ADDED_FIELDS: Mapping[str, Any] = {
     "generator.layernorm": "before",
     "generator.style_attention": True,
     "generator.residual": True,
+    "generator.fourier_input": False,
     "generator.attention_noise": False,
     "generator.mapping_lr": 0.01,
     "generator.noise": True,

@@ -31,7 +31,8 @@ def fitting_sizes(config: TrainConfig, sizes: Sizes) -> Iterator[Size]:
     """Yield each (width, height) that both networks support for images of these sizes, best first."""
     fixed = config.generator.fixed_size
     height, width = base_of(config.generator) or (8, 8)
-    for size in [fixed[::-1]] if fixed else candidate_sizes(sizes, (width, height)):
+    candidates = [fixed[::-1]] if fixed else [*candidate_sizes(sizes, (width, height)), *config.generator.other_sizes]
+    for size in candidates:
         if _fits(config, size[::-1]):
             yield size
 
@@ -80,7 +81,8 @@ def _describe_networks(part: str, config: TrainConfig, presets: Mapping[str, Tra
         return f"which the discriminator of {chosen} does not support"
     if generator.fixed_size:
         return "and {} is for {}x{}".format(chosen, *generator.fixed_size[::-1])
-    return f"which the generator of {chosen} does not support"
+    reason = f" ({generator.supported_sizes})" if generator.supported_sizes else ""
+    return f"which the generator of {chosen} does not support{reason}"
 
 
 def _rebuild(path: str, size: Size, is_raw: bool) -> str:
@@ -100,6 +102,8 @@ def _other_options(config: TrainConfig, presets: Mapping[str, TrainConfig], grid
     if type(config.generator) is not type(preset.generator):
         named = "--cfg=auto"
     choices: list[tuple[str, TrainConfig, Mapping[str, Any]]] = []
+    if config.generator.other_sizes:
+        choices.append(("give --gen=stylegan2", config, {"generator.family": "stylegan2"}))
     if "handover" in field_names(config.generator):
         sides = [side for side in HANDOVERS if side < max(grid)]
         choices += [(f"give --set generator.handover={side}", config, {"generator.handover": side}) for side in sides]

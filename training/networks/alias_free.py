@@ -18,6 +18,7 @@ from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from training.networks import execution
 from training.networks.layers import FullyConnected
 
+Grid = tuple[int, int]  # (height, width)
 TAPS = 6  # of a filter, per sample of the lower of its two rates
 OVERSAMPLING = 2  # of the leaky ReLU, relative to the higher of the rates around it
 
@@ -34,19 +35,19 @@ class Band:
     cutoff: float
     half_width: float
 
-
-def input_band(side: int) -> Band:
-    """Return the band of an input of side^2 tokens without margins, with frequencies up to a quarter of the rate."""
-    return Band(rate=side, size=side, cutoff=side / 4, half_width=side / 4)
+    @property
+    def grid(self) -> Grid:
+        """Samples in both directions."""
+        return self.size, self.size
 
 
 class FourierInput(nn.Module):
-    """Fourier features (B, C, size, size) of positions that w rotates and shifts.
+    """Fourier features (B, C, h, w) of the positions of a grid, which w rotates and shifts.
 
         x = W (a * sin(2 pi (f . T p + phi))) / sqrt(C)
 
-    The frequencies f are inside a disc of radius `band.cutoff`, the phases phi in [-0.5, 0.5], and the amplitudes a
-    fade out beyond the disc, up to half the sampling rate, for transforms that enlarge f. The transform T of a
+    The frequencies f are inside a disc of radius `cutoff`, the phases phi in [-0.5, 0.5], and the amplitudes a
+    fade out beyond the disc, up to half the sampling `rate`, for transforms that enlarge f. The transform T of a
     position p is a rotation and a shift, affine in w and initially the identity, after that of
     `execution.current.input_transform` (1 or B, 3, 3), if any.
     """
@@ -54,15 +55,15 @@ class FourierInput(nn.Module):
     frequencies: Tensor  # (C, 2): x and y
     phases: Tensor  # (C,)
 
-    def __init__(self, w_dim: int, channels: int, band: Band) -> None:
+    def __init__(self, w_dim: int, channels: int, grid: Grid, *, rate: int, cutoff: float) -> None:
         super().__init__()
-        self.band = band
+        self.grid, self.rate, self.cutoff = grid, rate, cutoff
         self.affine = FullyConnected(w_dim, 4)
         with torch.no_grad():
             self.affine.weight.zero_()
             self.affine.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
         self.weight = nn.Parameter(torch.randn(channels, channels))
-        self.register_buffer("frequencies", disc_points(channels) * band.cutoff)
+        self.register_buffer("frequencies", disc_points(channels) * cutoff)
         self.register_buffer("phases", torch.rand(channels) - 0.5)
 
     def forward(self, t: Tensor) -> Tensor:
@@ -72,12 +73,12 @@ class FourierInput(nn.Module):
             transform = transform @ execution.current.input_transform.to(transform)
         frequencies = self.frequencies @ transform[:, :2, :2]  # (B, C, 2)
         phases = self.phases + (self.frequencies @ transform[:, :2, 2:]).squeeze(2)  # (B, C)
-        fade = (frequencies.norm(dim=2) - self.band.cutoff) / (self.band.rate / 2 - self.band.cutoff)
+        fade = (frequencies.norm(dim=2) - self.cutoff) / (self.rate / 2 - self.cutoff)
         amplitudes = (1 - fade).clamp(0, 1)
-        points = positions(self.band).to(frequencies)  # (N, 2)
+        points = positions(self.grid, self.rate).to(frequencies)  # (N, 2)
         waves = torch.sin(2 * math.pi * (points @ frequencies.mT + phases.unsqueeze(1))) * amplitudes.unsqueeze(1)
         x = waves @ self.weight.t() / math.sqrt(len(self.weight))  # (B, N, C)
-        return x.mT.unflatten(2, (self.band.size, self.band.size))
+        return x.mT.unflatten(2, self.grid)
 
 
 def disc_points(count: int) -> Tensor:
@@ -99,10 +100,10 @@ def rigid_transform(t: Tensor) -> Tensor:
     return rotation @ shift
 
 
-def positions(band: Band) -> Tensor:
-    """Return the positions (size^2, 2), x and y, of the samples of a band, row by row."""
-    axis = (torch.arange(band.size) - (band.size - 1) / 2) / band.rate
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+def positions(grid: Grid, rate: int) -> Tensor:
+    """Return the positions (h w, 2), x and y, of the samples of a grid (h, w), row by row."""
+    rows, columns = ((torch.arange(side) - (side - 1) / 2) / rate for side in grid)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], dim=1)
 
 

@@ -74,6 +74,16 @@ class GeneratorConfig(ABC):
         return None
 
     @property
+    def supported_sizes(self) -> str:
+        """Supported image sizes, and the reason, for error messages; "" if they follow from the base grid."""
+        return ""
+
+    @property
+    def other_sizes(self) -> tuple[Grid, ...]:
+        """Sizes (width, height) to suggest if no smaller size than that of the images is supported."""
+        return ()
+
+    @property
     @abstractmethod
     def num_ws(self) -> int:
         """Number of styles that the synthesis network reads."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dnnlib.config import ConfigError, setting
 from torch_utils.ops.upfirdn2d import upsample2d
 from training.networks import execution
-from training.networks.alias_free import FourierInput, input_band
+from training.networks.alias_free import FourierInput
 from training.networks.generator import (
     Generator,
     Grid,
@@ -155,11 +155,6 @@ class StyleformerConfig(EncoderConfig):
         False, "Input of StyleGAN3's Fourier features, which w moves, in place of learned constants and positions."
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.fourier_input and self.base[0] != self.base[1]:
-            raise ConfigError("fourier_input", True, f"needs a square base grid, not {self.base}")
-
     def build(self) -> Generator:
         """Build the generator, initialized from torch's global RNG."""
         self.require_widths()
@@ -276,7 +271,9 @@ class StyleformerSynthesis(Synthesis):
     def build_input(self, config: Any) -> None:
         """Create `const` or `input`."""
         if config.fourier_input:
-            self.input = FourierInput(config.w_dim, config.widths[0], input_band(config.base[0]))
+            self.input = FourierInput(
+                config.w_dim, config.widths[0], config.base, rate=max(config.base), cutoff=max(config.base) / 4
+            )
             return
         self.const = nn.Parameter(torch.randn(math.prod(config.base), config.widths[0]))
 

@@ -72,7 +72,7 @@ class RelativeAttention(Attention):
     def __init__(self, num_heads: int, channels: int, band: Band) -> None:
         super().__init__(num_heads)
         self.band = band
-        points = positions(band)
+        points = positions(band.grid, band.rate)
         self.log_width = nn.Parameter(torch.linspace(math.log(0.1), math.log(0.4), num_heads))
         self.register_buffer("points", points, persistent=False)
         self.register_buffer("angles", rotation_angles(points, channels // num_heads, band), persistent=False)
@@ -150,7 +150,7 @@ class AttentionLayer(nn.Module):
         q, k, v = qkv.chunk(3, dim=2)
         y = modulated_linear(self.attention(q, k, v), self.out_weight, s2)
         y = (y + modulated_linear(v, self.residual_weight, s2)) * math.sqrt(0.5)
-        return self.activation(to_map(y, (self.band.size, self.band.size)))
+        return self.activation(to_map(y, self.band.grid))
 
 
 def modulated_linear(x: Tensor, weight: Tensor, style: Tensor, gain: Tensor | float = 1.0) -> Tensor:

@@ -34,14 +34,14 @@ class AliasFreeConfig(GeneratorConfig):
     """
 
     side: int | None = setting(
-        None, "Side of the images in pixels, a power of two; None: chosen from the image size.", auto=True, at_least=8
+        64, "Side of the images in pixels, a power of two; None: chosen from the image size.", auto=True, at_least=8
     )
     num_layers: int = setting(
-        0, "Layers between the input and ToRGB; 0: 14, for images of 64 pixels or more.", auto=True, at_least=0
+        14, "Layers between the input and ToRGB; 0: 14, for images of 64 pixels or more.", auto=True, at_least=0
     )
     margin: int = setting(10, "Samples beyond each edge of the image on all but the last layers.", at_least=1)
     channel_base: int = setting(
-        0, "Channels times twice the cutoff frequency of a layer; 0: chosen from the image size.", at_least=0
+        16384, "Channels times twice the cutoff frequency of a layer; 0: chosen from the image size.", at_least=0
     )
     channel_max: int = setting(512, "Maximum number of channels of a layer.", at_least=1)
 
@@ -71,6 +71,17 @@ class AliasFreeConfig(GeneratorConfig):
         if self.side is None:
             raise ConfigError("side", None, "not chosen yet: it is derived from the image size")
         return self.side, self.side
+
+    @property
+    def supported_sizes(self) -> str:
+        return (
+            f"square, 2^n pixels, from {MIN_SIDE}: below, margins make {NUM_LAYERS} layers 18 times as expensive as "
+            "StyleGAN2"
+        )
+
+    @property
+    def other_sizes(self) -> tuple[Grid, ...]:
+        return ((MIN_SIDE, MIN_SIDE),)
 
     @property
     def num_ws(self) -> int:
@@ -204,7 +215,8 @@ class StyleGAN3Synthesis(Synthesis):
 
     def __init__(self, config: AliasFreeConfig) -> None:
         super().__init__(config)
-        self.input = FourierInput(config.w_dim, config.channels()[0], config.bands()[0])
+        band = config.bands()[0]
+        self.input = FourierInput(config.w_dim, config.channels()[0], band.grid, rate=band.rate, cutoff=band.cutoff)
         self.layers: Any = nn.ModuleList(self.build_layer(config, index) for index in range(config.num_layers + 1))
         self.register_buffer("input_magnitudes", torch.ones(len(self.layers)))
 
