@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -40,6 +41,7 @@ class Player:
         self.lock = Lock()  # one request at a time
         self.answers: Mapping[str, Callable[[Query], Answer]] = {
             "/network": self._network,
+            "/image": partial(self._images, limit=1),
             "/images": self._images,
             "/mixtures": self._mixtures,
             "/attention": self._attention,
@@ -73,14 +75,16 @@ class Player:
         query.end()
         return self.networks.open(name).facts()
 
-    def _images(self, query: Query) -> Answer:
+    def _images(self, query: Query, limit: int = MAX_IMAGES) -> Answer:
         """Return the images `of` sources, mixed and edited, and the command for the first.
 
-        A single image has its full size; several are thumbnails.
+        A single image has its full size; several are thumbnails. Raises UserError for more than `limit` images.
         """
         view = self._view(query)
         recipes = self._recipes(view, query)
         query.end()
+        if len(recipes) > limit:
+            raise UserError(f"of: choose one image, not {len(recipes)}")
         command = self.command.image(view.network.path, recipes[0])
         images = self.renderer.images(view, recipes)
         uris = map(thumbnail_uri, images) if len(images) > 1 else [data_uri(pixels_of(images[0]))]
