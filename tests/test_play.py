@@ -335,7 +335,7 @@ NONSENSE = {
     "images?of=0&network=x": "network=x: choose from n.pkl",
     "images?of=0&other=1": "other, styles: give both or neither",
     "images?of=0&styles=all": "other, styles: give both or neither",
-    "images?of=0&other=1&styles=conv": "'conv' is not a style; choose from 0-4",
+    "images?of=0&other=1&styles=conv": "styles=conv: 'conv' is not a style; choose from 0-4",
     "images?of=0&other=1&styles=" + "9" * 5000: "99' is not a style",
     "images?of=0&other=1&styles=..%2f..%2fetc": "'../../etc' is not a style",
     "images?of=0&edit=0:1": "directions: is missing",

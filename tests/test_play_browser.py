@@ -116,14 +116,15 @@ def test_the_mixing_table_selects_a_mixture(chromium: str) -> None:
         document.querySelectorAll("#styles input")[2].click();
         await settled();
         const command = document.querySelector("[data-command=mixtures]").textContent;
-        return [rows, found, $("caption").textContent, command];"""
+        return [rows, found, $("caption").textContent, command, $("problem").textContent];"""
     player = player_of(make_model())
-    rows, (caption, image, title), plain, command = run_in_browser(chromium, player, script)
+    rows, (caption, image, title), plain, command, problem = run_in_browser(chromium, player, script)
     assert rows == [7, 7, 7]
     assert (caption, title) == ("Seed 2, styles fine of seed 7", "2 with styles of 7")
     assert [image] == answer(player, "images?of=2&other=7&styles=fine")["images"]
     assert plain == "Seed 2"  # without styles, nothing is mixed
     assert "mix --network=n.pkl --rows=1-2 --cols=4-9 --styles=3-4 --outdir=out" in command
+    assert problem.startswith("styles=: '' is not a style; choose from 0-4, all, coarse")
 
 
 def test_a_morph_plays_and_is_exported(chromium: str) -> None:

@@ -156,7 +156,7 @@ const parts = [
     });
     mark();
   }),
-  new Part("table", () => state.view === "mixing" && stylesOf().length ? [address("mixtures", {rows: state.rows, cols: state.cols, styles: state.styles, ...edits()})] : [], showTable, true),
+  new Part("table", () => state.view === "mixing" ? [address("mixtures", {rows: state.rows, cols: state.cols, styles: state.styles, ...edits()})] : [], showTable, true),
   new Part("film", askMorph, (found, i) => {
     found.images.forEach((image, j) => { films.images[i * CHUNK + j] = image; });
     showCommand("morph", found.command);

@@ -192,7 +192,8 @@ class Player:
         ]
 
     def _styles(self, view: View, query: Query) -> tuple[int, ...]:
-        return choose_styles(query.text("styles"), view.model.G.num_ws, view.network.groups)
+        styles = query.text("styles")
+        return choose_styles(styles, view.model.G.num_ws, view.network.groups, f"styles={styles}")
 
     def _edits(self, view: View, query: Query) -> tuple[Edit, ...]:
         """Parse e.g. directions=sefa, layers=coarse, edit=0:1.5,3:-2."""
