@@ -39,7 +39,6 @@ def play(
         directions=directions,
     )
     networks = find_networks(network, start)
-    networks.open(networks.default)
     options = [f"--ema={ema:g}"] if ema is not None else []
     options += [f"--precision={precision}"] if precision != "fp32" else []
     options += [f"--device={device}"] if device is not None else []

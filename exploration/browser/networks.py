@@ -66,7 +66,7 @@ class Network:
             "parameters": count_parameters(G),
             "groups": {name: format_ranges(styles) for name, styles in self.groups.items()},
             "classes": self.num_classes,
-            "label": self.model.c[0].tolist() if self.has_vectors else [],
+            "label": numbers_of(self.model.c) if self.has_vectors else [],
             "attention": has_attention(G.synthesis),
             "noise": any(name.endswith("noise_const") for name, _ in G.synthesis.named_buffers()),
             "saved": list(self.saved),
@@ -118,13 +118,18 @@ class Networks:
         return self.loaded[name]
 
 
+def numbers_of(label: Tensor) -> tuple[float, ...]:
+    """Return a float32 label (1, c_dim) as numbers with the fewest digits: 0.1, not 0.10000000149."""
+    return tuple(float(str(number)) for number in label[0].cpu().numpy())
+
+
 def find_networks(network: Path | str, load: Callable[[Path | str], Network]) -> Networks:
     """Return the snapshots of --network: of a run's folder all, the best ones last; of a file or URL only that one.
 
     Raises UserError for a folder without snapshots.
     """
     if is_url(network) or not Path(network).is_dir() or is_folder(Path(network)):
-        return Networks({Path(network).name: partial(load, network)})
+        return Networks({Path(network).resolve().name: partial(load, network)})
     folder = Path(network)
     paths = [*list_snapshots(folder), *sorted(folder.glob("network-best-*.pkl"))]
     if not paths:
