@@ -258,6 +258,10 @@ def test_the_snapshots_of_a_run_are_loaded_when_chosen(shapes_zip: Path, tmp_pat
     assert player.networks.names == [*sorted(names), "network-best-swd.pkl"]
     assert player.networks.default == "network-snapshot-000100.pkl"
     before = shown(player, "images", of=1)["images"]
+    make_snapshot(folder / "network-snapshot-000200.pkl", shapes_zip)
+    player.page()  # finds the new snapshot
+    assert player.networks.names == [*sorted(names), "network-snapshot-000200.pkl", "network-best-swd.pkl"]
+    assert player.networks.default == "network-snapshot-000100.pkl"
     for name in names:
         assert shown(player, "network", network=name)["path"] == str(folder / name)
         assert f"--network={folder / name}" in shown(player, "images", of=1, network=name)["command"]

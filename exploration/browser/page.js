@@ -203,10 +203,11 @@ function showNetwork(found) {
   const [height, width] = facts.size;
   $("name").textContent = document.title = state.network;
   $("name").title = facts.path;
+  const count = number => number.toLocaleString("en", {maximumFractionDigits: 3});
   $("facts").textContent = [
-    facts.family, `${width}×${height}`, `${facts.kimg.toLocaleString("en", {maximumFractionDigits: 3})} kimg`,
-    `${facts.parameters.toLocaleString("en")} parameters`,
-  ].join(" · ");
+    facts.family, `${width}×${height}`, facts.kimg ? `${count(facts.kimg)} kimg` : "",  // 0 is unknown, or untrained
+    `${count(facts.parameters)} parameters`,
+  ].filter(Boolean).join(" · ");
   $("snapshots").hidden = START.networks.length < 2;
   $("network").replaceChildren(...START.networks.map(name => new Option(name)));
   $("classes").hidden = !facts.classes;

@@ -54,6 +54,8 @@ class Player:
 
     def page(self) -> str:
         """Return the HTML of the page, with its style, its script and a description of the network inserted."""
+        with self.lock:
+            self.networks.refresh()
         start = {
             "networks": self.networks.names,
             "name": self.networks.default,
