@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from dnnlib.util import counted
 from reporting.log_reader import LogWarning
 from reporting.markup import Html, Section, element, number, run_label, table
 from reporting.run_reader import Run
@@ -64,6 +65,8 @@ def _findings(run: Run) -> Iterator[Sequence[str]]:
             finding = f"{curve.values.sum():.0f} updates of {phase} skipped in {len(bad)} of {len(curve.kimg)} ticks: "
             text = element("span", f"{finding}values were not finite", "finding")
             yield _kimg(bad[0], bad[-1]), text, _remedy(*SKIPPED), ""
+    if run.log and run.log.earlier:
+        yield "", element("span", f"log.txt has {counted(run.log.earlier, 'earlier warning')}", "finding"), "", ""
     for warning in run.log.warnings if run.log else ():
         yield _row(warning, run)
 

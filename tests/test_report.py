@@ -24,6 +24,7 @@ from conftest import PATIENCE
 from PIL import Image
 
 import report
+from dnnlib.util import TeeLog
 from metrics.registry import registered_metrics
 from reporting import chart_section, drawing, markup, time_left
 from reporting.charts import DARK, find_charts
@@ -495,6 +496,19 @@ def test_a_repeated_warning_is_listed_by_its_last_occurrence(tmp_path: Path) -> 
     assert log is not None
     shown = [(warning.text, warning.first_kimg, warning.last_kimg, warning.count) for warning in log.warnings]
     assert shown == [*((str(i), i / 2, i / 2, 1) for i in range(6, 25)), ("0", 0, 25, 3)]
+    assert log.earlier == 5  # 1 to 5
+    assert rows_of(page_of(run), "health")[1] == ["", "log.txt has 5 earlier warnings", "", ""]
+
+
+@pytest.mark.usefixtures("_without_charts")
+def test_a_log_that_ends_in_a_traceback_is_an_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=2)
+    (run / "log.txt").write_text("tick 1    kimg 2       time 30s\n")
+    with pytest.raises(RuntimeError), TeeLog(run / "log.txt"):
+        raise RuntimeError("CUDA error\nCompile with other flags")
+    text = page_of(run)
+    assert rows_of(text, "health")[1:] == [["2", "Error: RuntimeError: CUDA error", "", ""]]
+    assert rows_of(text, "overview")[1][1] == "ended with an error1 warning"
 
 
 def page_of(*runs: Path) -> str:
@@ -581,11 +595,15 @@ def test_time_left_and_state_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         timed_run(tmp_path / "c", [10.0 * i for i in range(11)], start + stop, last=now - 25),
         timed_run(tmp_path / "d", [10.0 * i for i in range(11)], f"{start}Error: out of memory\n", last=now - 25),
         timed_run(tmp_path / "e", [10.0 * i for i in range(51)], start, last=now - 86400),
+        timed_run(tmp_path / "f", [10.0 * i for i in range(51)], f"{start}Error: disk full\n", last=now - 86400),
+        timed_run(tmp_path / "g", [10.0 * i for i in range(11)], f"{start}Done: x\n", last=now - 86400),
     ]
+    (runs[-1] / "training_options.json").unlink()
     text = page_of(*runs)
-    states = [row[1] for row in rows_of(text, "overview")[1:6]]
-    assert states == ["last tick 25s ago", "no tick for 35s", "stopped", "ended with an error1 warning", "done"]
-    rows = rows_of(text, "overview")[7:]
+    states = [row[1] for row in rows_of(text, "overview")[1:8]]
+    failed = "ended with an error1 warning"
+    assert states == ["last tick 25s ago", "no tick for 35s", "stopped", failed, "done", failed, "done1 warning"]
+    rows = rows_of(text, "overview")[9:]
     left = ["80", "5 sec/kimg", "9 ticks", "6m 40s"]  # 80 kimg at 10 s per 2 kimg
     assert rows == [
         ["a", *left, "2023-11-14 22:19 UTC"],  # 6 min 40 s after the last tick at 22:12:55
@@ -593,8 +611,10 @@ def test_time_left_and_state_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ["c", *left, "stopped"],
         ["d", *left, "ended with an error"],
         ["e", "0", "", "", "", "done"],
+        ["f", "0", "5 sec/kimg", "21 ticks", "0s", "ended with an error"],
+        ["g", "0", "", "", "", "done"],
     ]
-    assert "Time left" not in page_of(runs[-1])
+    assert "Time left" not in page_of(runs[4])
 
 
 class Always(HealthCheck):
