@@ -347,6 +347,8 @@ def test_a_run_that_has_just_started_is_reported(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "nothing to show yet" in result.output
     assert "Traceback" not in result.output
+    shutil.copytree(empty, tmp_path / "c", ignore=shutil.ignore_patterns("*.jsonl"))
+    assert 'id="curves"' not in page_of(tmp_path / "c")
     result = run_report(begun, empty, f"--outdir={tmp_path / 'out'}")
     assert result.exit_code == 0, result.output
     assert f"Warning: {begun}: nothing to show yet, skipped" in result.output
@@ -699,6 +701,8 @@ def test_equal_real_images_are_shown_once(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(runs[2] / "reals.png")
     names = [name for name in Page(page_of(*runs)).images() if "real" in name]
     assert names == ["a, b: real images", "c: real images"]
+    assert re.findall("<figcaption>(a, b|c|reals.png)</figcaption>", page_of(*runs)) == ["a, b", "c"]
+    assert re.findall("<figcaption>(a, b|reals.png)</figcaption>", page_of(*runs[:2])) == ["reals.png"]
 
 
 def luminance(colour: str) -> float:
@@ -788,6 +792,23 @@ def test_linked_sliders_show_the_nearest_kimg(two_runs: Path, chromium: str) -> 
         ["6", "6", [6], [90, 90]],
     ]
     assert (text, label) == ("kimg 6", "kimg of the images of short")
+
+
+def test_all_grids_of_the_same_kimg_are_reachable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chromium: str
+) -> None:
+    """A run that writes a snapshot before 1 kimg has two grids at kimg 0: fakes_init.png and fakes000000.png."""
+    monkeypatch.setattr(drawing, "draw_png", lambda chart: b"")  # the page uses SVG
+    page_of(make_run(tmp_path / "run", ticks=2, grids=(0, 2)))
+    script = """[0, 1, 2].map(index => {
+      const slider = document.querySelector(".frames input");
+      slider.value = index;
+      slider.dispatchEvent(new Event("input"));
+      return [slider.value, document.querySelector(".frames figure:not([hidden])").textContent];
+    })"""
+    found = probe(chromium, tmp_path / "out" / "report.html", script)
+    captions = ["kimg 0, fakes_init.png", "kimg 0, fakes000000.png", "kimg 2, fakes000002.png"]
+    assert found == [[str(i), caption] for i, caption in enumerate(captions)]
 
 
 def test_playing_moves_all_linked_runs(two_runs: Path, chromium: str) -> None:
