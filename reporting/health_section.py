@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
+import numpy as np
+
 from dnnlib.util import counted
 from reporting.log_reader import LogWarning
 from reporting.markup import Html, Section, element, number, run_label, table
 from reporting.run_reader import Run
 
-HEAD = ("kimg", "warning", "what to do", "values at that tick")
+HEAD = ("kimg", "warning", "what to do", "values at its first tick")
 SYMPTOMS = {  # statistics that show how training fails, with their labels
     "Loss/scores/real": "logits: real",
     "Loss/scores/fake": "fake",
@@ -97,11 +99,10 @@ def _kimg(first: float, last: float) -> Html:
 
 
 def _symptoms(run: Run, kimg: float) -> str:
-    """Return the values of SYMPTOMS at the tick of this kimg, which the log prints with six digits."""
+    """Return the values of SYMPTOMS at the tick of this kimg, which the log rounds to six digits."""
     parts = []
     for statistic, label in SYMPTOMS.items():
-        curve = run.ticks.get(statistic)
-        for x, value in zip(curve.kimg, curve.values, strict=True) if curve else ():
-            if f"{x:g}" == f"{kimg:g}" and math.isfinite(value):
-                parts.append(f"{label} {number(value, 3)}")
+        if curve := run.ticks.get(statistic):
+            found = curve.values[np.isclose(curve.kimg, kimg, rtol=5e-6, atol=0)]
+            parts += [f"{label} {number(value, 3)}" for value in found[np.isfinite(found)]]
     return ", ".join(parts)
