@@ -798,6 +798,8 @@ def test_all_grids_of_the_same_kimg_are_reachable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chromium: str
 ) -> None:
     """A run that writes a snapshot before 1 kimg has two grids at kimg 0: fakes_init.png and fakes000000.png."""
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: sorted(glob(path, pattern)))  # fakes000000.png first
     monkeypatch.setattr(drawing, "draw_png", lambda chart: b"")  # the page uses SVG
     page_of(make_run(tmp_path / "run", ticks=2, grids=(0, 2)))
     script = """[0, 1, 2].map(index => {
