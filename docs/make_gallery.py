@@ -211,7 +211,7 @@ def save_screenshots(shown: str, snapshot: Snapshot, browser: str, folder: Path)
     model = build_model(snapshot, cpu, c, noise_mode="const", batch=24, precision="fp32", trunc=1.0)
     family = family_of(snapshot.config.generator, GENERATORS)
     opened = Network(path=shown, family=family, model=model, kimg=snapshot.kimg)
-    server = open_server(Player(Networks({snapshot.path.name: lambda: opened})), port=0)
+    server = open_server(Player(Networks(lambda: {snapshot.path.name: lambda: opened})), port=0)
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         for name, (size, address) in SCREENSHOTS.items():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train with torchrun on all GPUs of this machine. The same command resumes the run.
+# Train with torchrun on all GPUs of this machine, or on those of CUDA_VISIBLE_DEVICES. The same command resumes the run.
 #
 #     examples/one_machine.sh --data=data/mine.zip --cfg=auto
 #
@@ -7,8 +7,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
-
 # exec: a signal to this script reaches torchrun, which forwards it and waits for the training state to be written.
-exec torchrun --standalone --nproc-per-node="$GPUS" --shutdown-timeout=120 \
+exec torchrun --standalone --nproc-per-node="${GPUS:-gpu}" --shutdown-timeout=120 \
     train.py --outdir=runs --resume=latest "$@"

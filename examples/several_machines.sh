@@ -8,8 +8,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
-
-exec torchrun --nnodes="$MACHINES" --nproc-per-node="$GPUS" --shutdown-timeout=120 \
+exec torchrun --nnodes="$MACHINES" --nproc-per-node="${GPUS:-gpu}" --shutdown-timeout=120 \
     --rdzv-backend=c10d --rdzv-endpoint="$FIRST:${PORT:-29500}" \
     train.py --outdir=runs --resume=latest "$@"

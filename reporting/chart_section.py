@@ -15,12 +15,16 @@ from reporting.drawing import Panel, RenderedChart
 from reporting.markup import Section
 
 MAX_READINGS = 300  # points per line for the readout at the pointer
-NOTE = '<p class="quiet">Point at a chart to read its values. Dashed vertical lines: the kimg of the images above.</p>'
+NOTE = (
+    '<p class="quiet screen">Point at a chart to read its values. '
+    "Dashed vertical lines: the kimg of the images above.</p>"
+)
 
 
 def chart_section(charts: Iterable[RenderedChart]) -> Section:
-    """Return all charts."""
-    return Section("curves", "Curves", "\n".join([NOTE, '<div class="charts">', *map(_chart, charts), "</div>"]))
+    """Return all charts; empty if there are none."""
+    shown = "\n".join(map(_chart, charts))
+    return Section("curves", "Curves", f'{NOTE}\n<div class="charts">\n{shown}\n</div>' if shown else "")
 
 
 def _chart(rendered: RenderedChart) -> str:

@@ -7,11 +7,14 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
+import numpy as np
+
+from dnnlib.util import counted
 from reporting.log_reader import LogWarning
 from reporting.markup import Html, Section, element, number, run_label, table
 from reporting.run_reader import Run
 
-HEAD = ("kimg", "warning", "what to do", "values at that tick")
+HEAD = ("kimg", "warning", "what to do", "values at its first tick")
 SYMPTOMS = {  # statistics that show how training fails, with their labels
     "Loss/scores/real": "logits: real",
     "Loss/scores/fake": "fake",
@@ -64,6 +67,8 @@ def _findings(run: Run) -> Iterator[Sequence[str]]:
             finding = f"{curve.values.sum():.0f} updates of {phase} skipped in {len(bad)} of {len(curve.kimg)} ticks: "
             text = element("span", f"{finding}values were not finite", "finding")
             yield _kimg(bad[0], bad[-1]), text, _remedy(*SKIPPED), ""
+    if run.log and run.log.earlier:
+        yield "", element("span", f"log.txt has {counted(run.log.earlier, 'earlier warning')}", "finding"), "", ""
     for warning in run.log.warnings if run.log else ():
         yield _row(warning, run)
 
@@ -94,11 +99,10 @@ def _kimg(first: float, last: float) -> Html:
 
 
 def _symptoms(run: Run, kimg: float) -> str:
-    """Return the values of SYMPTOMS at the tick of this kimg, which the log prints with six digits."""
+    """Return the values of SYMPTOMS at the tick of this kimg, which the log rounds to six digits."""
     parts = []
     for statistic, label in SYMPTOMS.items():
-        curve = run.ticks.get(statistic)
-        for x, value in zip(curve.kimg, curve.values, strict=True) if curve else ():
-            if f"{x:g}" == f"{kimg:g}" and math.isfinite(value):
-                parts.append(f"{label} {number(value, 3)}")
+        if curve := run.ticks.get(statistic):
+            found = curve.values[np.isclose(curve.kimg, kimg, rtol=5e-6, atol=0)]
+            parts += [f"{label} {number(value, 3)}" for value in found[np.isfinite(found)]]
     return ", ".join(parts)

@@ -36,7 +36,7 @@ def image_section(runs: Sequence[Run], max_images: int) -> Section:
 
 
 def _real_images(runs: Sequence[Run]) -> list[Html]:
-    """Return a card for each distinct grid of real images, with the names of its runs."""
+    """Return a card for each distinct grid of real images; with several grids, the caption names the runs."""
     names: dict[str, list[str]] = {}
     for run in runs:
         uri = thumbnail_uri(run.reals, run.problems) if run.reals else None
@@ -44,9 +44,9 @@ def _real_images(runs: Sequence[Run]) -> list[Html]:
             names.setdefault(uri, []).append(run.name)
     cards = []
     for uri, some in names.items():
-        title = element("h3", "Real images" if len(names) == 1 else f"Real images of {', '.join(some)}")
-        image = figure(uri, "real images", f"{', '.join(some)}: real images")
-        cards.append(element("div", Html(title + image), "card"))
+        owners = ", ".join(some)
+        image = figure(uri, "reals.png" if len(names) == 1 else owners, f"{owners}: real images")
+        cards.append(element("div", Html(element("h3", "Real images") + image), "card"))
     return cards
 
 

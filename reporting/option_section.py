@@ -41,7 +41,7 @@ def _values(values: Sequence[object]) -> list[Html]:
     """Return the values of an option in all runs; those that differ from the first are marked."""
     texts = map(_value, values)
     tags = ["span" if value == values[0] else "mark" for value in values]
-    return [element(tag, text, "long" * (len(text) > LONG)) for tag, text in zip(tags, texts, strict=True)]
+    return [element(tag, text, "long" if len(text) > LONG else "") for tag, text in zip(tags, texts, strict=True)]
 
 
 def _value(value: object) -> str:

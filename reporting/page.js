@@ -51,9 +51,17 @@ const markPlaces = () => {
     }
   }
 };
-const select = (kimg, only = null) => {
+// Show the images of all runs nearest to a kimg.
+const select = kimg => {
   chosen = kimg;
-  for (const run of runs) if (!only || run === only || isLinked()) show(run, nearest(run.kimg, kimg));
+  for (const run of runs) show(run, nearest(run.kimg, kimg));
+  markPlaces();
+};
+// Show an image of a run; linked runs follow.
+const move = (run, index) => {
+  chosen = run.kimg[index];
+  if (isLinked()) for (const other of runs) show(other, nearest(other.kimg, chosen));
+  show(run, index);
   markPlaces();
 };
 
@@ -66,10 +74,10 @@ const stop = () => {
 };
 const play = run => {
   const step = () => {
-    select(run.kimg[run.shown + 1], run);
+    move(run, run.shown + 1);
     if (run.shown === run.frames.length - 1) stop();
   };
-  if (run.shown === run.frames.length - 1) select(run.kimg[0], run);
+  if (run.shown === run.frames.length - 1) move(run, 0);
   run.button.textContent = "Pause";
   player = { run, timer: setInterval(step, 600) };
 };
@@ -77,7 +85,7 @@ for (const run of runs) {
   show(run, run.shown);
   if (!run.slider) continue;
   run.slider.parentElement.hidden = false;
-  run.slider.addEventListener("input", () => { stop(); select(run.kimg[run.slider.value], run); });
+  run.slider.addEventListener("input", () => { stop(); move(run, Number(run.slider.value)); });
   run.button.addEventListener("click", () => {
     const isPlaying = player && player.run === run;
     stop();
@@ -89,6 +97,7 @@ if (link && runs.length > 1) {
   link.addEventListener("change", () => isLinked() ? select(chosen) : markPlaces());
 }
 for (const anchor of document.querySelectorAll("a[data-kimg]")) {
+  if (!panels.length) anchor.hash = "images";
   anchor.addEventListener("click", () => { stop(); select(Number(anchor.dataset.kimg)); });
 }
 if (runs.length) markPlaces();

@@ -18,6 +18,7 @@ from reporting.log_reader import Log, read_log
 
 MAX_AGE = 1e15  # kimg or seconds; a larger value is corrupt
 MAX_VALUE = 1e100  # larger plotted values would overflow the arithmetic of axes
+INITIAL_GRID = "fakes_init.png"
 MAX_STATISTICS = 300  # statistics per run; typical runs have about 60
 
 
@@ -124,7 +125,7 @@ def read_run(path: Path, name: str) -> Run:
         options=_read_options(path / OPTIONS_FILE, problems),
         ticks=ticks,
         metrics=metrics,
-        grids=sorted(_list_grids(path), key=lambda grid: grid.kimg),
+        grids=sorted(_list_grids(path), key=lambda grid: (grid.kimg, grid.path.name != INITIAL_GRID)),
         reals=reals if reals.is_file() else None,
         starts=list(_read_lines(path / "environment.jsonl", "kimg", problems)),
         log=read_log(path / "log.txt"),
@@ -225,9 +226,10 @@ def is_number(value: object, limit: float) -> TypeGuard[float]:
 
 def _list_grids(path: Path) -> Iterator[Grid]:
     for file in path.glob("fakes*.png"):
-        match = re.fullmatch(r"fakes(_init|\d+)\.png", file.name)
-        if match:
-            yield Grid(path=file, kimg=0 if match[1] == "_init" else int(match[1]))
+        if file.name == INITIAL_GRID:
+            yield Grid(path=file, kimg=0)
+        elif match := re.fullmatch(r"fakes(\d+)\.png", file.name):
+            yield Grid(path=file, kimg=int(match[1]))
 
 
 def _read_options(path: Path, problems: list[str]) -> dict[str, Any]:

@@ -53,11 +53,11 @@ def kimg_left(run: Run) -> float:
 
 
 def state_of(run: Run, now: float) -> State:
-    """Return the state of a run at a time in seconds since 1970, from its last tick and the end of its log."""
+    """Return the state of a run at a time in seconds since 1970, from the end of its log and its last tick."""
+    if run.log and run.log.outcome:
+        return run.log.outcome
     if kimg_left(run) == 0:
         return "done"
-    if run.log and run.log.outcome in ("stopped", "failed"):
-        return run.log.outcome
     age = now - run.last("timestamp")
     return "overdue" if age > OVERDUE * measure_pace(run).interval else "running"
 

@@ -28,7 +28,7 @@ from exploration.model import Model
 def player_of(model: Model, **facts: Any) -> Player:
     """Make the page of a model that is not in a file; `facts` are fields of its Network."""
     network = Network(path="n.pkl", family="styleformer", model=model, **facts)
-    return Player(Networks({"n.pkl": lambda: network}))
+    return Player(Networks(lambda: {"n.pkl": lambda: network}))
 
 
 def page_of(folder: Path | str, **options: Any) -> Player:

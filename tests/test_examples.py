@@ -29,7 +29,6 @@ SBATCH = {
 
 # Replacements of programs. Tasks stop on SIGTERM a second later, as after the write of a training state.
 STUBS = {
-    "nvidia-smi": "echo GPU 0; echo GPU 1",
     "torchrun": 'printf "%s\\n" "$@" >"$RECORD/torchrun"',
     "scancel": 'echo "scancel $*" >>"$RECORD/events"; kill -TERM "$(cat "$RECORD/srun")"',
     "scontrol": 'if [ "$1" = show ]; then echo a1; echo a2; else echo "scontrol $*" >>"$RECORD/events"; fi',
@@ -107,7 +106,7 @@ def test_the_directives_of_the_slurm_job_are_known() -> None:
 @pytest.mark.parametrize(
     ("script", "variables", "expected"),
     [
-        ("one_machine.sh", {}, ["--standalone", "--nproc-per-node=2"]),
+        ("one_machine.sh", {}, ["--standalone", "--nproc-per-node=gpu"]),
         ("one_machine.sh", {"GPUS": "1"}, ["--standalone", "--nproc-per-node=1"]),
         (
             "several_machines.sh",

@@ -182,8 +182,11 @@ def test_the_shown_command_makes_the_same_image(name: str, with_files: Path) -> 
 
 def test_the_command_of_a_conditional_network_has_its_class(shapes_zip: Path, tmp_path: Path) -> None:
     network = make_snapshot(tmp_path / "n.pkl", shapes_zip, "stylegan2", c_dim=3)
-    for options, query in (({}, {"class": 2}), ({"label": (0.5, 0.0, 1.0)}, {}), ({}, {"class": 1, "trunc": 0.5})):
-        found = shown(page_of(network, **options), "images", of=4, **query)
+    for options, query in (({}, {"class": 2}), ({"label": (0.1, 0.0, 1.0)}, {}), ({}, {"class": 1, "trunc": 0.5})):
+        player = page_of(network, **options)
+        found = shown(player, "images", of=4, **query)
+        assert player.facts["label"] == options.get("label", [])
+        assert ("--label=0.1,0,1 " in found["command"]) == ("label" in options)
         run_shown(found["command"].replace("--outdir=out", f"--outdir={tmp_path}"))
         assert np.array_equal(pixels(tmp_path / "seed0004.png"), decoded(found["images"][0]))
 
@@ -255,6 +258,10 @@ def test_the_snapshots_of_a_run_are_loaded_when_chosen(shapes_zip: Path, tmp_pat
     assert player.networks.names == [*sorted(names), "network-best-swd.pkl"]
     assert player.networks.default == "network-snapshot-000100.pkl"
     before = shown(player, "images", of=1)["images"]
+    make_snapshot(folder / "network-snapshot-000200.pkl", shapes_zip)
+    player.page()  # finds the new snapshot
+    assert player.networks.names == [*sorted(names), "network-snapshot-000200.pkl", "network-best-swd.pkl"]
+    assert player.networks.default == "network-snapshot-000100.pkl"
     for name in names:
         assert shown(player, "network", network=name)["path"] == str(folder / name)
         assert f"--network={folder / name}" in shown(player, "images", of=1, network=name)["command"]
@@ -267,6 +274,34 @@ def test_the_snapshots_of_a_run_are_loaded_when_chosen(shapes_zip: Path, tmp_pat
         assert get(port, "/images?of=0")[0] == 200
         for name in ("../n.pkl", str(folder / names[0]), "network-snapshot-000999.pkl"):
             assert get(port, f"/images?of=0&network={name}")[0] == 400
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_single_image_has_the_channels_of_its_file(channels: int, with_files: Path, shapes_zip: Path) -> None:
+    player = page_of(make_snapshot(Path("other.pkl"), shapes_zip, img_channels=channels))
+    found = shown(player, "image", of=7, trunc=0.5)
+    run_shown(found["command"])
+    made = pixels(Path("out/seed0007.png"))
+    assert made.shape == ((32, 32) if channels == 1 else (32, 32, 4))
+    assert np.array_equal(decoded(found["images"][0]), made)
+    assert decoded(shown(player, "images", of="7,8")["images"][0]).shape == (32, 32, 3)
+
+
+def test_the_page_opens_when_its_first_network_is_gone(shapes_zip: Path, tmp_path: Path) -> None:
+    names = [f"network-snapshot-00000{kimg}.pkl" for kimg in range(MAX_LOADED + 1)]
+    for name in names:
+        make_snapshot(tmp_path / name, shapes_zip)
+    player = page_of(tmp_path)
+    before = player.page()
+    for name in names[:-1]:
+        shown(player, "network", network=name)
+    (tmp_path / names[-1]).unlink()
+    with served(player) as port:
+        status, page = get(port, "/")
+        assert (status, page.decode()) == (200, before)
+        status, body = get(port, "/image?of=0")
+        assert (status, names[-1] in json.loads(body)["error"]) == (400, True)
+        assert get(port, f"/image?of=0&network={names[0]}")[0] == 200
 
 
 def test_large_images_are_thumbnails_in_grids(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +339,7 @@ NONSENSE = {
     "images?of=0&network=x": "network=x: choose from n.pkl",
     "images?of=0&other=1": "other, styles: give both or neither",
     "images?of=0&styles=all": "other, styles: give both or neither",
-    "images?of=0&other=1&styles=conv": "'conv' is not a style; choose from 0-4",
+    "images?of=0&other=1&styles=conv": "styles=conv: 'conv' is not a style; choose from 0-4",
     "images?of=0&other=1&styles=" + "9" * 5000: "99' is not a style",
     "images?of=0&other=1&styles=..%2f..%2fetc": "'../../etc' is not a style",
     "images?of=0&edit=0:1": "directions: is missing",
@@ -317,6 +352,7 @@ NONSENSE = {
     "images?" + "&".join(f"a{i}=1" for i in range(50)): "malformed query: Max number of fields exceeded",
     "mixtures?rows=0-8&cols=0-7&styles=all": "rows, cols: 9 x 8 mixtures are more than 64",
     "mixtures?rows=0&cols=proj00&styles=all": "cols=proj00: 'proj00' is neither a seed",
+    "image?of=0-1": "of: choose one image, not 2",
     "attention?of=0": "x: is missing",
     "attention?of=0&x=32&y=0": "x=32: must be a whole number from 0 to 31",
     "attention?of=0&x=0&y=-1": "y=-1: must be a whole number",

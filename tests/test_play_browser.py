@@ -19,7 +19,7 @@ from exploration.browser.player import Player
 from exploration.model import Model, label_of
 from training.networks.stylegan2 import StyleGAN2Config
 
-READY = 'parts.every(part => part.next() < 0) && $("large").src'
+READY = 'parts.every(part => part.next() < 0) && $("large").src && writing === null'
 
 
 def run_in_browser(browser: str, player: Player, script: str, hash: str = "") -> Any:
@@ -82,7 +82,8 @@ def test_tiles_sliders_and_keys_change_the_image(chromium: str) -> None:
         press("]"); await note();
         press("r"); await note();
         const names = [...document.querySelectorAll("#grid span")].map(span => span.textContent);
-        return [seen, cellCount, names, document.querySelectorAll(".current").length, location.hash, state.seed];"""
+        const current = document.querySelectorAll("[aria-current=true]").length;
+        return [seen, cellCount, names, current, location.hash, state.seed];"""
     player = player_of(make_model())
     seen, count, names, current, hash, seed = run_in_browser(chromium, player, script)
     edits = "&directions=sefa&edit=1:2.5"
@@ -110,18 +111,20 @@ def test_the_mixing_table_selects_a_mixture(chromium: str) -> None:
         const rows = [...document.querySelectorAll("#table tr")].map(row => row.cells.length);
         $("table").rows[2].cells[4].firstChild.click();
         await settled();
-        const found = [$("caption").textContent, $("large").src, document.querySelector("td .current").title];
+        const current = document.querySelector("td [aria-current=true]");
+        const found = [$("caption").textContent, $("large").src, current.title];
         document.querySelectorAll("#styles input")[2].click();
         await settled();
         const command = document.querySelector("[data-command=mixtures]").textContent;
-        return [rows, found, $("caption").textContent, command];"""
+        return [rows, found, $("caption").textContent, command, $("problem").textContent];"""
     player = player_of(make_model())
-    rows, (caption, image, title), plain, command = run_in_browser(chromium, player, script)
+    rows, (caption, image, title), plain, command, problem = run_in_browser(chromium, player, script)
     assert rows == [7, 7, 7]
     assert (caption, title) == ("Seed 2, styles fine of seed 7", "2 with styles of 7")
     assert [image] == answer(player, "images?of=2&other=7&styles=fine")["images"]
     assert plain == "Seed 2"  # without styles, nothing is mixed
     assert "mix --network=n.pkl --rows=1-2 --cols=4-9 --styles=3-4 --outdir=out" in command
+    assert problem.startswith("styles=: '' is not a style; choose from 0-4, all, coarse")
 
 
 def test_a_morph_plays_and_is_exported(chromium: str) -> None:
@@ -162,6 +165,7 @@ def test_a_click_shows_the_attention_of_a_pixel(chromium: str) -> None:
         const maps = [...document.querySelectorAll("#maps img")].map(image => image.src);
         const hash = location.hash;
         $("hide").click();
+        await settled();
         return [maps, hash, $("attention").hidden, location.hash];"""
     player = player_of(make_model())
     maps, hash, is_hidden, later = run_in_browser(chromium, player, script)
@@ -196,8 +200,9 @@ def test_controls_without_a_use_are_hidden(chromium: str) -> None:
         press("2");
         const ids = ["tab-mixing", "classes", "labels", "noises", "snapshots", "layered", "edits"];
         return [state.view, ids.filter(id => $(id).hidden)];"""
-    view, hidden = run_in_browser(chromium, player_of(model_of(TRANSGAN)), script)
-    assert view == "images"
+    for hash in ("", "#view=mixing"):
+        view, hidden = run_in_browser(chromium, player_of(model_of(TRANSGAN)), script, hash)
+        assert view == "images"
     assert hidden == ["tab-mixing", "classes", "labels", "noises", "snapshots", "layered"]
 
 
@@ -217,14 +222,96 @@ def test_classes_and_labels_are_chosen(chromium: str) -> None:
 
 def test_problems_are_shown_until_they_are_mended(chromium: str) -> None:
     script = """
-        $("seed").value = "a cat"; $("seed").onchange();
+        const found = [];
+        const fill = async (id, value) => {
+          $(id).value = value; $(id).onchange();
+          await settled();
+          found.push($("problem").textContent);
+        };
+        await fill("seed", "a cat"); await fill("seed", "1-3"); await fill("seed", "12");
+        await fill("first", "x"); await fill("first", "7-9"); await fill("first", "4294967290");
+        const names = [...$("grid").children].map(tile => tile.textContent);
+        set({x: "99", y: "0"}); await settled();
+        found.push($("problem").textContent);
+        $("hide").click();
+        found.push($("problem").textContent);
+        press("3"); await settled();
+        await fill("frames", "0"); await fill("frames", ""); set({frames: "1e9"}); await settled();
+        found.push($("problem").textContent);
+        await fill("frames", "3");
+        return [found, names, $("caption").textContent];"""
+    found, names, caption = run_in_browser(chromium, player_of(make_model()), script)
+    frames = "must be a whole number from 1 to 240"
+    assert found == [
+        "of=a cat: 'a cat' is neither a seed nor a range such as 0-23",
+        "of: choose one image, not 3",
+        "",
+        "of=x: 'x' is neither a seed nor a range such as 0-23",
+        "of: choose one image, not 3",
+        "",
+        "x=99: must be a whole number from 0 to 31",
+        "",
+        f"frames=0: {frames}",
+        f"frames=: {frames}",
+        f"frames=1e9: {frames}",
+        "",
+    ]
+    assert names == [str(2**32 - 6 + i) for i in range(6)]  # up to the last seed
+    assert caption == "Seed 12"
+
+
+def test_answers_of_earlier_settings_are_discarded(chromium: str) -> None:
+    """The page is turned twice while images of the first page are on their way."""
+    script = """
+        const ask = fetch, seen = [];
+        window.fetch = async address => {
+          const response = await ask(address), tile = $("grid").firstChild;
+          if (address.includes("of=100-")) set({first: 900});
+          if (address.includes("of=900-")) seen.push(tile.textContent, tile.firstChild.src);
+          return response;
+        };
+        $("grid").children[2].focus();
+        set({first: 100});
         await settled();
-        const problem = $("problem").textContent;
-        $("seed").value = "12"; $("seed").onchange();
-        await settled();
-        return [problem, $("problem").textContent, $("caption").textContent];"""
-    problem, later, caption = run_in_browser(chromium, player_of(make_model()), script)
-    assert (problem, later, caption) == ("of=a cat: 'a cat' is neither a seed nor a range such as 0-23", "", "Seed 12")
+        const [image, caption] = $("grid").firstChild.children;
+        return [...seen, caption.textContent, image.src, document.activeElement.textContent];"""
+    player = player_of(make_model())
+    before, image, after, later, focused = run_in_browser(chromium, player, script)
+    assert (before, [image]) == ("0", answer(player, "images?of=0")["images"])
+    assert (after, [later]) == ("900", answer(player, "images?of=900")["images"])
+    assert focused == "902"  # the focus stays in its place
+
+
+def test_the_saved_image_is_that_of_the_settings(chromium: str) -> None:
+    script = """
+        const saved = [];
+        download = (url, name) => saved.push([name, url]);
+        press("ArrowRight"); press("s");  // before the next image has arrived
+        await until(() => saved.length === 1);
+        set({edit: "0:2", other: "9"}); press("s");
+        await until(() => saved.length === 2);
+        return saved;"""
+    player = player_of(make_model())
+    saved = run_in_browser(chromium, player, script)
+    queries = ("of=1", "of=1&other=9&styles=coarse&directions=sefa&edit=0:2")
+    images = [answer(player, f"images?{query}")["images"][0] for query in queries]
+    assert saved == [["n-seed0001.png", images[0]], ["n-seed0001-9-edited.png", images[1]]]
+
+
+def test_keys_work_while_a_slider_is_focused(chromium: str) -> None:
+    script = """
+        const slider = $("direction-1");
+        slider.value = 2.5; slider.oninput();
+        press("ArrowRight", slider); press("]", slider);
+        const before = [state.seed, state.edit, state.first === String(cellCount)];
+        press("0", slider);
+        press("3", slider); press(" ", $("time"));
+        const isPlaying = timer !== null;
+        press("r", $("from"));
+        return [before, state.edit, state.view, isPlaying, state.seed];"""
+    before, edit, view, is_playing, seed = run_in_browser(chromium, player_of(make_model()), script)
+    assert before == ["0", "1:2.5", True]
+    assert (edit, view, is_playing, seed) == ("", "morph", True, "0")
 
 
 @pytest.mark.parametrize("view", ["images", "mixing", "morph"])
@@ -234,7 +321,8 @@ def test_the_page_fits_a_phone_and_labels_its_controls(chromium: str, view: str)
         onresize();
         await settled();
         const tooWide = [...document.querySelectorAll("body *")].filter(box => {
-          return !box.closest(".wide > *") && box.getClientRects().length && box.getBoundingClientRect().right > 391;
+          const isScrolled = box.closest(".wide > *, code > *");
+          return !isScrolled && box.getClientRects().length && box.getBoundingClientRect().right > 391;
         });
         const controls = [...document.querySelectorAll("input, select, button")];
         const texts = one => one.ariaLabel || one.textContent.trim() || one.querySelector("img[alt]");

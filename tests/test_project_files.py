@@ -155,7 +155,7 @@ def test_the_image_runs_as_a_user_who_can_write_the_caches() -> None:
     assert {variables[name].split("/")[1] for name in caches} == {"cache"}
     assert "mkdir --mode=1777 /cache " in arguments("RUN")[-1]
     (extras,) = (line.removeprefix("EXTRAS=").split(",") for line in arguments("ARG"))
-    assert {*extras} == {*PROJECT["optional-dependencies"]} - {"dev", "docs"}
+    assert {*extras} == {*PROJECT["optional-dependencies"]} - {"dev", "docs", "notebook"}
 
 
 def test_the_image_contains_the_packages_and_nothing_else() -> None:

@@ -24,6 +24,7 @@ from conftest import PATIENCE
 from PIL import Image
 
 import report
+from dnnlib.util import TeeLog
 from metrics.registry import registered_metrics
 from reporting import chart_section, drawing, markup, time_left
 from reporting.charts import DARK, find_charts
@@ -346,6 +347,8 @@ def test_a_run_that_has_just_started_is_reported(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "nothing to show yet" in result.output
     assert "Traceback" not in result.output
+    shutil.copytree(empty, tmp_path / "c", ignore=shutil.ignore_patterns("*.jsonl"))
+    assert 'id="curves"' not in page_of(tmp_path / "c")
     result = run_report(begun, empty, f"--outdir={tmp_path / 'out'}")
     assert result.exit_code == 0, result.output
     assert f"Warning: {begun}: nothing to show yet, skipped" in result.output
@@ -495,6 +498,19 @@ def test_a_repeated_warning_is_listed_by_its_last_occurrence(tmp_path: Path) -> 
     assert log is not None
     shown = [(warning.text, warning.first_kimg, warning.last_kimg, warning.count) for warning in log.warnings]
     assert shown == [*((str(i), i / 2, i / 2, 1) for i in range(6, 25)), ("0", 0, 25, 3)]
+    assert log.earlier == 5  # 1 to 5
+    assert rows_of(page_of(run), "health")[1] == ["", "log.txt has 5 earlier warnings", "", ""]
+
+
+@pytest.mark.usefixtures("_without_charts")
+def test_a_log_that_ends_in_a_traceback_is_an_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ticks=2)
+    (run / "log.txt").write_text("tick 1    kimg 2       time 30s\n")
+    with pytest.raises(RuntimeError), TeeLog(run / "log.txt"):
+        raise RuntimeError("CUDA error\nCompile with other flags")
+    text = page_of(run)
+    assert rows_of(text, "health")[1:] == [["2", "Error: RuntimeError: CUDA error", "", ""]]
+    assert rows_of(text, "overview")[1][1] == "ended with an error1 warning"
 
 
 def page_of(*runs: Path) -> str:
@@ -581,11 +597,15 @@ def test_time_left_and_state_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         timed_run(tmp_path / "c", [10.0 * i for i in range(11)], start + stop, last=now - 25),
         timed_run(tmp_path / "d", [10.0 * i for i in range(11)], f"{start}Error: out of memory\n", last=now - 25),
         timed_run(tmp_path / "e", [10.0 * i for i in range(51)], start, last=now - 86400),
+        timed_run(tmp_path / "f", [10.0 * i for i in range(51)], f"{start}Error: disk full\n", last=now - 86400),
+        timed_run(tmp_path / "g", [10.0 * i for i in range(11)], f"{start}Done: x\n", last=now - 86400),
     ]
+    (runs[-1] / "training_options.json").unlink()
     text = page_of(*runs)
-    states = [row[1] for row in rows_of(text, "overview")[1:6]]
-    assert states == ["last tick 25s ago", "no tick for 35s", "stopped", "ended with an error1 warning", "done"]
-    rows = rows_of(text, "overview")[7:]
+    states = [row[1] for row in rows_of(text, "overview")[1:8]]
+    failed = "ended with an error1 warning"
+    assert states == ["last tick 25s ago", "no tick for 35s", "stopped", failed, "done", failed, "done1 warning"]
+    rows = rows_of(text, "overview")[9:]
     left = ["80", "5 sec/kimg", "9 ticks", "6m 40s"]  # 80 kimg at 10 s per 2 kimg
     assert rows == [
         ["a", *left, "2023-11-14 22:19 UTC"],  # 6 min 40 s after the last tick at 22:12:55
@@ -593,8 +613,10 @@ def test_time_left_and_state_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ["c", *left, "stopped"],
         ["d", *left, "ended with an error"],
         ["e", "0", "", "", "", "done"],
+        ["f", "0", "5 sec/kimg", "21 ticks", "0s", "ended with an error"],
+        ["g", "0", "", "", "", "done"],
     ]
-    assert "Time left" not in page_of(runs[-1])
+    assert "Time left" not in page_of(runs[4])
 
 
 class Always(HealthCheck):
@@ -679,6 +701,8 @@ def test_equal_real_images_are_shown_once(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(runs[2] / "reals.png")
     names = [name for name in Page(page_of(*runs)).images() if "real" in name]
     assert names == ["a, b: real images", "c: real images"]
+    assert re.findall("<figcaption>(a, b|c|reals.png)</figcaption>", page_of(*runs)) == ["a, b", "c"]
+    assert re.findall("<figcaption>(a, b|reals.png)</figcaption>", page_of(*runs[:2])) == ["reals.png"]
 
 
 def luminance(colour: str) -> float:
@@ -768,6 +792,25 @@ def test_linked_sliders_show_the_nearest_kimg(two_runs: Path, chromium: str) -> 
         ["6", "6", [6], [90, 90]],
     ]
     assert (text, label) == ("kimg 6", "kimg of the images of short")
+
+
+def test_all_grids_of_the_same_kimg_are_reachable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chromium: str
+) -> None:
+    """A run that writes a snapshot before 1 kimg has two grids at kimg 0: fakes_init.png and fakes000000.png."""
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: sorted(glob(path, pattern)))  # fakes000000.png first
+    monkeypatch.setattr(drawing, "draw_png", lambda chart: b"")  # the page uses SVG
+    page_of(make_run(tmp_path / "run", ticks=2, grids=(0, 2)))
+    script = """[0, 1, 2].map(index => {
+      const slider = document.querySelector(".frames input");
+      slider.value = index;
+      slider.dispatchEvent(new Event("input"));
+      return [slider.value, document.querySelector(".frames figure:not([hidden])").textContent];
+    })"""
+    found = probe(chromium, tmp_path / "out" / "report.html", script)
+    captions = ["kimg 0, fakes_init.png", "kimg 0, fakes000000.png", "kimg 2, fakes000002.png"]
+    assert found == [[str(i), caption] for i, caption in enumerate(captions)]
 
 
 def test_playing_moves_all_linked_runs(two_runs: Path, chromium: str) -> None:

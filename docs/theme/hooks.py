@@ -41,7 +41,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             pages.append({_capitalised(link[1]): site_uri(posixpath.normpath(f"docs/{link[2]}"))})
     config.nav = [{"Home": [{"Front page": "index.md"}, {"Overview": "overview.md"}, {"All pages": "contents.md"}]}]
     config.nav += [{title: pages} for title, pages in groups.items()]
-    config.nav[-1]["Internals"] += [{"First change": "first-change.md"}, {"Security": "security.md"}]
+    config.nav[-1]["Internals"] += [{"How to contribute": "first-change.md"}, {"Security": "security.md"}]
     return config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,7 @@ class Network:
             "parameters": count_parameters(G),
             "groups": {name: format_ranges(styles) for name, styles in self.groups.items()},
             "classes": self.num_classes,
-            "label": self.model.c[0].tolist() if self.has_vectors else [],
+            "label": numbers_of(self.model.c) if self.has_vectors else [],
             "attention": has_attention(G.synthesis),
             "noise": any(name.endswith("noise_const") for name, _ in G.synthesis.named_buffers()),
             "saved": list(self.saved),
@@ -92,21 +93,27 @@ class Network:
 
 
 class Networks:
-    """Networks by name, in the order of training. The last MAX_LOADED that were used stay in memory."""
+    """Networks by name, in the order of training. The last MAX_LOADED that were used stay in memory.
 
-    def __init__(self, loaders: Mapping[str, Callable[[], Network]]) -> None:
-        self.loaders = loaders
+    `find` lists them; `refresh` adds those that training has written since. `default` is the newest at the start.
+    """
+
+    def __init__(self, find: Callable[[], Mapping[str, Callable[[], Network]]]) -> None:
+        self.find = find
+        self.loaders = dict(find())
         self.loaded: OrderedDict[str, Network] = OrderedDict()
+        self.default = max(filter(SNAPSHOT_NAME.fullmatch, self.loaders), default=self.names[0])
 
     @property
     def names(self) -> list[str]:
         """Names of all networks."""
         return list(self.loaders)
 
-    @property
-    def default(self) -> str:
-        """The newest snapshot."""
-        return max((name for name in self.loaders if SNAPSHOT_NAME.fullmatch(name)), default=self.names[0])
+    def refresh(self) -> None:
+        """Add new networks. Those whose files were deleted remain in the list."""
+        with suppress(UserError):
+            found = {**self.loaders, **self.find()}
+            self.loaders = {name: found[name] for name in sorted(found, key=order)}
 
     def open(self, name: str) -> Network:
         """Return a network, loaded if necessary. Raises UserError if its file cannot be used."""
@@ -118,18 +125,32 @@ class Networks:
         return self.loaded[name]
 
 
+def numbers_of(label: Tensor) -> tuple[float, ...]:
+    """Return a float32 label (1, c_dim) as numbers with the fewest digits: 0.1, not 0.10000000149."""
+    return tuple(float(str(number)) for number in label[0].cpu().numpy())
+
+
 def find_networks(network: Path | str, load: Callable[[Path | str], Network]) -> Networks:
     """Return the snapshots of --network: of a run's folder all, the best ones last; of a file or URL only that one.
 
     Raises UserError for a folder without snapshots.
     """
     if is_url(network) or not Path(network).is_dir() or is_folder(Path(network)):
-        return Networks({Path(network).name: partial(load, network)})
+        return Networks(lambda: {Path(network).resolve().name: partial(load, network)})
     folder = Path(network)
-    paths = [*list_snapshots(folder), *sorted(folder.glob("network-best-*.pkl"))]
-    if not paths:
-        raise UserError(f"--network={network}: neither a run (network-snapshot-*.pkl) nor a snapshot")
-    return Networks({path.name: partial(load, path) for path in paths})
+
+    def find() -> dict[str, Callable[[], Network]]:
+        paths = [*list_snapshots(folder), *folder.glob("network-best-*.pkl")]
+        if not paths:
+            raise UserError(f"--network={network}: neither a run (network-snapshot-*.pkl) nor a snapshot")
+        return {path.name: partial(load, path) for path in sorted(paths, key=lambda path: order(path.name))}
+
+    return Networks(find)
+
+
+def order(name: str) -> tuple[bool, str]:
+    """Return the sorting key of the file name of a snapshot: the best networks are last."""
+    return not SNAPSHOT_NAME.fullmatch(name), name
 
 
 def load(

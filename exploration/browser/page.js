@@ -2,7 +2,7 @@
 const START = __START__;  // networks: names; name and facts of the first network; mp4: whether MP4 can be written
 const $ = id => document.getElementById(id);
 const CHUNK = 8;  // images per request, so that the first appear early
-const LIMITS = {cells: 64, seed: 2 ** 32 - 1};
+const LIMITS = {cells: 64, seed: 2 ** 32 - 1, frames: 240};
 const VIEWS = ["images", "mixing", "morph"];
 
 // The state of the page: one text per key, which the address and the controls with a `data-key` mirror.
@@ -29,11 +29,19 @@ function readAddress() {
   if (given.has("seed") && !given.has("first") && isSeed(state.seed)) state.first = state.seed;
 }
 
-function writeAddress() {
+function hashOf() {
   const usual = defaults(), isShown = ([key, value]) => value !== usual[key] || (key === "first" && state.seed !== usual.seed);
   const shown = Object.entries(state).filter(isShown);
-  const hash = new URLSearchParams(shown).toString().replaceAll("%2C", ",").replaceAll("%3A", ":");
-  if (hash !== location.hash.slice(1)) history.replaceState(null, "", hash ? `#${hash}` : location.pathname);
+  return new URLSearchParams(shown).toString().replaceAll("%2C", ",").replaceAll("%3A", ":");
+}
+
+let writing = null;
+function writeAddress() {  // not at every step of a slider: browsers limit the rate, and Safari raises an error
+  writing ??= setTimeout(() => {
+    const hash = hashOf();
+    writing = null;
+    if (hash !== location.hash.slice(1)) history.replaceState(null, "", hash ? `#${hash}` : location.pathname);
+  }, 300);
 }
 
 const isSeed = text => /^\d{1,10}$/.test(text) && Number(text) <= LIMITS.seed;
@@ -42,29 +50,35 @@ const editsOf = () => new Map(state.edit.split(",").filter(Boolean).map(part => 
 const stem = () => state.network.replace(/\.pkl$/, "");
 
 // Requests: each part of the page asks for addresses, and shows the answers as they arrive. One request at a time is
-// sent, for the first part that is out of date, so that a slider never queues more than the latest position.
+// sent, for the first part that is out of date, so that a slider never queues more than the latest position. Images
+// of a `live` part follow a moving slider with a delay; other answers are shown only if they are still wanted.
 class Part {
-  constructor(id, ask, show) {
-    Object.assign(this, {box: $(id), ask, show, wanted: [], shown: [], problem: ""});
+  constructor(id, ask, show, live = false) {
+    Object.assign(this, {box: $(id), ask, show, live, wanted: [], answers: []});  // answers: {address, problem}
   }
   refresh() {
     this.wanted = this.ask();
-    this.shown.length = Math.min(this.shown.length, this.wanted.length);
-    this.box.setAttribute("aria-busy", this.next() >= 0);
-    if (this.next() < 0 && !this.wanted.length) this.problem = "";
+    this.answers.length = Math.min(this.answers.length, this.wanted.length);
+    this.mark();
   }
-  next() { return this.wanted.findIndex((address, i) => address !== this.shown[i]); }
+  mark() {
+    this.box.setAttribute("aria-busy", this.next() >= 0);
+    this.box.classList.toggle("outdated", this.next() >= 0 || this.problem !== "");
+  }
+  next() { return this.wanted.findIndex((address, i) => address !== this.answers[i]?.address); }
+  get problem() { return this.answers.find((one, i) => one?.problem && one.address === this.wanted[i])?.problem ?? ""; }
   async load() {
     const i = this.next(), address = this.wanted[i];
+    let problem = "";
     try {
       const response = await fetch(address), found = await response.json();
-      this.problem = response.ok ? "" : found.error;
-      if (response.ok) this.show(found, i);
+      if (!response.ok) problem = found.error;
+      else if (this.live || address === this.wanted[i]) this.show(found, i);
     } catch {
-      this.problem = "No response: is generate.py play still running?";
+      problem = "No response: is generate.py play still running?";
     }
-    this.shown[i] = address;
-    this.box.setAttribute("aria-busy", this.next() >= 0);
+    this.answers[i] = {address, problem};
+    this.mark();
   }
 }
 
@@ -74,9 +88,14 @@ async function work() {
   isWorking = true;
   for (let part; (part = parts.find(part => part.next() >= 0));) {
     await part.load();
-    $("problem").textContent = parts.find(part => part.problem)?.problem ?? "";
+    showProblem();
   }
   isWorking = false;
+}
+
+function showProblem() {
+  const problem = parts.find(part => part.problem)?.problem ?? "";
+  if ($("problem").textContent !== problem) $("problem").textContent = problem;  // an alert is read at every change
 }
 
 const address = (path, query) => `${path}?${new URLSearchParams({...settings(), ...query})}`;
@@ -97,10 +116,12 @@ function morph() {
   return {of: `${state.from},${state.to}`, frames: state.frames, fps: state.fps, interpolation: state.interpolation, loop: state.loop};
 }
 
+const countTiles = () => isSeed(state.first) ? Math.min(cellCount, LIMITS.seed - Number(state.first) + 1) : 0;
+
 function askGrid() {
   if (state.view !== "images") return [];
-  if (!isSeed(state.first)) return [address("images", {of: state.first})];  // the answer names the problem
-  const first = Number(state.first), count = Math.min(cellCount, LIMITS.seed - first + 1);
+  if (!isSeed(state.first)) return [address("image", {of: state.first})];  // the answer names the problem
+  const first = Number(state.first), count = countTiles();
   return Array.from({length: Math.ceil(count / CHUNK)}, (_, i) => {
     const start = first + i * CHUNK;
     return address("images", {of: `${start}-${Math.min(start + CHUNK, first + count) - 1}`});
@@ -108,8 +129,9 @@ function askGrid() {
 }
 
 function askMorph() {
+  if (state.view !== "morph") return [];
   const frames = Number(state.frames);
-  if (state.view !== "morph" || !(frames >= 1)) return [];
+  if (!(frames >= 1 && frames <= LIMITS.frames)) return [address("morph", {...morph(), start: 0, count: 1})];  // as above
   return Array.from({length: Math.ceil((frames + 1) / CHUNK)}, (_, i) => {
     return address("morph", {...morph(), start: i * CHUNK, count: Math.min(CHUNK, frames + 1 - i * CHUNK)});
   });
@@ -117,20 +139,24 @@ function askMorph() {
 
 const parts = [
   new Part("snapshots", () => [`network?${new URLSearchParams({network: state.network})}`], showNetwork),
-  new Part("large", () => [address("images", chosen())], found => {
+  new Part("large", () => [address("image", chosen())], found => {
     $("large").src = found.images[0];
     showCommand("image", found.command);
+  }, true),
+  new Part("attention", () => state.x && facts.attention ? [address("attention", {...chosen(), x: state.x, y: state.y})] : [], showMaps, true),
+  new Part("saved", () => state.view === "images" && facts.saved.length ? [address("images", {of: facts.saved.slice(0, LIMITS.cells).join(",")})] : [], found => {
+    $("saved").replaceChildren(...found.images.map((image, i) => tile(image, facts.saved[i])));
+    mark();
   }),
-  new Part("attention", () => state.x && facts.attention ? [address("attention", {...chosen(), x: state.x, y: state.y})] : [], showMaps),
-  new Part("saved", () => state.view === "images" && facts.saved.length ? [address("images", {of: facts.saved.slice(0, LIMITS.cells).join(",")})] : [],
-    found => $("saved").replaceChildren(...found.images.map((image, i) => tile(image, facts.saved[i])))),
   new Part("grid", askGrid, (found, i) => {
-    found.images.forEach((image, j) => {
-      const old = $("grid").children[i * CHUNK + j], cell = tile(image, String(Number(state.first) + i * CHUNK + j));
-      if (old) old.replaceWith(cell); else $("grid").append(cell);
+    found.images.slice(0, countTiles()).forEach((image, j) => {  // tiles are kept, so that a focused one stays focused
+      const number = i * CHUNK + j, name = String(Number(state.first) + number);
+      $("grid").append(...$("grid").children[number] ? [] : [tile(image, name)]);
+      fill($("grid").children[number], image, name);
     });
+    mark();
   }),
-  new Part("table", () => state.view === "mixing" && stylesOf().length ? [address("mixtures", {rows: state.rows, cols: state.cols, styles: state.styles, ...edits()})] : [], showTable),
+  new Part("table", () => state.view === "mixing" ? [address("mixtures", {rows: state.rows, cols: state.cols, styles: state.styles, ...edits()})] : [], showTable, true),
   new Part("film", askMorph, (found, i) => {
     found.images.forEach((image, j) => { films.images[i * CHUNK + j] = image; });
     showCommand("morph", found.command);
@@ -140,6 +166,7 @@ const parts = [
 
 // Controls follow the state.
 function refresh() {
+  if (state.view === "mixing" && !Object.keys(facts.groups).length) state.view = "images";
   writeAddress();
   for (const control of document.querySelectorAll("[data-key]")) {
     if (control === document.activeElement && control.type !== "range" && control.tagName === "INPUT") continue;
@@ -161,12 +188,13 @@ function refresh() {
   showChosen();
   showSliders();
   for (const part of parts) part.refresh();
-  while ($("grid").children.length > cellCount) $("grid").lastChild.remove();
+  while ($("grid").children.length > countTiles()) $("grid").lastChild.remove();
   const key = askMorph().join();
   if (films.key !== key) Object.assign(films, {key, images: []});
   if (state.view !== "morph") stop();
   showFrame();
   mark();
+  showProblem();
   work();
 }
 
@@ -175,10 +203,11 @@ function showNetwork(found) {
   const [height, width] = facts.size;
   $("name").textContent = document.title = state.network;
   $("name").title = facts.path;
+  const count = number => number.toLocaleString("en", {maximumFractionDigits: 3});
   $("facts").textContent = [
-    facts.family, `${width}×${height}`, `${facts.kimg.toLocaleString("en", {maximumFractionDigits: 3})} kimg`,
-    `${facts.parameters.toLocaleString("en")} parameters`,
-  ].join(" · ");
+    facts.family, `${width}×${height}`, facts.kimg ? `${count(facts.kimg)} kimg` : "",  // 0 is unknown, or untrained
+    `${count(facts.parameters)} parameters`,
+  ].filter(Boolean).join(" · ");
   $("snapshots").hidden = START.networks.length < 2;
   $("network").replaceChildren(...START.networks.map(name => new Option(name)));
   $("classes").hidden = !facts.classes;
@@ -234,6 +263,7 @@ function slider(i) {
   const label = document.createElement("label"), input = document.createElement("input"), output = document.createElement("output");
   label.textContent = i;
   label.htmlFor = input.id = `direction-${i}`;
+  input.ariaLabel = `direction ${i}`;
   Object.assign(input, {type: "range", min: -5, max: 5, step: 0.1, title: "double-click to reset"});
   input.dataset.index = i;
   const change = strength => {
@@ -247,15 +277,18 @@ function slider(i) {
 }
 
 function tile(image, name) {
-  const cell = document.createElement("button"), picture = document.createElement("img"), caption = document.createElement("span");
+  const cell = document.createElement("button");
+  cell.append(document.createElement("img"), document.createElement("span"));
+  cell.onclick = () => set({seed: cell.dataset.seed, other: cell.dataset.other ?? ""});
+  fill(cell, image, name);
+  return cell;
+}
+
+function fill(cell, image, name) {
+  const [picture, caption] = cell.children;
   picture.src = image;
   picture.alt = isSeed(name) ? `seed ${name}` : name;
-  caption.textContent = name;
-  cell.dataset.seed = name;
-  cell.append(picture, caption);
-  cell.onclick = () => set({seed: name, other: ""});
-  cell.classList.toggle("current", name === state.seed && state.other === "");
-  return cell;
+  caption.textContent = cell.dataset.seed = name;
 }
 
 function showTable(found) {
@@ -266,7 +299,6 @@ function showTable(found) {
     button.lastChild.remove();
     button.dataset.other = c;
     button.firstChild.alt = button.title = `${r} with styles of ${c}`;
-    button.onclick = () => set({seed: r, other: c});
     return cell("td", button);
   };
   const head = one => cell("th", tile(one.image, String(one.source)));
@@ -281,7 +313,7 @@ function showTable(found) {
 function mark() {
   const other = stylesOf().length ? state.other : "";
   for (const button of document.querySelectorAll("[data-seed]")) {
-    button.classList.toggle("current", button.dataset.seed === state.seed && (button.dataset.other ?? "") === other);
+    button.ariaCurrent = button.dataset.seed === state.seed && (button.dataset.other ?? "") === other;
   }
 }
 
@@ -333,7 +365,7 @@ function showFrame() {
 function play() {
   if (timer) return stop();
   $("play").textContent = "Pause";
-  let frame = Number(state.frame), step = 1;
+  let frame = Number(state.frame) || 0, step = 1;
   const advance = () => {
     const last = Number(state.frames);
     if (frame + step > last || frame + step < 0) {
@@ -373,10 +405,11 @@ function download(url, name) {
   anchor.click();
 }
 
-function saveImage() {
+async function saveImage() {  // of the current settings, which may be ahead of the image on the page
   const mixed = state.other !== "" && stylesOf().length ? `-${state.other}` : "", edited = state.edit ? "-edited" : "";
   const name = isSeed(state.seed) ? `seed${state.seed.padStart(4, "0")}` : state.seed;
-  download($("large").src, `${stem()}-${name}${mixed}${edited}.png`);
+  const file = `${stem()}-${name}${mixed}${edited}.png`, response = await fetch(address("image", chosen()));
+  if (response.ok) download((await response.json()).images[0], file);  // otherwise the page names the problem
 }
 
 // Moving
@@ -424,7 +457,7 @@ $("next").onclick = () => page(1);
 $("older").onclick = () => stepSnapshot(-1);
 $("newer").onclick = () => stepSnapshot(1);
 $("save").onclick = saveImage;
-$("link").onclick = () => copy(location.href, $("link"));
+$("link").onclick = () => copy(new URL(`#${hashOf()}`, location.href).href, $("link"));
 $("hide").onclick = () => set({x: "", y: ""});
 $("play").onclick = play;
 $("time").oninput = () => { stop(); set({frame: $("time").value}); };
@@ -453,9 +486,11 @@ const KEYS = {
   0: () => set({edit: ""}), s: saveImage, l: () => $("link").click(), c: () => document.querySelector("[data-copy=image]").click(),
 };
 document.onkeydown = event => {
-  const isTyping = event.target.matches("input, select, summary"), isButton = event.target.matches("button");
+  const {target} = event, isButton = target.matches("button"), isBox = target.matches("[type=checkbox]");
+  const isTyping = target.matches("select, summary, input:not([type=range], [type=checkbox])");
   if (event.ctrlKey || event.altKey || event.metaKey || isTyping) return;
-  if (event.key === " " && state.view === "morph" && !isButton) { event.preventDefault(); return play(); }
+  if (event.key === " " && state.view === "morph" && !isButton && !isBox) { event.preventDefault(); return play(); }
+  if (event.key.startsWith("Arrow") && target.matches("[type=range]")) return;  // it moves the slider
   if (isButton && event.target.getAttribute("role") === "tab" && event.key.startsWith("Arrow")) {
     const shown = VIEWS.filter(view => !$(`tab-${view}`).hidden), step = event.key === "ArrowRight" ? 1 : -1;
     openView(shown[(shown.indexOf(state.view) + step + shown.length) % shown.length]);

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
 from dnnlib.config import UserError
-from exploration.browser.networks import Networks
+from exploration.browser.networks import Networks, numbers_of
 from exploration.browser.query import MAX_IMAGES, MAX_SEED, Query, parse_integer, parse_number, parse_sources
 from exploration.browser.recipe import CommandLine, Edit, Morph, Recipe, Settings
-from exploration.browser.rendering import Renderer, View, data_uri, pixels_of, thumbnail_uri
+from exploration.browser.rendering import Renderer, View, data_uri, image_uri, thumbnail_uri
 from exploration.browser.server import Answer, File
 from exploration.directions import METHODS
 from exploration.model import label_of, vector_label
@@ -34,12 +35,15 @@ class Player:
     """Content of the page: its HTML, and answers to its requests."""
 
     def __init__(self, networks: Networks, command: CommandLine | None = None) -> None:
+        """Load the default network. Raises UserError if its file cannot be used."""
         self.networks = networks
         self.command = command or CommandLine()
         self.renderer = Renderer()
         self.lock = Lock()  # one request at a time
+        self.facts = networks.open(networks.default).facts()
         self.answers: Mapping[str, Callable[[Query], Answer]] = {
             "/network": self._network,
+            "/image": partial(self._images, limit=1),
             "/images": self._images,
             "/mixtures": self._mixtures,
             "/attention": self._attention,
@@ -50,10 +54,12 @@ class Player:
 
     def page(self) -> str:
         """Return the HTML of the page, with its style, its script and a description of the network inserted."""
+        with self.lock:
+            self.networks.refresh()
         start = {
             "networks": self.networks.names,
             "name": self.networks.default,
-            "facts": self.networks.open(self.networks.default).facts(),
+            "facts": self.facts,
             "mp4": can_write_mp4(),
         }
         html, css, js = (
@@ -73,17 +79,19 @@ class Player:
         query.end()
         return self.networks.open(name).facts()
 
-    def _images(self, query: Query) -> Answer:
+    def _images(self, query: Query, limit: int = MAX_IMAGES) -> Answer:
         """Return the images `of` sources, mixed and edited, and the command for the first.
 
-        A single image has its full size; several are thumbnails.
+        A single image has its full size; several are thumbnails. Raises UserError for more than `limit` images.
         """
         view = self._view(query)
         recipes = self._recipes(view, query)
         query.end()
+        if len(recipes) > limit:
+            raise UserError(f"of: choose one image, not {len(recipes)}")
         command = self.command.image(view.network.path, recipes[0])
         images = self.renderer.images(view, recipes)
-        uris = map(thumbnail_uri, images) if len(images) > 1 else [data_uri(pixels_of(images[0]))]
+        uris = map(thumbnail_uri, images) if len(images) > 1 else [image_uri(images[0])]
         return {"images": list(uris), "command": command}
 
     def _mixtures(self, query: Query) -> Answer:
@@ -163,7 +171,7 @@ class Player:
             psi=query.number("trunc", MAX_PSI, 1.0),
             noise_mode=query.choice("noise", NOISE_MODES, "const"),
             class_index=class_index,
-            label=tuple(c[0].tolist()) if network.has_vectors else (),
+            label=numbers_of(c) if network.has_vectors else (),
         )
         model = replace(
             network.model,
@@ -186,7 +194,8 @@ class Player:
         ]
 
     def _styles(self, view: View, query: Query) -> tuple[int, ...]:
-        return choose_styles(query.text("styles"), view.model.G.num_ws, view.network.groups)
+        styles = query.text("styles")
+        return choose_styles(styles, view.model.G.num_ws, view.network.groups, f"styles={styles}")
 
     def _edits(self, view: View, query: Query) -> tuple[Edit, ...]:
         """Parse e.g. directions=sefa, layers=coarse, edit=0:1.5,3:-2."""

@@ -159,13 +159,19 @@ def pixels_of(img: Tensor) -> np.ndarray:
     return to_rgb(img.permute(1, 2, 0).numpy())
 
 
+def image_uri(img: Tensor) -> str:
+    """Encode uint8 (C, H, W) as a data URI, equal to the file of the image: grayscale, RGB or RGBA."""
+    pixels = img.permute(1, 2, 0).numpy()
+    return data_uri(pixels.squeeze(2) if len(img) == 1 else pixels)
+
+
 def thumbnail_uri(img: Tensor) -> str:
     """Encode uint8 (C, H, W), reduced by an integer factor to at most MAX_TILE pixels, as a data URI."""
     return data_uri(tile_of(pixels_of(img), min_side=1, max_side=MAX_TILE))
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """Encode an image (H, W, 3) as a PNG data URI."""
+    """Encode an image (H, W) or (H, W, 3 or 4) as a PNG data URI."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
