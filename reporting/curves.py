@@ -35,7 +35,7 @@ def draw_curves(records: Sequence[dict[str, Any]]) -> bytes:
         both.plot(x, fake, label=escape_text(_label(record)), **style)
         difference.plot(x, [b - a for a, b in zip(real, fake, strict=True)], **style)
     both.set(xlabel=x_label, ylabel=y_label)
-    difference.set(xlabel=x_label, ylabel=f"generated minus real: {y_label}")
+    difference.set(xlabel=x_label, ylabel=f"{y_label}, generated minus real")
     for axes in (both, difference):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -20,6 +20,6 @@ def transform_input(G: Any, matrices: Tensor) -> AbstractContextManager[None]:
     if not isinstance(getattr(getattr(G, "synthesis", None), "input", None), FourierInput):
         raise UserError(
             f"the input of {type(G).__name__} cannot be moved: equivariance is defined for generators with Fourier "
-            "features at their input; use a network of --gen=stylegan3, or omit the metric"
+            "features at their input; use such a network, e.g. of --gen=stylegan3, or omit the metric"
         )
     return execution.using(input_transform=matrices)
