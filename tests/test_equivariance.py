@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from click.testing import CliRunner
 from metric_helpers import ArrayImages, metric_context, natural_images
 from small_families import small_generator
 from torch import Tensor
 
+import calc_metrics
 import metrics
 from dnnlib.config import UserError
 from metrics import equivariance
 from metrics.sampling import MetricContext, latents, shard
+from training.config import PRESETS
+from training.dataset import DatasetConfig
 from training.input_transform import transform_input
 from training.networks.stylegan3 import StyleGAN3Config
+from training.snapshots.snapshot import load_network, save_network
 
 NAMES = ("eqt6_int", "eqt6_frac", "eqr6")
 
@@ -253,6 +261,23 @@ def test_only_configuration_r_is_equivariant_to_rotation(stylegan3: dict[bool, A
     t, r = (value("eqr4", stylegan3_context(stylegan3[rotation])) for rotation in (False, True))
     assert r > 60
     assert t < r - 20
+
+
+def test_calc_metrics_transforms_the_input(shapes_zip: Path, tmp_path: Path) -> None:
+    generator = StyleGAN3Config(z_dim=8, w_dim=8, side=16, num_layers=4, channel_base=64, channel_max=8)
+    config = replace(PRESETS["tiny"], generator=generator, data=DatasetConfig(path=str(shapes_zip)))
+    torch.manual_seed(0)
+    path = tmp_path / "network.pkl"
+    save_network(path, config=config, G_ema=generator.build(), nimg=0)
+    options = [f"--network={path}", "--device=cpu", "--batch=4", "--metrics=eqt6_int,eqt6_frac,eqr6"]
+    result = CliRunner().invoke(calc_metrics.main, options)
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    context = metric_context(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), transform_input=transform_input)
+    context = replace(context, G=load_network(path).G_ema)
+    for record in records:
+        assert record["results"] == {record["metric"]: pytest.approx(value(record["metric"], context), abs=0.01)}
+        assert (record["num_real"], record["num_fake"]) == (0, 12)
 
 
 # Errors.
