@@ -15,7 +15,6 @@ rotated band of A. With the inverse Fourier transform K of this octagon, windowe
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -210,8 +209,9 @@ def rotate(img: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
     at = points + R.new_tensor([W - 1, H - 1]) / 2  # index of column and row
     first = at.floor()
     total = torch.zeros_like(img.flatten(2))
-    for offset in itertools.product(range(1 - RADIUS, RADIUS + 1), repeat=2):
-        tap = first + first.new_tensor(offset)
+    offsets = torch.arange(1 - RADIUS, RADIUS + 1).to(R)
+    for offset in torch.cartesian_prod(offsets, offsets):
+        tap = first + offset
         weights = octagon_kernel(((at - tap) @ R.mT).to(img.dtype), angles.to(img.dtype))  # (B, H W)
         column, row = tap[:, :, 0].clamp(0, W - 1).long(), tap[:, :, 1].clamp(0, H - 1).long()
         values = img.flatten(2).gather(2, (row * W + column).unsqueeze(1).expand(-1, C, -1))
