@@ -208,7 +208,7 @@ def rotate(img: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
     points = torch.stack([x.flatten(), y.flatten()], dim=1).to(R) @ R  # R^-1 p, (B, H W, 2)
     at = points + R.new_tensor([W - 1, H - 1]) / 2  # index of column and row
     first = at.floor()
-    total = torch.zeros_like(img.flatten(2))
+    total = img.new_zeros(B, C, H * W)
     offsets = torch.arange(1 - RADIUS, RADIUS + 1).to(R)
     for offset in torch.cartesian_prod(offsets, offsets):
         tap = first + offset
@@ -217,7 +217,7 @@ def rotate(img: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
         values = img.flatten(2).gather(2, (row * W + column).unsqueeze(1).expand(-1, C, -1))
         total += weights.unsqueeze(1) * values
     mask = _is_inside(at[:, :, 0], W, RADIUS) & _is_inside(at[:, :, 1], H, RADIUS)
-    return total.view_as(img), mask.view(B, 1, H, W)
+    return total.view(B, C, H, W), mask.view(B, 1, H, W)
 
 
 def pseudo_rotate(img: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,9 +227,9 @@ def pseudo_rotate(img: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     taps = torch.stack([x.flatten(), y.flatten()], dim=1).expand(B, -1, -1)
     kernels = octagon_kernel(taps, angles.to(img.dtype)).view(B, 1, len(axis), len(axis))  # equal to its reflection
-    filtered = F.conv2d(img.view(1, B * C, H, W), kernels.repeat_interleave(C, 0), padding=RADIUS - 1, groups=B * C)
+    filtered = F.conv2d(img.reshape(1, B * C, H, W), kernels.repeat_interleave(C, 0), padding=RADIUS - 1, groups=B * C)
     rows, columns = (_is_inside(torch.arange(size, device=img.device), size, RADIUS) for size in (H, W))
-    return filtered.view_as(img), (rows.unsqueeze(1) & columns).view(1, 1, H, W)
+    return filtered.view(B, C, H, W), (rows.unsqueeze(1) & columns).view(1, 1, H, W)
 
 
 def octagon_kernel(v: Tensor, angles: Tensor) -> Tensor:

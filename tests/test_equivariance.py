@@ -51,7 +51,8 @@ class Waves:
         points = torch.stack([x, y, torch.ones_like(x)], dim=2).double().flatten(0, 1)
         points = (points @ self.matrices.double().mT)[:, :, :2] * torch.tensor([W, H])  # (1 or B, H W, 2) in pixels
         waves = torch.sin(2 * math.pi * points @ self.frequencies) @ (z.double().unsqueeze(2) / 4)
-        return (waves.mT.unflatten(2, (H, W)) + torch.arange(C)[:, None, None] / 8).float()
+        img = waves.mT.unflatten(2, (H, W)) + torch.arange(C)[:, None, None] / 8
+        return img.float().contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
