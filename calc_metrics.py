@@ -33,11 +33,13 @@ from metrics.registry import (
 )
 from metrics.sampling import MetricContext, Progress
 from reporting.charts import find_charts
+from reporting.curves import draw_curves
 from reporting.drawing import check_matplotlib, draw_png
 from reporting.run_reader import read_run
 from torch_utils import distributed, kernels
 from training.data_sources.codec import SLOW_DECODER
 from training.dataset import DatasetConfig, ImageDataset, check_given, naming
+from training.input_transform import transform_input
 from training.networks import execution
 from training.snapshots import post_hoc
 from training.snapshots.exchange import is_folder
@@ -147,7 +149,7 @@ def explain(context: click.Context, parameter: click.Parameter, names: str | Non
 )
 @option("--protocol", type=click.Choice(PROTOCOLS), default="stylegan", help="Resizing and covariance in FID and KID.")
 @option("--no-cache", is_flag=True, help="Do not read or write cached statistics of the real images.")
-@option("--plot", is_flag=True, help="Plot each metric against kimg: metric-<name>.png beside metric-<name>.jsonl.")
+@option("--plot", is_flag=True, help="Plot each metric against kimg, and its curves: metric-<name>[-curves].png.")
 @switch("--verbose", default=True, help="Show progress on stderr.")
 @option("--gpus", type=click.IntRange(min=1), default=1, help="Processes on this machine, one per GPU.")
 @option("--device", metavar="NAME", help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
@@ -194,7 +196,7 @@ def main(
     check_given("--data", options["data"])
     check_holdout(subjects, options["holdout"])
     if options["plot"]:
-        check_plot(network, subjects, folder)
+        check_plot(network, subjects, folder, has_curves=any(find(name, setup)[0].axes for name in names))
     if not names:
         click.echo("--metrics=none: nothing to compute", err=True)
         return
@@ -253,9 +255,9 @@ def check_holdout(subjects: list[Path] | None, holdout: str | Path | None) -> No
         raise UserError("--holdout=run: a set of images belongs to no run; specify a dataset of held-out images")
 
 
-def check_plot(network: Path | str, subjects: list[Path] | None, folder: Path | None) -> None:
+def check_plot(network: Path | str, subjects: list[Path] | None, folder: Path | None, *, has_curves: bool) -> None:
     """Raise UserError if --plot cannot draw anything or has no folder to write to."""
-    if subjects is None:
+    if subjects is None and not has_curves:
         raise UserError("--plot: a set of images has no kimg to plot a metric against; omit --plot")
     if folder is None:
         raise UserError(f"--plot: {network} is not in the folder of a run; specify a folder with --outdir")
@@ -285,6 +287,7 @@ def run(job: Job) -> None:
         click.echo(to_table(records), err=True)
         if job.plot and job.folder:
             plot(job.folder, {f"metric-{record['metric']}" for record in records})
+            plot_curves(job.folder, records)
     if not distributed.from_main(lambda: is_complete):
         raise SystemExit(1)
 
@@ -326,6 +329,14 @@ def plot(folder: Path, names: set[str]) -> None:
             path = folder / f"{chart.name}.png"
             write_atomically(path, draw_png(chart))
             click.echo(f"Written: {path}", err=True)
+
+
+def plot_curves(folder: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Draw the charts metric-<name>-curves.png of the metrics with curves, with all networks of `records`."""
+    for name in dict.fromkeys(record["metric"] for record in records if "curves" in record):
+        path = folder / f"metric-{name}-curves.png"
+        write_atomically(path, draw_curves([record for record in records if record["metric"] == name]))
+        click.echo(f"Written: {path}", err=True)
 
 
 def measure_snapshots(job: Job, paths: list[Path], device: torch.device) -> Iterator[dict[str, Any] | UserError]:
@@ -452,6 +463,7 @@ def build_context(job: Job, device: torch.device, reals: ImageDataset, **sources
             click.echo(f"Note: {note}", err=True)
     return MetricContext(
         **sources,
+        transform_input=transform_input,
         images=reals.with_mirror(False),
         mirrored=reals if reals.config.mirror else None,
         device=device,

@@ -132,6 +132,7 @@ def describe(spec: MetricSpec, setup: DetectorSetup = STANDARD) -> list[tuple[st
         ("status", "no result of a network: only reals are compared" if spec.is_floor else ""),
         ("better", better if directed else ""),
         ("values", ", ".join(map(name_of, spec.values))),
+        ("curves", " against ".join(reversed(spec.axes or ()))),
         ("--holdout", EQUAL_NUMBERS if set(HOLDOUT_VALUES) <= set(spec.values) else ""),
         ("protocol", spec.protocol),
         ("--protocol=clean", spec.clean or ""),

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,15 @@ STANDARD = DetectorSetup()  # the networks of the literature, with the protocol 
 class Measurement:
     """Result of a metric function: values by name, the main value first, and the numbers of images.
 
-    `num_holdout` counts the held-out images; 0 if the metric does not use them.
+    `num_holdout` counts the held-out images; 0 if the metric does not use them. `curves` are equally long: the points
+    of the x axis, then the values of the reals and of the fakes at them.
     """
 
     values: dict[str, float]
     num_real: int
     num_fake: int
     num_holdout: int = 0
+    curves: dict[str, list[float]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -85,6 +87,7 @@ class MetricSpec:
     note            what else a user should know
     values          suffixes of the values' names, the main value first; `<...>` stands for a level, class or similar
     undirected      suffixes of the values of which neither higher nor lower ones are better, such as deviations
+    axes            the labels of the x and y axes of the metric's curves; None if it has no curves
     is_floor        the metric compares reals with reals: a value to compare with, no result of a network
     roles           the detectors
     plan            returns the requested statistics of their features, so that metrics share passes over images
@@ -107,6 +110,7 @@ class MetricSpec:
     note: str = ""
     values: tuple[str, ...] = ("",)
     undirected: tuple[str, ...] = ()
+    axes: tuple[str, str] | None = None
     is_floor: bool = False
     roles: tuple[Role, ...] = ()
     plan: Plan = _no_plan
@@ -156,6 +160,7 @@ class MetricResult:
 
     metric: str
     results: dict[str, float]
+    curves: dict[str, list[float]]
     seconds: float
     num_real: int
     num_fake: int
@@ -333,6 +338,7 @@ def compute_all(names: Iterable[str], context: MetricContext) -> Iterator[Metric
         yield MetricResult(
             metric=name,
             results=measured.values,
+            curves=measured.curves,
             seconds=time.perf_counter() - start + statistics.seconds_of(plans[name]),
             num_real=measured.num_real,
             num_fake=measured.num_fake,
@@ -370,8 +376,11 @@ def result_to_json(
     """
     part = find(result.metric, context.setup)[0].part
     fakes, reals = context.fakes, replace(context, counts_flips=result.mirror, part=part).reals
+    record = asdict(result)
+    if not result.curves:
+        del record["curves"]
     return {
-        **asdict(result),
+        **record,
         "seconds": round(result.seconds, 3),
         "warnings": list(result.warnings),
         "snapshot": snapshot.name if snapshot else None,

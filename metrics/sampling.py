@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -57,6 +58,11 @@ class ImageGenerator(Protocol):
     ) -> Tensor: ...
 
 
+# Returns a context manager in which matrices (1 or B, 3, 3) are applied to the positions at the input of a generator,
+# (x, y, 1) in units of the image from its centre. Raises UserError if the generator does not support it.
+InputTransform = Callable[[ImageGenerator, Tensor], AbstractContextManager[None]]
+
+
 class Images(Protocol):
     """Interface of a dataset for metrics. `labels` are int64 classes [len] or float32 vectors [len, c_dim]."""
 
@@ -93,13 +99,14 @@ class MetricContext:
     sets `counts_flips` and `part` for each metric; metrics read their reals from `reals`. `train` are the images that
     the network was trained on, or None if these are `images`; `held_out` are images of the same kind that it was not
     trained on, or None. With `compares_holdout`, Frechet distances to both are reported, and `images` are the training
-    images. G is on `device` in evaluation mode.
+    images. G is on `device` in evaluation mode. `transform_input` transforms its input, for metrics of equivariance.
     `cache` is the folder for statistics of reals; None disables caching. `shared` is state that the metrics of a
     context share. Raises UserError if the shapes or labels of reals and fakes do not match.
     """
 
     G: ImageGenerator | None = None
     fakes: Images | None = None
+    transform_input: InputTransform | None = None
     images: Images
     mirrored: Images | None = None
     train: Images | None = None

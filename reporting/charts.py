@@ -204,7 +204,7 @@ def _lines(runs: Sequence[tuple[str, dict[str, Curve]]], statistics: Sequence[st
             curve = curves[statistic].finite() if statistic in curves else None
             if curve is None or not len(curve.values):
                 continue
-            colour = _colour(i, len(runs)) if len(runs) > 1 else _colour(j, len(statistics))
+            colour = line_colour(i, len(runs)) if len(runs) > 1 else line_colour(j, len(statistics))
             dashes = _dashes(j) if len(runs) > 1 else ()
             lines.append(Line(run=run, statistic=statistic, curve=curve, colour=colour, dashes=dashes))
     return tuple(lines)
@@ -217,7 +217,7 @@ def _dashes(i: int) -> tuple[int, ...]:
 
 def colour_of_run(i: int, count: int) -> str:
     """Return the CSS colour of the i-th of several runs; "" for a single run."""
-    return css_colour(_colour(i, count)) if count > 1 else ""
+    return css_colour(line_colour(i, count)) if count > 1 else ""
 
 
 def css_colour(colour: str) -> str:
@@ -228,7 +228,7 @@ def css_colour(colour: str) -> str:
     return f"light-dark({light}, {dark})"
 
 
-def _colour(i: int, count: int) -> str:
+def line_colour(i: int, count: int) -> str:
     """Return the i-th of `count` colours: from COLOURS, or from a colour map if COLOURS has too few."""
     if count <= len(COLOURS):
         return COLOURS[i]

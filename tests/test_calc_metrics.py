@@ -199,6 +199,7 @@ def test_data_that_does_not_match_the_network_is_refused(calc: CalcMetrics, tmp_
         (["--metrics=swd", "--data=no/such/folder"], "no/such/folder"),
         (["--metrics=swd", "--batch=0"], "--batch"),
         (["--metrics=swd", "--device=tpu9"], "--device=tpu9"),
+        (["--metrics=eqr9"], "metric eqr9: the input of StyleformerGenerator cannot be moved"),
     ],
 )
 def test_errors_are_one_clear_message(calc: CalcMetrics, arguments: list[str], message: str) -> None:
@@ -515,7 +516,7 @@ def test_two_processes_equal_one_for_every_metric(
     With odd numbers of images and batches of 13, shards and batches differ from those of a single process.
     """
     holdout = make_shapes(tmp_path / "holdout.zip", 16, 15)
-    names = "--metrics=swd41,fid31_full,kid31,mind31,is31,pr313_full,dc20,fid1_full,authpct31,fld31"
+    names = "--metrics=swd41,fid31_full,kid31,mind31,is31,pr313_full,dc20,fid1_full,authpct31,fld31,spectrum31"
     options = [names, bound(detector_program), f"--holdout={holdout}"]
     alone = lines(calc(*options, "--no-cache"))
     command = [sys.executable, "calc_metrics.py", f"--network={snapshot}", "--device=cpu", *options]

@@ -18,6 +18,7 @@ from torch_utils import distributed
 from training.config import RunConfig
 from training.dataset import ImageDataset
 from training.hooks import Hook
+from training.input_transform import transform_input
 from training.loggers import Loggers
 from training.run_folder import read_kimgs
 from training.saving import Saver
@@ -104,6 +105,7 @@ def build_context(trainer: Trainer) -> MetricContext:
     dataset = trainer.dataset if full == data else ImageDataset(full)
     return MetricContext(
         G=trainer.ema.module,
+        transform_input=transform_input,
         images=dataset.with_mirror(False),
         mirrored=dataset if data.mirror else None,
         train=None if dataset is trainer.dataset else trainer.dataset.with_mirror(False),

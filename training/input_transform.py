@@ -1,0 +1,25 @@
+"""Transforms of the positions at the input of a generator, for the metrics of equivariance."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from dnnlib.config import UserError
+from training.networks import execution
+from training.networks.alias_free import FourierInput
+
+
+def transform_input(G: Any, matrices: Tensor) -> AbstractContextManager[None]:
+    """Context manager in which matrices (1 or B, 3, 3) are applied to the positions of a generator's Fourier features.
+
+    Raises UserError if `G.synthesis.input` is not a FourierInput.
+    """
+    if not isinstance(getattr(getattr(G, "synthesis", None), "input", None), FourierInput):
+        raise UserError(
+            f"the input of {type(G).__name__} cannot be moved: equivariance is defined for generators with Fourier "
+            "features at their input; use such a network, e.g. of --gen=stylegan3, or omit the metric"
+        )
+    return execution.using(input_transform=matrices)
