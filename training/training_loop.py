@@ -206,7 +206,7 @@ class Trainer:
 
     def _build_trackers(self) -> dict[str, Callable[[Tensor, Tensor], None]]:
         """Return the updates of the running state by the name of a batch mean (LossTerms.means), one per phase."""
-        trackers = {
+        trackers: dict[str, Callable[[Tensor, Tensor], None]] = {
             "w_avg": self.w_avg.update,
             "pl_mean": self.pl_mean.update,
             "real_sign": self.ada.observe,
