@@ -274,23 +274,26 @@ def test_transforms_are_dropped_when_their_parameters_change() -> None:
     cache, transforms = weights.WeightCache(), weights.TransformCache()
     algorithm = winograd.same(8, torch.float32)
 
-    def storages() -> list[int]:
-        """Return the addresses of the transforms in a new pass."""
+    def transformed() -> list[torch.Tensor]:
+        """Return the transforms in a new pass."""
         with execution.using(weights=cache, transforms=transforms), cache.filled():
             effective = [weights.effective(p, p.dtype, gain) for p, gain in zip(parameters, gains, strict=True)]
             found = [weights.transformed(weight, algorithm) for weight in effective]
             for U, p, gain in zip(found, parameters, gains, strict=True):
                 torch.testing.assert_close(U, winograd.transform(p * gain, algorithm))
-            return [U.data_ptr() for U in found]
+            return found
 
-    first = storages()
-    assert storages() == first
+    def are_same(some: list[torch.Tensor], others: list[torch.Tensor]) -> list[bool]:
+        """Compare addresses; both lists are alive, so that no memory is used twice."""
+        return [one.data_ptr() == other.data_ptr() for one, other in zip(some, others, strict=True)]
+
+    first = transformed()
+    assert are_same(first, transformed()) == [True, True, True]
     with torch.no_grad():
         parameters[0].mul_(10)
         parameters[2].data.mul_(10)  # not counted
     transforms.forget([parameters[2]])
-    second = storages()
-    assert [one == two for one, two in zip(first, second, strict=True)] == [False, True, False]
+    assert are_same(first, transformed()) == [False, True, False]
 
 
 def test_fused_optimizers_do_not_count_as_changes() -> None:
