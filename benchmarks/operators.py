@@ -24,9 +24,11 @@ from torch import Tensor
 
 from dnnlib.allocator import tune_allocator
 from torch_utils import custom_ops
+from torch_utils.filters import lowpass
 from torch_utils.ops import encoder
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.encoder import modulated_layer_norm, residual_lrelu, scale_and_split
+from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upfirdn2d, upsample2d
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -79,6 +81,17 @@ def activate(channels: int, dim: int = 1) -> Callable[[torch.device], Callable[[
     return prepare
 
 
+def filtered(*, is_radial: bool) -> Callable[[torch.device], Callable[[Tensor], Tensor]]:
+    """Return the activation of a StyleGAN3 layer: x2 up, leaky ReLU, x2 down, separable (T) or radial (R)."""
+
+    def prepare(device: torch.device) -> Callable[[Tensor], Tensor]:
+        fu, fd = lowpass(12, 16.0, 32.0, 128), lowpass(12, 16.0, 32.0, 128, is_radial=is_radial)
+        fu, fd = (f if f is None else f.to(device) for f in (fu, fd))
+        return lambda x: filtered_lrelu(x, fu, fd, up=2, down=2, padding=10, clamp=256.0)
+
+    return prepare
+
+
 def normalize(device: torch.device) -> Callable[..., Tensor]:
     return modulated_layer_norm
 
@@ -123,6 +136,8 @@ CASES = (
     Case(name="bias_act lrelu, 32 px", shape=(32, 512, 32, 32), prepare=activate(512), saved=1),
     Case(name="bias_act lrelu, 256 px", shape=(8, 64, 256, 256), prepare=activate(64), saved=1),
     Case(name="bias_act lrelu, 1024 tokens", shape=(32, 1024, 512), prepare=activate(512, dim=2), saved=1),
+    Case(name="filtered_lrelu, 84 px", shape=(8, 128, 84, 84), prepare=filtered(is_radial=False), saved=1),
+    Case(name="filtered_lrelu, 84 px, radial", shape=(8, 128, 84, 84), prepare=filtered(is_radial=True), saved=1),
     *encoder_cases("1024 tokens", 32, 1024, 256),
     *encoder_cases("64 tokens", 32, 64, 1024),
 )

@@ -66,9 +66,7 @@ def modulated_conv(x: np.ndarray, weight: np.ndarray, style: np.ndarray, magnitu
     weight = weight * (style / np.sqrt((style**2).mean()))[None, :, None, None]
     weight = weight / np.sqrt((weight**2).sum(axis=(1, 2, 3), keepdims=True))
     x = x / math.sqrt(magnitude)
-    return np.stack(
-        [sum(scipy.signal.correlate2d(x[i], w[i], mode="full") for i in range(len(x))) for w in weight]  # type: ignore[misc]
-    )
+    return np.stack([sum(scipy.signal.correlate2d(x[i], w[i], mode="full") for i in range(len(x))) for w in weight])
 
 
 def fourier_features(

@@ -99,14 +99,12 @@ def test_filtered_lrelu_equals_its_definition(options: dict[str, Any], is_radial
     x, b = rng.randn(3, 9, 9), rng.randn(3)
     fu, fd = rng.randn(6 * options["up"]), rng.randn(6 * options["down"])
     fd = np.outer(fd, rng.randn(len(fd))) if is_radial else fd
-    rest = {"gain": 1.7, "slope": 0.3, "clamp": 2.5}
+    rest: dict[str, Any] = {"gain": 1.7, "slope": 0.3, "clamp": 2.5}
     expected = reference.filtered_lrelu(x, fu, fd, b, **options, **rest)
     before, after = options["padding"]
-    found = filtered_lrelu(
-        *(torch.from_numpy(part) for part in (x[None], fu, fd, b)),
-        **{**options, "padding": (before, after, before, after)},
-        **rest,
-    )
+    tensors = [torch.from_numpy(part) for part in (x[None], fu, fd, b)]
+    rest |= {**options, "padding": (before, after, before, after)}
+    found = filtered_lrelu(tensors[0], tensors[1], tensors[2], tensors[3], **rest)
     np.testing.assert_allclose(found[0], expected, atol=1e-10)
 
 
@@ -211,7 +209,7 @@ def made(G: Any, ws: Tensor, transform: Tensor | None = None) -> Tensor:
 def built(config: AliasFreeConfig) -> tuple[Any, Tensor]:
     """Build a generator, with the magnitudes that training would track; return styles too."""
     torch.manual_seed(0)
-    G = config.build()
+    G: Any = config.build()
     ws = G.mapping(torch.randn(4, config.z_dim), None)
     for _ in range(config.num_layers):
         magnitudes: list[Tensor] = []
@@ -244,22 +242,19 @@ def test_rotated_inputs_give_rotated_images_in_configuration_r() -> None:
 
 def test_relative_attention_equals_its_definition() -> None:
     torch.manual_seed(0)
-    band = Band(rate=8, size=6, cutoff=2.0, half_width=2.0)  # no margin, so that nothing is masked
-    layer = RelativeAttention(2, 16, Band(rate=8, size=12, cutoff=2.0, half_width=2.0)).double()
+    band = Band(rate=8, size=12, cutoff=2.0, half_width=2.0)
+    layer = RelativeAttention(2, 16, band).double()
     inner = layer.log_mask == 0
     assert inner.sum() == 64 + 36  # the image, and half the margin
     q, k, v = torch.randn(3, 1, 144, 16).double()
-    layer.log_mask.zero_()
+    layer.log_mask = torch.zeros_like(layer.log_mask)
     found = layer(q, k, v)[0].detach().numpy()
     wavelengths = np.logspace(math.log10(2), math.log10(1 / band.cutoff), 2)
     for head in range(2):
         part = slice(8 * head, 8 * head + 8)
-        expected = reference.relative_attention(
-            *(x[0, :, part].numpy() for x in (q, k, v)),
-            layer.points.numpy(),
-            float(layer.log_width[head].detach()),
-            wavelengths,
-        )
+        width = float(layer.log_width[head].detach())
+        parts = [x[0, :, part].numpy() for x in (q, k, v)]
+        expected = reference.relative_attention(parts[0], parts[1], parts[2], layer.points.numpy(), width, wavelengths)
         np.testing.assert_allclose(found[:, part], expected, atol=1e-6)  # points are stored in float32
 
 
