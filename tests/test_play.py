@@ -98,9 +98,9 @@ def test_the_images_of_a_request_are_generated_in_one_batch(monkeypatch: pytest.
     player, render = player_of(make_model()), Model.images
     sizes: list[int] = []
 
-    def counted(model: Model, ws: torch.Tensor) -> torch.Tensor:
+    def counted(model: Model, ws: torch.Tensor, *transforms: torch.Tensor) -> torch.Tensor:
         sizes.append(len(ws))
-        return render(model, ws)
+        return render(model, ws, *transforms)
 
     monkeypatch.setattr(Model, "images", counted)
     for of, trunc in (("0-2", 1), ("0-2", 1), ("1-4", 1), ("1-4", 0.5)):
