@@ -217,9 +217,7 @@ def test_maps_of_tokens_with_margins_show_the_image() -> None:
     chosen = torch.tensor([[0, 0], [31, 9], [12, 31]])
     found = attention_maps(records, 0, chosen, size)
     matrices = [relative_matrix(block) for block in records]
-    total = np.zeros((3, 36, 36))
-    total[[0, 1, 2], chosen[:, 1] + margin, chosen[:, 0] + margin] = 1
-    total = total.reshape(3, -1)
+    total = np.eye(36 * 36)[(chosen[:, 1] + margin) * 36 + chosen[:, 0] + margin]
     for index, (block, A) in reversed(list(enumerate(zip(records, matrices, strict=True)))):
         side, inside = block.grid[0], slice(margin, -margin)
         y, x = (chosen[:, i] * side // 32 + margin for i in (1, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from training.networks import execution
 from training.networks.generator import GeneratorConfig
 from training.networks.stylegan3 import StyleGAN3Config
 
-WIDE = {"z_dim": 16, "w_dim": 12, "side": 64, "num_layers": 6, "channel_base": 1024, "channel_max": 32}
+WIDE: dict[str, Any] = {"z_dim": 16, "w_dim": 12, "side": 64, "num_layers": 6, "channel_base": 1024, "channel_max": 32}
 
 
 def calibrated(config: GeneratorConfig) -> Model:
