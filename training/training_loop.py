@@ -188,17 +188,7 @@ class Trainer:
         self.failures = Failures(device)
         self.last_snapshot: Path | None = None  # named in error messages
         self.stopwatch = Stopwatch(device)
-        # Name of a batch mean (LossTerms.means) -> update of the running state, called once per phase.
-        self.trackers: dict[str, Callable[[Tensor, Tensor], None]] = {
-            "w_avg": self.w_avg.update,
-            "pl_mean": self.pl_mean.update,
-            "real_sign": self.ada.observe,
-            "logits": self.gan.logit_means.update,
-        }
-        if hasattr(self.G.synthesis, "input_magnitudes"):
-            magnitudes: Any = self.G.synthesis.input_magnitudes
-            rate = 1 - 0.5 ** (self.batch_size / MAGNITUDE_HALF_LIFE)
-            self.trackers["input_magnitudes"] = RunningMean(magnitudes, rate).update
+        self.trackers = self._build_trackers()
         self.checkpoint = Checkpoint(
             G=self.G,
             D=self.D,
@@ -213,6 +203,20 @@ class Trainer:
             failures=self.failures,
             logit_means=self.gan.logit_means,
         )
+
+    def _build_trackers(self) -> dict[str, Callable[[Tensor, Tensor], None]]:
+        """Return the updates of the running state by the name of a batch mean (LossTerms.means), one per phase."""
+        trackers: dict[str, Callable[[Tensor, Tensor], None]] = {
+            "w_avg": self.w_avg.update,
+            "pl_mean": self.pl_mean.update,
+            "real_sign": self.ada.observe,
+            "logits": self.gan.logit_means.update,
+        }
+        if hasattr(self.G.synthesis, "input_magnitudes"):
+            magnitudes: Any = self.G.synthesis.input_magnitudes
+            rate = 1 - 0.5 ** (self.batch_size / MAGNITUDE_HALF_LIFE)
+            trackers["input_magnitudes"] = RunningMean(magnitudes, rate).update
+        return trackers
 
     def _build_phases(self) -> None:
         config = self.config

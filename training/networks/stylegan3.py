@@ -63,7 +63,7 @@ class AliasFreeConfig(GeneratorConfig):
 
     @property
     def has_radial_filters(self) -> bool:
-        """Whether the filters for downsampling are radially symmetric."""
+        """True if the filters for downsampling are radially symmetric."""
         return False
 
     @property
