@@ -64,7 +64,8 @@ def main(
     if not 0 < translate <= CROP:
         raise UserError(f"--translate={translate:g}: must be more than 0 and at most {CROP:g} of the image")
     timing = Timing(num_keys=1, steps=frames, loop=True)
-    opened = [open_moving(network, trunc, translate) for network in (plain, alias_free)]
+    networks = {"plain": plain, "alias-free": alias_free}
+    opened = [open_moving(kind, network, trunc, translate) for kind, network in networks.items()]
     captions = [caption for caption, _ in opened]
     moving = [frames_of(model, seed, timing) for _, model in opened]
     height, width = moving[0].shape[1:3]
@@ -83,7 +84,7 @@ def main(
             add(sheet(rows, COLUMNS, captions, title=title))
 
 
-def open_moving(network: Path, trunc: float, translate: float) -> tuple[str, Model]:
+def open_moving(kind: str, network: Path, trunc: float, translate: float) -> tuple[str, Model]:
     """Return a caption and the model of a snapshot, whose pose is a shift to the right. Raises UserError."""
     snapshot, device = open_network(network, None)
     label = choose_label(snapshot, 0 if snapshot.config.generator.c_dim else None, None)
@@ -97,7 +98,7 @@ def open_moving(network: Path, trunc: float, translate: float) -> tuple[str, Mod
         trunc=trunc,
         pose=read_pose((translate, 0.0), None),
     )
-    return f"{family_of(snapshot.config.generator, GENERATORS)}, {snapshot.kimg:g} kimg", model
+    return f"{kind}: {family_of(snapshot.config.generator, GENERATORS)}, {snapshot.kimg:g} kimg", model
 
 
 @torch.no_grad()
