@@ -43,6 +43,7 @@ CYAN = (0, 255, 255)
 @option("--alias-free", required=True, type=click.Path(path_type=Path), help="Snapshot of an alias-free network.")
 @option("--output", required=True, type=click.Path(path_type=Path), help="Output video, .gif or .mp4.")
 @option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of the images.")
+@option("--class", "class_index", type=int, help="Class label of conditional networks.")
 @option("--trunc", type=float, default=1.0, show_default=True, help="Truncation psi.")
 @option("--translate", type=float, default=0.25, show_default=True, help="Shift to the right, relative to the image.")
 @option("--row", type=click.IntRange(min=0), help="Row of pixels that is shown over time.  [default: the middle]")
@@ -53,6 +54,7 @@ def main(
     alias_free: Path,
     output: Path,
     seed: int,
+    class_index: int | None,
     trunc: float,
     translate: float,
     row: int | None,
@@ -65,17 +67,17 @@ def main(
         raise UserError(f"--translate={translate:g}: must be more than 0 and at most {CROP:g} of the image")
     timing = Timing(num_keys=1, steps=frames, loop=True)
     networks = {"plain": plain, "alias-free": alias_free}
-    opened = [open_moving(kind, network, trunc, translate) for kind, network in networks.items()]
-    captions = [caption for caption, _ in opened]
-    moving = [frames_of(model, seed, timing) for _, model in opened]
-    height, width = moving[0].shape[1:3]
-    if moving[0].shape != moving[1].shape:
+    opened = [open_moving(kind, network, class_index, trunc, translate) for kind, network in networks.items()]
+    (height, width), other = (model.G.img_shape[1:] for _, model in opened)
+    if other != (height, width):
         raise UserError(f"--alias-free={alias_free}: its images do not have the size {width}x{height} of --plain")
     row = height // 2 if row is None else row
     if row >= height:
         raise UserError(f"--row={row}: the images have the rows 0 to {height - 1}")
     make_outdir(output.parent, flag=f"--output={output}")
     click.echo(describe_video(output, timing.num_frames, fps))
+    captions = [caption for caption, _ in opened]
+    moving = [frames_of(model, seed, timing) for _, model in opened]
     shifts = timing.progress(timing.times()) * translate
     title = f"Seed {seed}, moved to the right by {translate:g} of the width, and back"
     with open_video(output, fps) as add:
@@ -84,14 +86,13 @@ def main(
             add(sheet(rows, COLUMNS, captions, title=title))
 
 
-def open_moving(kind: str, network: Path, trunc: float, translate: float) -> tuple[str, Model]:
+def open_moving(kind: str, network: Path, class_index: int | None, trunc: float, translate: float) -> tuple[str, Model]:
     """Return a caption and the model of a snapshot, whose pose is a shift to the right. Raises UserError."""
     snapshot, device = open_network(network, None)
-    label = choose_label(snapshot, 0 if snapshot.config.generator.c_dim else None, None)
     model = build_model(
         snapshot,
         device,
-        label,
+        choose_label(snapshot, class_index, None),
         noise_mode="const",
         batch=16,
         precision="fp32",
