@@ -19,7 +19,7 @@ MAX_DEGREES = 360.0  # a whole turn
 
 @dataclass(frozen=True, kw_only=True)
 class Pose:
-    """Rotation of an image by `degrees` clockwise about its centre, then a shift by (x, y) to the right and down.
+    """Rotation of an image by `degrees` counterclockwise about its centre, then a shift by (x, y), right and down.
 
     Shifts are fractions of the longer side of the image.
     """
@@ -44,7 +44,7 @@ class Pose:
         """Return transforms of positions (n, 3, 3) for fractions (n,) of the shift and of the rotation."""
         x, y, angle = self.x * shift.double(), self.y * shift.double(), math.radians(self.degrees) * turn.double()
         cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-        rows = [cos, sin, -cos * x - sin * y, -sin, cos, sin * x - cos * y, zero, zero, zero + 1]
+        rows = [cos, -sin, sin * y - cos * x, sin, cos, -sin * x - cos * y, zero, zero, zero + 1]
         return torch.stack(rows, dim=1).unflatten(1, (3, 3)).float()
 
 

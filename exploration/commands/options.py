@@ -64,7 +64,7 @@ POSE_OPTIONS = (
         "--rotate",
         type=float,
         metavar="DEGREES",
-        help="Rotate the image clockwise about its centre, before --translate; for configuration R of stylegan3.",
+        help="Rotate the image counterclockwise, before --translate; for configuration R of stylegan3.",
     ),
 )
 MODEL_OPTIONS = (NETWORK, EMA, TRUNC, CLASS, LABEL, FIXED_NOISE, BATCH, PRECISION, DEVICE)
