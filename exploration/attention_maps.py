@@ -31,9 +31,12 @@ from exploration.opening import is_mapping, open_model
 from exploration.output import make_outdir
 from torch_utils.images import save_pixels, to_uint8
 from torch_utils.sheets import arranged, caption_of, largest_side, marked, overlay, sheet, tile_of, to_rgb
+from training.networks.alias_free import FilteredActivation
 from training.networks.attention import Attention, SelfAttention
 from training.networks.generator import Grid
 from training.networks.layers import Resampling
+
+Resample = Resampling | FilteredActivation
 
 MAX_BESIDE = 8  # queries up to which the two parts of a sheet are side by side
 MAX_QUERIES = 64  # columns of a sheet
@@ -44,11 +47,12 @@ MAX_SIDE = 128  # longer side in pixels of the images in a sheet, which has a ro
 class BlockRecord:
     """Queries and keys (B, N, C) in float32 of one attention block, the `index`-th on its grid.
 
-    `resamplings` connect the previous block to this grid.
+    `grid` is that of the tokens inside the image; the tokens of a network with margins extend beyond it.
+    `resamplings` connect the previous block to this one.
     """
 
     module: Attention
-    resamplings: tuple[Resampling, ...]
+    resamplings: tuple[Resample, ...]
     grid: Grid
     index: int
     q: Tensor
@@ -58,6 +62,22 @@ class BlockRecord:
     def name(self) -> str:
         """Name of the block, e.g. 16x16_0 (height x width, index)."""
         return f"{self.grid[0]}x{self.grid[1]}_{self.index}"
+
+    @property
+    def tokens(self) -> Grid:
+        """Grid of all tokens, with the margin."""
+        return self.grid[0] + 2 * self.module.margin, self.grid[1] + 2 * self.module.margin
+
+    def rows_of(self, pixels: Tensor, img_size: Grid) -> Tensor:
+        """Return the indices (Q,) of the tokens that contain the pixels (Q, 2), given as (x, y)."""
+        inside = tokens_of(pixels, self.grid, img_size)
+        y, x = (part + self.module.margin for part in (inside // self.grid[1], inside % self.grid[1]))
+        return y * self.tokens[1] + x
+
+    def inside(self, weights: Tensor) -> Tensor:
+        """Return the part (..., h, w) of weights (..., N) of all tokens that is inside the image."""
+        margin = self.module.margin
+        return weights.unflatten(-1, self.tokens)[..., margin:, margin:][..., : self.grid[0], : self.grid[1]]
 
     def maps(self, image: int, rows: Tensor) -> Tensor:
         """Return the attention weights (H, Q, N) of query positions (Q,) over all positions."""
@@ -97,15 +117,16 @@ def recording(network: nn.Module, img_size: Grid, count: int | None = None) -> I
     Records hold the first `count` images of the batch, or all images if `count` is None.
     """
     records: list[BlockRecord] = []
-    resamplings: list[Resampling] = []  # since the last block
+    resamplings: list[Resample] = []  # since the last block
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, Resampling):
+        if isinstance(module, Resample):
             return resamplings.append(module)
         assert isinstance(module, Attention)
         q, k = (x.detach()[:count].to(torch.float32, copy=True) for x in args[:2])  # a view would retain v and padding
         scale = math.sqrt(q.shape[1] / math.prod(img_size))  # grids have the aspect ratio of the image
-        grid = (round(img_size[0] * scale), round(img_size[1] * scale))
+        height, width = (round(side * scale) - 2 * module.margin for side in img_size)
+        grid = (height, width)
         index = sum(record.grid == grid for record in records)
         record = BlockRecord(module=module, resamplings=tuple(resamplings), grid=grid, index=index, q=q, k=k)
         records.append(record)
@@ -120,10 +141,17 @@ def recording(network: nn.Module, img_size: Grid, count: int | None = None) -> I
 
 
 def recorded_modules(network: nn.Module) -> list[nn.Module]:
-    """Return the outermost attention and token resampling modules of a network."""
-    found = [module for module in network.modules() if isinstance(module, Attention | Resampling)]
+    """Return the outermost attention and resampling modules of a network."""
+    found = [module for module in network.modules() if isinstance(module, Attention) or is_resampling(module)]
     parts = {part for module in found for part in module.modules() if part is not module}
     return [module for module in found if module not in parts]
+
+
+def is_resampling(module: nn.Module) -> bool:
+    """Return whether a module resamples tokens, or an activation leads to another grid."""
+    if isinstance(module, FilteredActivation):
+        return module.source.grid != module.target.grid
+    return isinstance(module, Resampling)
 
 
 def has_attention(network: nn.Module) -> bool:
@@ -150,9 +178,9 @@ def rollout(records: Sequence[BlockRecord], image: int, pixels: Tensor, img_size
     Attention rollout (Abnar & Zuidema 2020): relevance starts at the token of the last grid that contains the pixel
     and propagates backwards through the blocks, r <- (n(r A) + r) / 2, with A averaged over heads; the second r is the
     residual branch. At a change of resolution, r <- n(r U), with U the upsampling. n takes absolute values and
-    normalizes their sum to 1; full, window and axial attention satisfy this already.
+    normalizes their sum to 1; full, window and axial attention satisfy this already. Positions include margins.
     """
-    relevance = F.one_hot(tokens_of(pixels, records[-1].grid, img_size), math.prod(records[-1].grid)).float()
+    relevance = F.one_hot(records[-1].rows_of(pixels, img_size), math.prod(records[-1].tokens)).float()
     steps = []
     for block in reversed(records):
         relevance = (_normalized(block.pulled_back(image, relevance).mean(dim=0)) + relevance) / 2
@@ -167,12 +195,23 @@ def _normalized(weights: Tensor) -> Tensor:
     return F.normalize(weights.abs(), p=1, dim=1)
 
 
-def _resampled_back(resampling: Resampling, outputs: Tensor) -> Tensor:
+def _resampled_back(resampling: Resample, outputs: Tensor) -> Tensor:
     """Return r U (Q, N) for weights r (Q, M) of the outputs of a resampling U."""
+    if isinstance(resampling, FilteredActivation):
+        return _filtered_back(resampling, outputs)
     with torch.enable_grad():
         x = outputs.new_zeros(1, math.prod(resampling.grid), len(outputs) * resampling.GROUP, requires_grad=True)
         (gradient,) = torch.autograd.grad(resampling(x), x, outputs.t()[None])
     return gradient[0].t().unflatten(0, (-1, resampling.GROUP)).sum(dim=1)
+
+
+def _filtered_back(activation: FilteredActivation, outputs: Tensor) -> Tensor:
+    """Return r U (Q, N) for weights r (Q, M) of the outputs of the filters U between two bands."""
+    with torch.enable_grad():
+        x = outputs.new_zeros(len(outputs), 1, *activation.source.grid, requires_grad=True)
+        y = outputs.view(-1, 1, *activation.target.grid)
+        (gradient,) = torch.autograd.grad(activation.resample(x), x, y)
+    return gradient.flatten(1)
 
 
 def tokens_of(pixels: Tensor, grid: Grid, img_size: Grid) -> Tensor:
@@ -226,8 +265,9 @@ def most_attended(records: Sequence[BlockRecord], image: int, img_size: Grid, co
     """
     total = torch.zeros(img_size, device=records[0].q.device)
     for block in records:
-        received = block.received(image).reshape(1, 1, *block.grid)
-        total += F.interpolate(received, img_size, mode="bilinear")[0, 0] * received.numel()
+        received = block.received(image)
+        inside = block.inside(received)[None, None]
+        total += F.interpolate(inside, img_size, mode="bilinear")[0, 0] * received.numel()
     scores = total.cpu().numpy()
     radius = max(img_size) // 8
     peaks: list[tuple[int, int]] = []
@@ -269,12 +309,12 @@ def attention_maps(records: Sequence[BlockRecord], image: int, pixels: Tensor, i
     """Compute the maps of all blocks, and their rollout, for pixels (Q, 2) of an image."""
     maps, projected, rolled = {}, {}, {}
     for block, relevance in zip(records, rollout(records, image, pixels, img_size), strict=True):
-        rows = tokens_of(pixels, block.grid, img_size)
-        maps[block.name] = block.maps(image, rows).unflatten(2, block.grid).cpu().numpy()
+        rows = block.rows_of(pixels, img_size)
+        maps[block.name] = block.inside(block.maps(image, rows)).cpu().numpy()
         weights = block.projected(image, rows)
         if weights is not None:
             projected[block.name] = weights.cpu().numpy()
-        rolled[block.name] = relevance.unflatten(1, block.grid).cpu().numpy()
+        rolled[block.name] = block.inside(relevance).cpu().numpy()
     return AttentionMaps(pixels=pixels.cpu().numpy(), maps=maps, projected=projected, rolled=rolled)
 
 

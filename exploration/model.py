@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dnnlib.config import UserError, WriteError
 from dnnlib.util import describe_error, replaced
+from exploration.pose import Pose
 from torch_utils.images import to_uint8
 from training.data_sources.bounds import load_npz
 from training.networks import execution
@@ -43,6 +44,8 @@ def pad_batch(x: Tensor, multiple: int = BATCH_MULTIPLE) -> Tensor:
 class Model:
     """A generator on its device, with the label c (1, c_dim), truncation, noise mode and batch size for every call.
 
+    `pose` moves the images of a generator with Fourier features at its input.
+
     Each result depends only on its own seed or styles, not on the other items of the batch.
     """
 
@@ -52,6 +55,7 @@ class Model:
     truncation_psi: float = 1.0
     noise_mode: str = "const"
     batch: int = 16
+    pose: Pose = field(default_factory=Pose)
     execution: execution.Execution = field(default_factory=execution.Execution)
 
     def __post_init__(self) -> None:
@@ -74,19 +78,28 @@ class Model:
         return self.map(seed_latents(seeds, self.G.z_dim))
 
     @torch.no_grad()
-    def synthesise(self, ws: Tensor) -> Tensor:
-        """Generate images (n, C, H, W) in [-1, 1] of styles (n, num_ws, w_dim) in one batch."""
-        with execution.using(self.execution):
+    def synthesise(self, ws: Tensor, transforms: Tensor | None = None) -> Tensor:
+        """Generate images (n, C, H, W) in [-1, 1] of styles (n, num_ws, w_dim) in one batch.
+
+        `transforms` (n, 3, 3) of the positions at the input replace that of the pose.
+        """
+        transforms = self.pose.transform if transforms is None else pad_batch(transforms)
+        with execution.using(self.execution, input_transform=transforms):
             img: Tensor = self.G.synthesis(pad_batch(ws).to(self.device), noise_mode=self.noise_mode)
         return img[: len(ws)]
 
-    def render(self, ws: Tensor) -> Iterator[Tensor]:
-        """Yield batches of uint8 images (at most `batch`, C, H, W) of styles (n, num_ws, w_dim), on the CPU."""
-        return (to_uint8(self.synthesise(part)).cpu() for part in ws.split(self.batch))
+    def render(self, ws: Tensor, transforms: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield batches of uint8 images (at most `batch`, C, H, W) of styles (n, num_ws, w_dim), on the CPU.
 
-    def images(self, ws: Tensor) -> Tensor:
-        """Return all uint8 images (n, C, H, W) of styles, on the CPU."""
-        return torch.cat(list(self.render(ws)))
+        `transforms` are those of `synthesise`.
+        """
+        parts = ws.split(self.batch)
+        moved = [None] * len(parts) if transforms is None else transforms.split(self.batch)
+        return (to_uint8(self.synthesise(*pair)).cpu() for pair in zip(parts, moved, strict=True))
+
+    def images(self, ws: Tensor, transforms: Tensor | None = None) -> Tensor:
+        """Return all uint8 images (n, C, H, W) of styles, on the CPU; `transforms` are those of `synthesise`."""
+        return torch.cat(list(self.render(ws, transforms)))
 
 
 def read_styles(path: Path, G: Any) -> Tensor:

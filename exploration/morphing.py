@@ -20,6 +20,7 @@ from exploration.directions import Directions, find_direction
 from exploration.model import Model, check_seeds, gather_styles, label_of, seed_latents
 from exploration.opening import is_mapping, open_model
 from exploration.output import make_outdir
+from exploration.pose import MAX_DEGREES, Pose
 from exploration.video import MIN_FRAME, check_encoder, describe_video, open_video
 from torch_utils.interpolation import linear_weights, slerp, spline_weights
 from torch_utils.sheets import to_rgb, upscale_factor
@@ -28,6 +29,7 @@ INTERVAL_SECONDS, MIN_SECONDS = 2, 4  # default durations of a keyframe interval
 
 Interpolation = Literal["w", "z", "spline"]
 StylesAt = Callable[[Tensor], Tensor]  # times (T,) -> (T, cells, num_ws, w_dim)
+TransformsAt = Callable[[Tensor], Tensor]  # times (T,) -> (T, 3, 3), of the positions at the input
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,11 @@ class Timing:
     def times(self) -> Tensor:
         """Return the time of each frame, in keyframe intervals, (T,)."""
         return torch.arange(self.num_frames) / self.steps
+
+    def progress(self, times: Tensor) -> Tensor:
+        """Return the progress (T,) of a sweep: from 0 to 1 at constant speed or, in a loop, smoothly to 1 and back."""
+        u = times / self.duration
+        return (1 - (2 * math.pi * u).cos()) / 2 if self.loop else u
 
 
 def keys_per_cell(num_given: int, cells: int, classes: tuple[int, ...] | None) -> int:
@@ -124,9 +131,7 @@ def sweep_truncation(path: StylesAt, w_avg: Tensor, first: float, last: float, t
     """Sweep the truncation psi from `first` to `last` and, in a loop, back."""
 
     def styles_at(times: Tensor) -> Tensor:
-        u = times / timing.duration
-        u = (1 - (2 * math.pi * u).cos()) / 2 if timing.loop else u
-        psi = (first + (last - first) * u).reshape(-1, 1, 1, 1).to(w_avg)
+        psi = (first + (last - first) * timing.progress(times)).reshape(-1, 1, 1, 1).to(w_avg)
         return w_avg + psi * (path(times) - w_avg)
 
     return styles_at
@@ -145,13 +150,29 @@ def sweep_direction(path: StylesAt, found: Directions, index: int, strength: flo
     return styles_at
 
 
+def sweep_pose(pose: Pose, timing: Timing) -> TransformsAt:
+    """Sweep the pose of the image from none and, in a loop, back; a whole turn has a constant speed."""
+
+    def transforms_at(times: Tensor) -> Tensor:
+        progress = timing.progress(times)
+        is_turn = abs(pose.degrees) == MAX_DEGREES
+        return pose.transforms(progress, times / timing.duration if is_turn else progress)
+
+    return transforms_at
+
+
 def render_frames(
     model: Model, path: StylesAt, timing: Timing, grid: tuple[int, int], scale: int
 ) -> Iterator[np.ndarray]:
-    """Yield the frames (H, W, 3) of a path: a grid of (columns, rows) cells, with pixels repeated `scale` times."""
+    """Yield the frames (H, W, 3) of a path: a grid of (columns, rows) cells, with pixels repeated `scale` times.
+
+    Images move to the pose of the model as in `sweep_pose`.
+    """
     columns, rows = grid
+    transforms_at = sweep_pose(model.pose, timing)
     for times in timing.times().split(max(model.batch // (columns * rows), 1)):
-        images = model.images(path(times).flatten(0, 1)).unflatten(0, (len(times), rows, columns))
+        transforms = transforms_at(times).repeat_interleave(columns * rows, dim=0)
+        images = model.images(path(times).flatten(0, 1), transforms).unflatten(0, (len(times), rows, columns))
         tiled = images.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).numpy()  # (T, rows H, columns W, C)
         yield from to_rgb(tiled).repeat(scale, axis=1).repeat(scale, axis=2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from dnnlib.allocator import tune_allocator
-from dnnlib.config import UserError
+from dnnlib.config import UserError, family_of
 from exploration.model import Model, label_of, vector_label
+from exploration.pose import Pose, check_pose, read_pose
 from torch_utils import distributed, kernels
 from torch_utils.misc import name_user
+from training.config import GENERATORS
 from training.networks import execution
 from training.snapshots import post_hoc
 from training.snapshots.reading import load_network
@@ -55,13 +58,18 @@ def open_model(
     device: str | None,
     trunc: float = 1.0,
     ema: float | None = None,
+    translate: Sequence[float] | None = None,
+    rotate: float | None = None,
     class_flag: str = "--class",
     needs_class: bool = True,
 ) -> Model:
-    """Return the averaged generator of a snapshot, configured by MODEL_OPTIONS."""
+    """Return the averaged generator of a snapshot, configured by MODEL_OPTIONS and POSE_OPTIONS."""
+    pose = read_pose(translate, rotate)
     snapshot, torch_device = open_network(network, device, ema)
     c = choose_label(snapshot, class_index, label, class_flag, is_needed=needs_class)
-    return build_model(snapshot, torch_device, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc)
+    return build_model(
+        snapshot, torch_device, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc, pose=pose
+    )
 
 
 def choose_label(
@@ -104,8 +112,15 @@ def build_model(
     batch: int,
     precision: str,
     trunc: float,
+    pose: Pose | None = None,
 ) -> Model:
-    """Return the averaged generator of a snapshot with the label c (1, c_dim)."""
+    """Return the averaged generator of a snapshot with the label c (1, c_dim).
+
+    Raises UserError if its images cannot be moved to the pose.
+    """
+    pose = pose or Pose()
+    if pose.flags:
+        check_pose(pose, snapshot.G_ema, family_of(snapshot.config.generator, GENERATORS))
     return Model(
         G=snapshot.G_ema,
         device=device,
@@ -113,6 +128,7 @@ def build_model(
         truncation_psi=trunc,
         noise_mode=noise_mode,
         batch=batch,
+        pose=pose,
         execution=execution_of(snapshot, precision),
     )
 

@@ -17,6 +17,7 @@ from exploration.directions import edited, read_edits
 from exploration.model import BATCH_MULTIPLE, check_seeds, pad_batch, seed_latents, style_batches
 from exploration.opening import build_model, choose_label, execution_of, is_mapping, open_network
 from exploration.output import make_outdir, save_batches
+from exploration.pose import read_pose
 from torch_utils.graphs import GraphPool
 from torch_utils.images import save_pixels, to_uint8
 from torch_utils.misc import compiled
@@ -84,24 +85,27 @@ def make_images(
     use_compile: bool | None,
     use_graphs: bool | None,
     device: str | None,
+    translate: Sequence[float] | None = None,
+    rotate: float | None = None,
     ema: float | None = None,
 ) -> None:
     """Run `generate.py images`."""
-    edits = read_edits(direction, strength)
-    has_styles, is_fast = projected_w is not None or bool(edits), bool(use_compile or use_graphs)
-    if has_styles and (is_fast or noise_mode == "random"):
+    edits, pose = read_edits(direction, strength), read_pose(translate, rotate)
+    needs_model = projected_w is not None or bool(edits or pose.flags)
+    is_fast = bool(use_compile or use_graphs)
+    if needs_model and (is_fast or noise_mode == "random"):
         raise UserError(
-            "--projected-w, --direction: cannot be combined with --compile, --graphs or --noise-mode=random"
+            "--projected-w, --direction, --translate, --rotate: cannot be combined with --compile, --graphs or "
+            "--noise-mode=random"
         )
     snapshot, torch_device = open_network(network, device, ema)
     if use_graphs and torch_device.type != "cuda":
         raise UserError(f"--graphs: CUDA graphs need a GPU, but the device is {torch_device}")
     c = choose_label(snapshot, class_index, label, is_needed=is_mapping(seeds, projected_w)).to(torch_device)
     check_seeds("--seeds", seeds)
-    if has_styles:
-        model = build_model(
-            snapshot, torch_device, c, noise_mode=noise_mode, batch=batch, precision=precision, trunc=trunc
-        )
+    if needs_model:
+        options: dict[str, Any] = {"noise_mode": noise_mode, "batch": batch, "precision": precision, "trunc": trunc}
+        model = build_model(snapshot, torch_device, c, **options, pose=pose)
         names, styles = style_batches(model, seeds, projected_w)
         moved = edited(styles, edits, model)
         batches: Iterable[Tensor] = (images for ws in moved for images in model.render(ws))

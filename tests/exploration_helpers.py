@@ -19,8 +19,10 @@ from exploration.directions import Directions
 from exploration.model import Model
 from training.networks.generator import GeneratorConfig
 from training.networks.styleformer import StyleformerConfig
+from training.networks.styleformer_a import StyleformerAConfig
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.stylegan2 import StyleGAN2Config
+from training.networks.stylegan3 import StyleGAN3Config
 from training.networks.transgan import TransGANConfig
 from training.snapshots.snapshot import save_network
 
@@ -31,6 +33,13 @@ FAMILIES: dict[str, GeneratorConfig] = {
     "styleformer-c": StyleformerCConfig(
         **SIZES, widths=(16, 8), layers=(1, 2), depth=4, handover=16, resolutions=3, channel_base=128
     ),
+}
+ALIAS_FREE: dict[str, Any] = {"num_layers": 4, "channel_base": 256, "channel_max": 16, "margin": 4}
+MOVING: dict[str, GeneratorConfig] = {  # networks with Fourier features at their input
+    "stylegan3-t": StyleGAN3Config(**SIZES, **ALIAS_FREE, side=32),
+    "stylegan3-r": StyleGAN3Config(**SIZES, **ALIAS_FREE, side=32, rotation=True),
+    "styleformer-a": StyleformerAConfig(**SIZES, **ALIAS_FREE, side=32, depth=8),
+    "styleformer-f": StyleformerConfig(**SIZES, widths=(16, 8, 8), layers=(1, 1, 1), depth=4, fourier_input=True),
 }
 TRANSGAN = TransGANConfig(  # the latent is the only style
     z_dim=16, w_dim=16, widths=(32, 8, 8), layers=(1, 1, 1), num_heads=2, full_upto=16, window=8

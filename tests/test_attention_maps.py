@@ -12,15 +12,19 @@ import numpy as np
 import pytest
 import torch
 from exploration_helpers import TRANSGAN, make_model, make_snapshot, pixels, run, run_ok, save_untrained
+from exploration_helpers import model_of as untrained
 from reference_layers import Array, below, build, ref_fc, state_of
 from reference_styleformer import ref_demodulated, ref_encoder_block, ref_upsample_tokens
+from reference_stylegan3 import resample
 from reference_transgan import build_transgan, ref_attention_kind, ref_bicubic, ref_low_pass, ref_shuffle
 
 from dnnlib.config import UserError
 from exploration import attention_maps as attention
 from exploration.attention_maps import attention_maps, choose_pixels, most_attended, record, tokens_of
 from exploration.model import Model
+from training.networks.alias_free import FilteredActivation
 from training.networks.styleformer import StyleformerConfig
+from training.networks.styleformer_a import RelativeAttention, StyleformerAConfig
 from training.networks.transgan import TransGANConfig
 
 TINY = StyleformerConfig(z_dim=5, w_dim=6, mapping_layers=2, base=(2, 3), widths=(12, 8, 4), layers=(1, 2, 1), depth=4)
@@ -180,6 +184,79 @@ def test_maps_and_rollout_of_transgan_equal_explicit_matrices(name: str) -> None
         if index == 0 or records[index - 1].grid != block.grid:
             total = propagate_back(total, config, config.grids.index(block.grid))
     assert not found.projected
+
+
+MARGINS = StyleformerAConfig(
+    z_dim=5, w_dim=6, side=32, num_layers=5, channel_base=512, channel_max=8, margin=2, attention_rate=32, depth=4
+)
+
+
+def relative_matrix(block: attention.BlockRecord) -> Array:
+    """Return A (H, N, N) of the first image of a block of MARGINS, from pairs of tokens."""
+    layer, rate, side = block.module, block.grid[0], block.grid[0] + 2 * MARGINS.margin
+    assert isinstance(layer, RelativeAttention)
+    q, k = (x[0].double().numpy().reshape(side**2, 2, 2, 2) for x in (block.q, block.k))  # pairs of channels per head
+    q, k = (x[..., 0] + 1j * x[..., 1] for x in (q, k))  # (N, H, x and y)
+    axis = (np.arange(side) - (side - 1) / 2) / rate
+    points = np.stack([np.tile(axis, side), np.repeat(axis, side)], axis=1)
+    differences = points[:, None] - points  # (N, N, 2)
+    turned = q[:, None] * k.conj() * np.exp(2j * math.pi * differences / 2)[:, :, None]  # the longest wavelength is 2
+    start, edge = 0.5 + MARGINS.margin / rate / 2, 0.5 + MARGINS.margin / rate
+    fade = 0.5 + 0.5 * np.cos(math.pi * np.clip((np.abs(points) - start) / (edge - start), 0, 1))
+    widths = np.exp(2 * layer.log_width.detach().double().numpy())
+    logits = turned.real.sum(axis=3) / 2 - (differences**2).sum(axis=2)[:, :, None] / (2 * widths)
+    weights = np.exp(logits) * fade.prod(axis=1)[:, None]
+    return (weights / weights.sum(axis=1, keepdims=True)).transpose(2, 0, 1)
+
+
+def test_maps_of_tokens_with_margins_show_the_image() -> None:
+    """Maps, rollout and received attention of Styleformer-A, computed with all tokens, of those inside the image."""
+    model, margin, size = untrained(MARGINS), MARGINS.margin, (32, 32)
+    records, _ = record(model, model.styles_of([0]))
+    assert [block.name for block in records] == ["16x16_0", "16x16_1", "16x16_2", "32x32_0", "32x32_1"]
+    chosen = torch.tensor([[0, 0], [31, 9], [12, 31]])
+    found = attention_maps(records, 0, chosen, size)
+    matrices = [relative_matrix(block) for block in records]
+    total = np.eye(36 * 36)[(chosen[:, 1] + margin) * 36 + chosen[:, 0] + margin]
+    for index, (block, A) in reversed(list(enumerate(zip(records, matrices, strict=True)))):
+        side, inside = block.grid[0], slice(margin, -margin)
+        y, x = (chosen[:, i] * side // 32 + margin for i in (1, 0))
+        maps = A.reshape(2, *(side + 2 * margin,) * 4)[:, y, x][:, :, inside, inside]
+        np.testing.assert_allclose(found.maps[block.name], maps, atol=1e-5)
+        assert maps.sum(axis=(2, 3)).max() < 0.999  # the rest is on the margin
+        np.testing.assert_allclose(block.received(0), A.mean(axis=(0, 1)), atol=1e-5)
+        total = (normalized(total @ A.mean(axis=0)) + total) / 2
+        relevance = total.reshape(3, *block.tokens)[:, inside, inside]
+        np.testing.assert_allclose(found.rolled[block.name], relevance, atol=1e-5)
+        if index == 3:
+            total = normalized(total @ filters_between(model.G.synthesis.layers[2].activation))
+
+
+def filters_between(activation: FilteredActivation) -> Array:
+    """Return the filters of an activation as a matrix (36 * 36, 20 * 20)."""
+    up_filter, down_filter = (
+        f.double().numpy() for f in (activation.up_filter, activation.down_filter) if f is not None
+    )
+    columns = []
+    for impulse in np.eye(20 * 20).reshape(-1, 20, 20):
+        y = resample(impulse, up_filter, activation.up, 1, activation.padding[:2]) * activation.up**2
+        columns.append(resample(y, down_filter, 1, activation.down, (0, 0)).flatten())
+    return np.stack(columns, axis=1)
+
+
+def test_the_most_attended_pixel_is_inside_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token at the left edge of the image receives all attention."""
+    model, margin = untrained(MARGINS), MARGINS.margin
+    records, _ = record(model, model.styles_of([0]))
+
+    def received(block: attention.BlockRecord, image: int) -> torch.Tensor:
+        found = torch.zeros(block.tokens)
+        found[block.grid[0] // 2 + margin, margin] = 1
+        return found.flatten()
+
+    monkeypatch.setattr(attention.BlockRecord, "received", received)
+    ((x, y),) = most_attended(records, 0, (32, 32), 1)
+    assert (x, y // 2) == (0, 8)
 
 
 def test_recording_leaves_no_hooks() -> None:

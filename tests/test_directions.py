@@ -62,9 +62,9 @@ def record_mapped_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(z))
         return original(model, z, *arguments, **options)
 
-    def recorded(model: Model, ws: torch.Tensor) -> torch.Tensor:
+    def recorded(model: Model, ws: torch.Tensor, transforms: torch.Tensor | None = None) -> torch.Tensor:
         counts.append(0)
-        return synthesise(model, ws)
+        return synthesise(model, ws, transforms)
 
     monkeypatch.setattr(Model, "map", counted)
     monkeypatch.setattr(Model, "synthesise", recorded)

@@ -8,13 +8,15 @@ import re
 import shlex
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
+from exploration_helpers import FAMILIES, MOVING, decode_video, save_untrained
 from foreign_files import stylegan2_module, write
 from PIL import Image
 
@@ -29,6 +31,7 @@ import train
 from dnnlib.cli import DefaultGroup
 from metrics.registry import registered_metrics
 from training.config import PRESETS
+from training.networks.stylegan3 import StyleGAN3Config
 from training.snapshots.snapshot import load_network
 
 ROOT = Path(__file__).parent.parent
@@ -110,10 +113,13 @@ def test_the_image_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "out" / "3-9.png").exists()
 
 
-def test_the_commands_and_code_of_exploring_md_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_and_code_of_exploring_md_run(
+    shapes_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Commands run in one folder and in order, because later ones read the files of earlier ones."""
     pytest.importorskip("imageio_ffmpeg")
     monkeypatch.chdir(tmp_path)
+    save_untrained(tmp_path / "SNAPSHOT", shapes_zip, MOVING["styleformer-a"])
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     text = (ROOT / "docs" / "exploring.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^    python (generate.py|dataset_tool.py) (.*)", text, re.MULTILINE)
@@ -224,6 +230,49 @@ def test_the_gallery_is_up_to_date_and_small() -> None:
     images = {path.name: path.stat().st_size for path in (ROOT / "docs" / "gallery").iterdir()}
     assert set(images) == set(re.findall(r"\(gallery/(.*?)\)", text))
     assert sum(images.values()) <= gallery.MAX_BYTES
+
+
+def test_a_film_follows_the_motion_and_shows_a_row_over_time() -> None:
+    """The image shifts by two pixels per frame, so the part that follows it is constant."""
+    film = load_script("make_film")
+    wide = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    images = np.stack([wide[:, 16 - 2 * t : 80 - 2 * t] for t in range(9)])
+    drawn = [film.parts(images, t, 2 * t / 64, 0.25, row=20) for t in range(9)]
+    for t, (image, follower, over_time) in enumerate(drawn):
+        assert image.shape == follower.shape == over_time.shape == (256, 256, 3)
+        assert np.array_equal(follower, drawn[0][1])
+        assert np.array_equal(image[2:70:4, 2::4], images[t, :17][:, :])
+    expected = Image.fromarray(images[:, 20]).resize((256, 256), Image.Resampling.BICUBIC)
+    assert np.array_equal(drawn[3][2][:, 20:-20], np.asarray(expected)[:, 20:-20])
+    marks = [np.flatnonzero((over_time[:, 0] == film.CYAN).all(axis=1)).mean() for *_, over_time in drawn]
+    np.testing.assert_allclose(marks, [256 * (t + 0.5) / 9 for t in range(9)], atol=1)
+
+
+def test_a_film_compares_two_networks(shapes_zip: Path, tmp_path: Path) -> None:
+    film = load_script("make_film")
+    names = ("styleformer-f", "styleformer-a", "stylegan3-r")
+    small = replace(cast(StyleGAN3Config, MOVING["stylegan3-r"]), side=16)
+    configs = {**MOVING, "stylegan3-r": small, "plain": FAMILIES["styleformer"]}
+    networks = {name: save_untrained(tmp_path / f"{name}.pkl", shapes_zip, configs[name]) for name in (*names, "plain")}
+
+    def make(plain: str, alias_free: str, *options: str) -> Result:
+        pair = [f"--plain={networks[plain]}", f"--alias-free={networks[alias_free]}", f"--output={tmp_path}/o/f.gif"]
+        return CliRunner().invoke(film.main, [*pair, *options])
+
+    for options, message in (
+        (("plain", "styleformer-a"), "this styleformer network has no Fourier features at its input"),
+        (("styleformer-f", "stylegan3-r"), "its images do not have the size 32x32 of --plain"),
+        (("styleformer-f", "styleformer-a", "--row=32"), "--row=32: the images have the rows 0 to 31"),
+        (("styleformer-f", "styleformer-a", "--translate=0.6"), "--translate=0.6: must be more than 0 and at most 0.5"),
+    ):
+        result = make(*options)
+        assert (result.exit_code, message in result.output) == (2, True), result.output
+    assert not (tmp_path / "o").exists()
+    result = make("styleformer-f", "styleformer-a", "--frames=4", "--fps=10")
+    assert result.exit_code == 0, result.output
+    frames, fps = decode_video(tmp_path / "o" / "f.gif")
+    assert (len(frames), fps) == (4, 10)
+    assert np.abs(frames[0].astype(int) - frames[2]).max() > 50
 
 
 def test_the_gallery_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from exploration_helpers import (
+    MOVING,
     TRANSGAN,
     build,
     decode_video,
@@ -22,6 +23,7 @@ from exploration_helpers import (
     pixels,
     run,
     run_ok,
+    save_untrained,
 )
 from play_helpers import answer, as_pixels, decoded, get, page_of, player_of, request_json, served
 
@@ -98,9 +100,9 @@ def test_the_images_of_a_request_are_generated_in_one_batch(monkeypatch: pytest.
     player, render = player_of(make_model()), Model.images
     sizes: list[int] = []
 
-    def counted(model: Model, ws: torch.Tensor) -> torch.Tensor:
+    def counted(model: Model, ws: torch.Tensor, *transforms: torch.Tensor) -> torch.Tensor:
         sizes.append(len(ws))
-        return render(model, ws)
+        return render(model, ws, *transforms)
 
     monkeypatch.setattr(Model, "images", counted)
     for of, trunc in (("0-2", 1), ("0-2", 1), ("1-4", 1), ("1-4", 0.5)):
@@ -178,6 +180,54 @@ def test_the_shown_command_makes_the_same_image(name: str, with_files: Path) -> 
     made = pixels(Path("out") / f"{file}.png")
     assert np.abs(made.astype(int) - decoded(found["images"][0])).max() <= 1
     assert (name == "plain") == np.array_equal(plain, made)
+
+
+MOVED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "shifted": ("styleformer-f", {"of": 7, "right": 0.25, "down": -0.125, "noise": "none"}, "seed0007"),
+    "rotated": ("stylegan3-r", {"of": 7, "rotate": -35}, "seed0007"),
+    "edited": ("stylegan3-r", {"of": 7, "right": -0.3, "rotate": 90, "directions": "pca", "edit": "1:2"}, "seed0007"),
+    "mixed": ("styleformer-a", {"of": 3, "other": 9, "styles": "coarse", "down": 0.5, "trunc": 0.5}, "3-9"),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_the_shown_command_moves_the_image(name: str, shapes_zip: Path, tmp_path: Path) -> None:
+    family, query, file = MOVED[name]
+    player = page_of(save_untrained(tmp_path / "n.pkl", shapes_zip, MOVING[family]))
+    assert (player.facts["shifts"], player.facts["rotates"]) == (True, family == "stylegan3-r")
+    still = {key: value for key, value in query.items() if key not in ("right", "down", "rotate")}
+    found, before = shown(player, "image", **query), shown(player, "image", **still)
+    run_shown(found["command"].replace("--outdir=out", f"--outdir={tmp_path}"))
+    made = pixels(tmp_path / f"{file}.png").astype(int)
+    assert np.abs(made - decoded(found["images"][0])).max() <= 1
+    assert np.abs(made - decoded(before["images"][0])).max() > 1
+    assert shown(player, "image", **still)["command"] == before["command"]
+    assert "--translate" not in before["command"]
+
+
+def test_the_shown_commands_move_tables_maps_and_morphs(shapes_zip: Path, tmp_path: Path) -> None:
+    player = page_of(save_untrained(tmp_path / "n.pkl", shapes_zip, MOVING["styleformer-a"]))
+    out, pose = ("--outdir=out", f"--outdir={tmp_path}"), {"right": 0.2, "down": 0.1}
+    found = shown(player, "mixtures", rows="1", cols="5", styles="fine", **pose)
+    run_shown(found["command"].replace(*out))
+    assert np.array_equal(decoded(found["mixtures"][0][0]), pixels(tmp_path / "1-5.png"))
+    found = shown(player, "attention", of=6, x=9, y=4, **pose)
+    run_shown(found["command"].replace(*out))
+    (image,) = shown(player, "image", of=6, **pose)["images"]
+    with np.load(tmp_path / "seed0006-attention.npz") as file:
+        maps = [file[name].mean(axis=0)[0] for name in file.files if name.startswith("map_")]
+    for weights, one in zip(maps, found["maps"][1:], strict=True):
+        difference = decoded(one["image"]).astype(int) - overlay(tile_of(decoded(image)), weights)
+        assert np.abs(difference).max() <= 2
+    for loop in (0, 1):
+        query: dict[str, Any] = {"of": "3,9", "frames": 4, "fps": 10, "loop": loop, **pose}
+        found = shown(player, "morph", **query, start=0, count=5)
+        gif = shown(player, "video", **query, format="gif")
+        run_shown(found["command"].replace("out/morph.mp4", f"{tmp_path}/m.gif"))
+        assert gif.content == (tmp_path / "m.gif").read_bytes()
+        first, last = (decoded(found["images"][i]).astype(int) for i in (0, 4))
+        assert np.abs(first - decoded(shown(player, "image", of=3)["images"][0])).max() <= 1
+        assert np.abs(last - decoded(shown(player, "image", of=9, **pose)["images"][0])).max() <= 1
 
 
 def test_the_command_of_a_conditional_network_has_its_class(shapes_zip: Path, tmp_path: Path) -> None:
@@ -335,6 +385,9 @@ NONSENSE = {
     "images?of=0&trunc=__import__": "trunc=__import__: must be a number",
     "images?of=0&class=0": "class=0: this network has no classes to choose from",
     "images?of=0&label=1": "label=1: this network has no label vectors to choose from",
+    "images?of=0&right=0.1": "right=0.1: this network has no Fourier features at its input",
+    "images?of=0&down=0": "down=0: this network has no Fourier features at its input",
+    "images?of=0&rotate=9": "rotate=9: this network is not equivariant to rotation",
     "images?of=0&noise=random": "noise=random: choose from const, none",
     "images?of=0&network=x": "network=x: choose from n.pkl",
     "images?of=0&other=1": "other, styles: give both or neither",
@@ -380,6 +433,18 @@ def test_invalid_requests_are_answered_with_400() -> None:
             assert get(port, f"/{path}")[0] == 404
         assert get(port, "/", Host="elsewhere.example:80")[0] == 403
         assert get(port, "/", Host=f"localhost:{port}")[0] == 200
+
+
+def test_invalid_poses_are_answered_with_400() -> None:
+    for family, query, message in (
+        ("styleformer-a", "rotate=9", "rotate=9: this network is not equivariant to rotation"),
+        ("stylegan3-t", "right=0.6", "right=0.6: must be a number from -0.5 to 0.5"),
+        ("stylegan3-r", "down=nan", "down=nan: must be a number from -0.5 to 0.5"),
+        ("stylegan3-r", "rotate=181", "rotate=181: must be a number from -180 to 180"),
+    ):
+        with served(player_of(model_of(MOVING[family]))) as port:
+            status, body = get(port, f"/images?of=0&{query}")
+        assert (status, json.loads(body)["error"]) == (400, message)
 
 
 def test_the_page_describes_its_network(with_files: Path) -> None:

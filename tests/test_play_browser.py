@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PATIENCE
-from exploration_helpers import TRANSGAN, build, make_model, make_snapshot, model_of
+from exploration_helpers import MOVING, TRANSGAN, build, make_model, make_snapshot, model_of
 from play_helpers import answer, page_of, player_of, served
 
 from exploration.browser.player import Player
@@ -199,11 +199,49 @@ def test_controls_without_a_use_are_hidden(chromium: str) -> None:
     script = """
         press("2");
         const ids = ["tab-mixing", "classes", "labels", "noises", "snapshots", "layered", "edits"];
+        ids.push("rights", "downs", "rotations");
         return [state.view, ids.filter(id => $(id).hidden)];"""
     for hash in ("", "#view=mixing"):
         view, hidden = run_in_browser(chromium, player_of(model_of(TRANSGAN)), script, hash)
         assert view == "images"
-    assert hidden == ["tab-mixing", "classes", "labels", "noises", "snapshots", "layered"]
+    assert hidden == [
+        *("tab-mixing", "classes", "labels", "noises", "snapshots", "layered"),
+        *("rights", "downs", "rotations"),
+    ]
+
+
+def test_sliders_move_the_image(chromium: str) -> None:
+    script = """
+        const slide = (id, value) => { $(id).value = value; $(id).oninput(); };
+        const seen = [];
+        const note = async () => {
+          await settled();
+          const output = id => document.querySelector(`label[for=${id}] output`).textContent.replace("\\u2212", "-");
+          const outputs = ["right", "down", "rotate"].map(output);
+          seen.push([$("large").src, location.hash, $("caption").textContent, outputs]);
+        };
+        slide("right", 0.25); slide("down", -0.1); slide("rotate", 30); await note();
+        const command = document.querySelector("[data-command=image]").textContent;
+        press("ArrowRight", $("right"));
+        $("rotate").ondblclick(); await note();
+        for (const id of ["right", "down"]) $(id).ondblclick();
+        await note();
+        return [seen, command, state.seed, $("rights").hidden, $("rotations").hidden];"""
+    player = player_of(model_of(MOVING["stylegan3-r"]))
+    seen, command, seed, *hidden = run_in_browser(chromium, player, script)
+    queries = ("&right=0.25&down=-0.1&rotate=30", "&right=0.25&down=-0.1", "")
+    assert [image for image, *_ in seen] == [answer(player, f"images?of=0{query}")["images"][0] for query in queries]
+    assert [found for _, *found in seen] == [
+        ["#right=0.25&down=-0.1&rotate=30", "Seed 0, moved", ["+25.0 %", "-10.0 %", "+30°"]],
+        ["#right=0.25&down=-0.1", "Seed 0, moved", ["+25.0 %", "-10.0 %", "0°"]],
+        ["", "Seed 0", ["0 %", "0 %", "0°"]],
+    ]
+    assert "--translate=0.25,-0.1 --rotate=30 " in command
+    assert (seed, hidden) == ("0", [False, False])
+    script = """return [$("large").src, $("rights").hidden, $("rotations").hidden, $("problem").textContent];"""
+    player = player_of(model_of(MOVING["styleformer-a"]))
+    found = run_in_browser(chromium, player, script, "#right=0.25&rotate=30")
+    assert found == [*answer(player, "images?of=0&right=0.25")["images"], False, True, ""]
 
 
 def test_classes_and_labels_are_chosen(chromium: str) -> None:
@@ -329,5 +367,6 @@ def test_the_page_fits_a_phone_and_labels_its_controls(chromium: str, view: str)
         const hasName = one => one.labels?.length || texts(one);
         const nameless = controls.filter(one => !hasName(one));
         return [tooWide.map(box => box.outerHTML.slice(0, 200)), nameless.map(one => one.outerHTML)];"""
-    hash = f"#view={view}&seed=3&x=5&y=9&edit=0:1.5"
-    assert run_in_browser(chromium, player_of(make_model()), script, hash) == [[], []]
+    hash = f"#view={view}&seed=3&x=5&y=9&edit=0:1.5&right=-0.125&rotate=-100"
+    for model in (make_model(), model_of(MOVING["stylegan3-r"])):
+        assert run_in_browser(chromium, player_of(model), script, hash) == [[], []]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,16 @@ pytest.importorskip("imageio_ffmpeg", reason="imageio_ffmpeg is an optional pack
 import torch
 from exploration_helpers import (
     FAMILIES,
+    MOVING,
     decode_video,
     example_directions,
     make_model,
     make_snapshot,
+    model_of,
     pixels,
     run,
     run_ok,
+    save_untrained,
 )
 from PIL import Image, ImageSequence
 from scipy.interpolate import CubicSpline
@@ -32,10 +36,12 @@ from exploration.morphing import (
     Timing,
     render_frames,
     sweep_direction,
+    sweep_pose,
     sweep_truncation,
     through_latents,
     through_styles,
 )
+from exploration.pose import Pose
 from exploration.video import check_encoder, open_video
 from torch_utils.interpolation import linear_weights, slerp, spline_weights
 
@@ -103,6 +109,54 @@ def test_sweeps_follow_their_formulas() -> None:
             expected = keys[:, 0].clone()
             expected[:, 1:3, 1] += strengths[i]
             torch.testing.assert_close(edited[i], expected)
+
+
+def test_poses_follow_their_formulas() -> None:
+    """A loop moves there and back; a whole turn goes on at constant speed."""
+    for loop, degrees, fractions, angles in (
+        (True, 40, [0, 0.5, 1, 0.5], [0, 20, 40, 20]),
+        (True, -360, [0, 0.5, 1, 0.5], [0, -90, -180, -270]),
+        (False, 40, [0, 0.25, 0.5, 0.75, 1], [0, 10, 20, 30, 40]),
+        (False, 360, [0, 0.25, 0.5, 0.75, 1], [0, 90, 180, 270, 360]),
+    ):
+        timing = Timing(num_keys=1, steps=4, loop=loop)
+        found = sweep_pose(Pose(x=0.4, y=-0.2, degrees=degrees), timing)(timing.times())
+        expected = [Pose(x=0.4 * f, y=-0.2 * f, degrees=a) for f, a in zip(fractions, angles, strict=True)]
+        torch.testing.assert_close(found, torch.stack([pose.transform for pose in expected]))
+
+
+def test_every_cell_moves_while_its_image_is_edited() -> None:
+    model = model_of(MOVING["stylegan3-r"], batch=4)
+    timing = Timing(num_keys=2, steps=3, loop=True)
+    keys = model.styles_of(range(4)).unflatten(0, (2, 2))
+    path = sweep_truncation(through_styles(keys, "spline", timing), model.G.mapping.w_avg, 1.0, 0.3, timing)
+    path = sweep_direction(path, example_directions(), 1, 2.0, timing)
+    moving = replace(model, pose=Pose(x=0.25, y=0.1, degrees=30))
+    frames = np.stack([*render_frames(moving, path, timing, (2, 1), 1)]).astype(int)
+    assert frames.shape == (6, 32, 64, 3)
+    for time, fraction in enumerate((0, 0.25, 0.75, 1, 0.75, 0.25)):
+        pose = Pose(x=0.25 * fraction, y=0.1 * fraction, degrees=30 * fraction)
+        images = replace(model, pose=pose).images(path(torch.tensor([time / 3]))[0])
+        expected = images.permute(2, 0, 3, 1).flatten(1, 2).numpy()
+        assert np.abs(frames[time] - expected).max() <= 1
+    assert np.abs(frames[3, :, :32] - model.images(path(torch.ones(1))[0])[0].permute(1, 2, 0).numpy()).max() > 1
+
+
+@pytest.mark.parametrize("loop", [0, 1])
+def test_a_video_leads_to_the_pose_of_its_options(loop: int, shapes_zip: Path, tmp_path: Path) -> None:
+    network = save_untrained(tmp_path / "n.pkl", shapes_zip, MOVING["stylegan3-r"])
+    common, motion = (f"--network={network}", "--seeds=5"), ("--translate=0.3,-0.2", "--rotate=45")
+    command = ("--frames=4", "--scale=4", f"--loop={loop}", f"--output={tmp_path}/v.gif")
+    run_ok("video", *common, *motion, *command)
+    frames, _ = decode_video(tmp_path / "v.gif")
+    for name, flags in (("plain", ()), ("moved", motion)):
+        run_ok("images", *common, *flags, f"--outdir={tmp_path / name}")
+    plain, moved = (pixels(tmp_path / name / "seed0005.png").repeat(4, 0).repeat(4, 1) for name in ("plain", "moved"))
+    first, last = frames[0].astype(int), frames[2 if loop else 4].astype(int)
+    errors = [np.abs(a - b).mean() for a, b in ((first, plain), (last, moved), (first, moved), (last, plain))]
+    assert max(errors[:2]) < min(errors[2:]) / 2  # a GIF has 256 colours
+    if loop:
+        assert np.array_equal(frames[1], frames[3])
 
 
 def test_loops_close_smoothly() -> None:

@@ -21,6 +21,7 @@ from exploration.opening import build_model, choose_label, open_network
 from exploration.style_groups import format_ranges
 from torch_utils.misc import count_parameters
 from training.config import GENERATORS
+from training.input_transform import can_rotate, can_shift
 from training.snapshots.exchange import is_folder
 from training.snapshots.snapshot import SNAPSHOT_NAME, list_snapshots
 
@@ -69,6 +70,8 @@ class Network:
             "classes": self.num_classes,
             "label": numbers_of(self.model.c) if self.has_vectors else [],
             "attention": has_attention(G.synthesis),
+            "shifts": can_shift(G),
+            "rotates": can_rotate(G),
             "noise": any(name.endswith("noise_const") for name, _ in G.synthesis.named_buffers()),
             "saved": list(self.saved),
             "directions": [*self._methods(), *self._files()],

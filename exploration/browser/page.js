@@ -10,6 +10,7 @@ let state = {}, facts = START.facts, cellCount = 24, timer = null;
 const defaults = () => ({
   network: START.name, view: "images", seed: "0", other: "", first: "0",
   trunc: "1", class: "0", label: facts.label.join(","), noise: "const",
+  right: "0", down: "0", rotate: "0",
   directions: facts.directions[0]?.name ?? "", layers: "all", edit: "",
   rows: "0-3", cols: "4-9", styles: Object.keys(facts.groups)[0] ?? "",
   from: "0", to: "1", interpolation: "w", frames: "24", fps: "12", loop: "1", frame: "0", x: "", y: "",
@@ -46,7 +47,10 @@ function writeAddress() {  // not at every step of a slider: browsers limit the 
 
 const isSeed = text => /^\d{1,10}$/.test(text) && Number(text) <= LIMITS.seed;
 const stylesOf = () => state.styles.split(",").filter(Boolean);
+const signed = (number, digits) => Number(number) ? `${number > 0 ? "+" : "−"}${Math.abs(number).toFixed(digits)}` : "0";
 const editsOf = () => new Map(state.edit.split(",").filter(Boolean).map(part => part.split(":")));
+const poseKeys = () => facts.rotates ? ["right", "down", "rotate"] : facts.shifts ? ["right", "down"] : [];
+const isMoved = () => poseKeys().some(key => Number(state[key]) !== 0);
 const stem = () => state.network.replace(/\.pkl$/, "");
 
 // Requests: each part of the page asks for addresses, and shows the answers as they arrive. One request at a time is
@@ -103,6 +107,7 @@ function settings() {
   const query = {network: state.network, trunc: state.trunc, noise: state.noise};
   if (facts.classes) query.class = state.class;
   if (facts.label.length) query.label = state.label;
+  for (const key of poseKeys()) if (Number(state[key]) !== 0) query[key] = state[key];
   return query;
 }
 function edits() {
@@ -174,6 +179,10 @@ function refresh() {
     else control.value = state[control.dataset.key];
   }
   $("psi").textContent = Number(state.trunc).toFixed(2);
+  for (const key of ["right", "down", "rotate"]) {
+    const isAngle = key === "rotate", output = document.querySelector(`label[for=${key}] output`);
+    output.textContent = isAngle ? `${signed(state[key], 0)}°` : `${signed(100 * state[key], 1)} %`;
+  }
   document.querySelector("main").dataset.view = state.view;
   for (const view of VIEWS) {
     $(view).hidden = view !== state.view;
@@ -214,6 +223,8 @@ function showNetwork(found) {
   $("class").replaceChildren(...Array.from({length: facts.classes}, (_, i) => new Option(i)));
   $("labels").hidden = !facts.label.length;
   $("noises").hidden = !facts.noise;
+  $("rights").hidden = $("downs").hidden = !facts.shifts;
+  $("rotations").hidden = !facts.rotates;
   $("tab-mixing").hidden = !Object.keys(facts.groups).length;
   $("styles").replaceChildren(...Object.entries(facts.groups).map(([name, styles]) => {
     const label = document.createElement("label"), box = document.createElement("input");
@@ -235,7 +246,7 @@ function chooseStyles() {
 function showChosen() {
   const isMixed = state.other !== "" && stylesOf().length, name = isSeed(state.seed) ? `Seed ${state.seed}` : state.seed;
   const text = isMixed ? `${name}, styles ${state.styles} of seed ${state.other}` : name;
-  $("caption").textContent = $("large").alt = text + (state.edit ? ", edited" : "");
+  $("caption").textContent = $("large").alt = text + (state.edit ? ", edited" : "") + (isMoved() ? ", moved" : "");
   $("hint").textContent = facts.attention ? "Click it for attention maps." : "";
 }
 
@@ -253,7 +264,7 @@ function showSliders() {
   for (const input of $("sliders").querySelectorAll("input")) {
     const strength = Number(strengths.get(input.dataset.index) ?? 0);
     input.value = strength;
-    input.nextSibling.textContent = strength ? `${strength > 0 ? "+" : "−"}${Math.abs(strength).toFixed(1)}` : "0";
+    input.nextSibling.textContent = signed(strength, 1);
     for (const text of [input.previousSibling, input.nextSibling]) text.classList.toggle("edited", strength !== 0);
   }
   $("reset").disabled = !state.edit;
@@ -406,7 +417,7 @@ function download(url, name) {
 }
 
 async function saveImage() {  // of the current settings, which may be ahead of the image on the page
-  const mixed = state.other !== "" && stylesOf().length ? `-${state.other}` : "", edited = state.edit ? "-edited" : "";
+  const mixed = state.other !== "" && stylesOf().length ? `-${state.other}` : "", edited = (state.edit ? "-edited" : "") + (isMoved() ? "-moved" : "");
   const name = isSeed(state.seed) ? `seed${state.seed.padStart(4, "0")}` : state.seed;
   const file = `${stem()}-${name}${mixed}${edited}.png`, response = await fetch(address("image", chosen()));
   if (response.ok) download((await response.json()).images[0], file);  // otherwise the page names the problem
@@ -446,6 +457,7 @@ for (const control of document.querySelectorAll("[data-key]")) {
   const key = control.dataset.key, event = control.type === "range" ? "oninput" : "onchange";
   control[event] = () => set({[key]: control.type === "checkbox" ? Number(control.checked) : control.value.trim()});
 }
+for (const key of ["right", "down", "rotate"]) $(key).ondblclick = () => set({[key]: 0});
 $("seed").onchange = () => isSeed($("seed").value.trim()) ? chooseSeed(Number($("seed").value)) : set({seed: $("seed").value.trim(), other: ""});
 $("directions").onchange = $("layers").onchange = event => set({[event.target.dataset.key]: event.target.value, edit: ""});
 $("reset").onclick = () => set({edit: ""});

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from dnnlib.config import UserError
 from exploration.browser.networks import Networks, numbers_of
@@ -17,16 +18,25 @@ from exploration.browser.rendering import Renderer, View, data_uri, image_uri, t
 from exploration.browser.server import Answer, File
 from exploration.directions import METHODS
 from exploration.model import label_of, vector_label
+from exploration.pose import MAX_SHIFT, Pose
 from exploration.style_groups import choose_styles
 from exploration.video import check_encoder
+from training.input_transform import can_rotate, can_shift
 
 MAX_PSI = 2.0
 MAX_STRENGTH = 20.0
 MAX_LABEL = 1e6
+MAX_ROTATION = 180.0  # degrees
 MAX_FRAMES = 240  # of a morph, in one direction
 MAX_FPS = 50
 NOISE_MODES = ("const", "none")  # so that an image is a function of its styles
-KINDS = {"class": "classes", "label": "label vectors"}
+ABSENT = {  # parameter -> reason why a network does not have it
+    "class": "this network has no classes to choose from",
+    "label": "this network has no label vectors to choose from",
+    "right": "this network has no Fourier features at its input, so its images cannot be moved",
+    "down": "this network has no Fourier features at its input, so its images cannot be moved",
+    "rotate": "this network is not equivariant to rotation",
+}
 INTERPOLATIONS = ("w", "z", "spline")
 MEDIA_TYPES = {"mp4": "video/mp4", "gif": "image/gif"}
 
@@ -164,20 +174,23 @@ class Player:
         elif "label" in query and network.has_vectors:
             numbers = [parse_number("label", part, MAX_LABEL) for part in query.text("label").split(",")]
             c = vector_label(network.model.G.c_dim, numbers)
-        for name in {"class", "label"} & query.given.keys():
-            raise UserError(f"{name}={query.text(name)}: this network has no {KINDS[name]} to choose from")
+        pose = parse_pose(query, network.model.G)
+        for name in ABSENT.keys() & query.given.keys():
+            raise UserError(f"{name}={query.text(name)}: {ABSENT[name]}")
         settings = Settings(
             network=network.path,
             psi=query.number("trunc", MAX_PSI, 1.0),
             noise_mode=query.choice("noise", NOISE_MODES, "const"),
             class_index=class_index,
             label=numbers_of(c) if network.has_vectors else (),
+            pose=pose,
         )
         model = replace(
             network.model,
             c=c.to(network.model.device),
             truncation_psi=settings.psi,
             noise_mode=settings.noise_mode,
+            pose=pose,
         )
         return View(network=network, settings=settings, model=model)
 
@@ -233,6 +246,14 @@ class Player:
         if morph.interpolation == "z" and any(isinstance(end, str) for end in ends):
             raise UserError("interpolation=z: saved styles have no z; choose w or spline")
         return morph, query.integer("fps", 1, MAX_FPS, 12)
+
+
+def parse_pose(query: Query, G: Any) -> Pose:
+    """Parse the pose of the images, as far as the network supports it."""
+    if not can_shift(G):
+        return Pose()
+    x, y = (query.number(name, MAX_SHIFT, 0.0) for name in ("right", "down"))
+    return Pose(x=x, y=y, degrees=query.number("rotate", MAX_ROTATION, 0.0) if can_rotate(G) else 0.0)
 
 
 def can_write_mp4() -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from exploration.pose import Pose
 from exploration.style_groups import format_ranges
 
 Source = int | str  # a seed, or the name of saved styles
@@ -16,13 +17,17 @@ OUTDIR = "out"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings that all images of a request share: snapshot, truncation, noise, and the class or label, if any."""
+    """Settings that all images of a request share: snapshot, truncation, noise, class or label, if any, and pose.
+
+    A morph leads to the pose.
+    """
 
     network: str
     psi: float = 1.0
     noise_mode: str = "const"
     class_index: int | None = None
     label: tuple[float, ...] = ()
+    pose: Pose = field(default_factory=Pose)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +124,8 @@ def _settings(settings: Settings) -> list[str]:
     options = [f"--trunc={settings.psi:.12g}"] if settings.psi != 1 else []
     options += [f"--class={settings.class_index}"] if settings.class_index is not None else []
     options += [f"--label={','.join(f'{x:.12g}' for x in settings.label)}"] if settings.label else []
-    return options + ([f"--noise-mode={settings.noise_mode}"] if settings.noise_mode != "const" else [])
+    options += [f"--noise-mode={settings.noise_mode}"] if settings.noise_mode != "const" else []
+    return [*options, *settings.pose.flags]
 
 
 def _edits(edits: Sequence[Edit]) -> list[str]:

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from exploration.attention_maps import BlockRecord, block_title, record, tokens_of
+from exploration.attention_maps import BlockRecord, block_title, record
 from exploration.browser.networks import Network
 from exploration.browser.recipe import Edit, Morph, Recipe, Settings, Source
 from exploration.directions import NUM_SAMPLES, Directions, apply_edits, find_directions
 from exploration.model import Model
-from exploration.morphing import StylesAt, Timing, render_frames, through_seeds, through_styles
+from exploration.morphing import StylesAt, Timing, render_frames, sweep_pose, through_seeds, through_styles
 from exploration.style_groups import choose_styles
 from exploration.video import MIN_FRAME, open_video
 from torch_utils.sheets import MAX_TILE, marked, overlay, tile_of, to_rgb, upscale_factor
@@ -80,7 +80,7 @@ class Renderer:
 
         def make(missing: list[int]) -> Tensor:
             times = timing.times()[[indices[index] for index in missing]]
-            return view.model.images(path(times)[:, 0])
+            return view.model.images(path(times)[:, 0], sweep_pose(view.model.pose, timing)(times))
 
         return self.cache.get([(morph, index) for index in indices], make)
 
@@ -106,8 +106,8 @@ class Renderer:
         image = tile_of(pixels_of(self.images(view, [recipe])[0]))
         maps = {"query position": marked(image, x, y, (height, width))}
         for number, block in enumerate(self.records[1]):
-            rows = tokens_of(torch.tensor([[x, y]], device=block.q.device), block.grid, (height, width))
-            weights = block.maps(0, rows).mean(dim=0).unflatten(1, block.grid)[0].cpu().numpy()
+            rows = block.rows_of(torch.tensor([[x, y]], device=block.q.device), (height, width))
+            weights = block.inside(block.maps(0, rows).mean(dim=0))[0].cpu().numpy()
             maps[block_title(number, block.grid)] = overlay(image, weights)
         return maps
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from dnnlib.cli import IntRanges, Script, call, option, with_options
-from exploration.commands.options import MODEL_OPTIONS, OUTDIR, PROJECTED
+from exploration.commands.options import MODEL_OPTIONS, OUTDIR, POSE_OPTIONS, PROJECTED
 
 
 @click.command("attention", cls=Script)
@@ -23,6 +23,7 @@ from exploration.commands.options import MODEL_OPTIONS, OUTDIR, PROJECTED
     help="Query positions: a pixel X,Y; grid:N, the centres of N x N cells; most:N, the N most attended positions. "
     "Can be repeated.",
 )
+@with_options(POSE_OPTIONS)
 @option("--heads", is_flag=True, help="Also draw each head of each block.")
 @OUTDIR
 def attention(**options: Any) -> None:

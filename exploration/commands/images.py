@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dnnlib.cli import IntRanges, Script, call, option, switch
+from dnnlib.cli import IntRanges, Script, call, option, switch, with_options
 from exploration.commands.options import (
     BATCH,
     CLASS,
@@ -16,6 +16,7 @@ from exploration.commands.options import (
     EMA,
     LABEL,
     NETWORK,
+    POSE_OPTIONS,
     PRECISION,
     PROJECTED,
     STRENGTH,
@@ -41,6 +42,7 @@ from exploration.commands.options import (
 )
 @DIRECTION
 @STRENGTH
+@with_options(POSE_OPTIONS)
 @option("--grid", is_flag=True, help="Also write grid.png: all images, enlarged, with their seeds.")
 @BATCH
 @PRECISION

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dnnlib.cli import Decorator, IntRanges, Script, call, option, with_options
-from exploration.commands.options import DIRECTION, MODEL_OPTIONS, OUTDIR, STRENGTH
+from exploration.commands.options import DIRECTION, MODEL_OPTIONS, OUTDIR, POSE_OPTIONS, STRENGTH
 
 MIX_OPTIONS = (
     *MODEL_OPTIONS,
@@ -17,6 +17,7 @@ MIX_OPTIONS = (
     option("--cols", required=True, type=IntRanges(), help="Seeds of the column images."),
     DIRECTION,
     STRENGTH,
+    *POSE_OPTIONS,
     OUTDIR,
 )
 

@@ -52,4 +52,19 @@ FIXED_NOISE = option(
     show_default=True,
     help="Noise of the network.",
 )
+POSE_OPTIONS = (
+    option(
+        "--translate",
+        type=FloatList(),
+        metavar="X,Y",
+        help="Move the image to the right and down, in fractions of its size up to 0.5; for networks with Fourier "
+        "features at their input: stylegan3, styleformer-a, styleformer-f.",
+    ),
+    option(
+        "--rotate",
+        type=float,
+        metavar="DEGREES",
+        help="Rotate the image counterclockwise, before --translate; for configuration R of stylegan3.",
+    ),
+)
 MODEL_OPTIONS = (NETWORK, EMA, TRUNC, CLASS, LABEL, FIXED_NOISE, BATCH, PRECISION, DEVICE)

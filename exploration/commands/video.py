@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dnnlib.cli import IntRanges, Script, call, option, switch, with_options
+from dnnlib.cli import FloatList, IntRanges, Script, call, option, switch, with_options
 from exploration.commands.options import MODEL_OPTIONS
 
 
@@ -48,6 +48,18 @@ class GridSize(click.ParamType):
 @option("--trunc-to", type=float, help="Sweep psi from --trunc to this value, and back with --loop.")
 @option("--direction", metavar="FILE:INDEX", help="Sweep an edit along a direction, as in images.")
 @option("--strength", type=float, help="Largest edit in both directions, in standard deviations of w.  [default: 3]")
+@option(
+    "--translate",
+    type=FloatList(),
+    metavar="X,Y",
+    help="Move the image to the right and down during the video, as in images, and back with --loop.",
+)
+@option(
+    "--rotate",
+    type=float,
+    metavar="DEGREES",
+    help="Rotate the image during the video, as in images, and back with --loop; with 360, all the way round.",
+)
 @option("--scale", type=click.IntRange(min=1), help="Integer upscaling of images.  [default: to at least 128 pixels]")
 def video(**options: Any) -> None:
     """Write a video that interpolates between images.

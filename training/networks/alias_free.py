@@ -131,6 +131,7 @@ class FilteredActivation(nn.Module):
     ) -> None:
         super().__init__()
         self.clamp, self.is_linear = clamp, is_linear
+        self.source, self.target = source, target
         rate = source.rate if is_linear else OVERSAMPLING * max(source.rate, target.rate)
         self.up, self.down = rate // source.rate, rate // target.rate
         taps_up, taps_down = (TAPS * factor if factor > 1 else 1 for factor in (self.up, self.down))
@@ -153,6 +154,12 @@ class FilteredActivation(nn.Module):
             gain=1.0 if self.is_linear else math.sqrt(2),
             slope=1.0 if self.is_linear else 0.2,
             clamp=self.clamp,
+        )
+
+    def resample(self, x: Tensor) -> Tensor:
+        """Resample x (B, C, in, in) from one band to the other without bias and leaky ReLU, for `extra` = 0."""
+        return filtered_lrelu(
+            x, self.up_filter, self.down_filter, up=self.up, down=self.down, padding=self.padding, gain=1.0, slope=1.0
         )
 
 

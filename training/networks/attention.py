@@ -81,8 +81,11 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 class Attention(nn.Module):
     """Base class of self-attention. The inputs are the projected Q, K and V, which makes them visible to forward hooks.
 
-    In every subclass, the output of a head is A(Q, K) V, linear in V. Attention maps show A.
+    In every subclass, the output of a head is A(Q, K) V, linear in V. Attention maps show A. `margin` is the number of
+    tokens beyond each edge of the image.
     """
+
+    margin: int = 0
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()

@@ -72,6 +72,7 @@ class RelativeAttention(Attention):
     def __init__(self, num_heads: int, channels: int, band: Band) -> None:
         super().__init__(num_heads)
         self.band = band
+        self.margin = (band.size - band.rate) // 2
         points = positions(band.grid, band.rate)
         self.log_width = nn.Parameter(torch.linspace(math.log(0.1), math.log(0.4), num_heads))
         self.register_buffer("points", points, persistent=False)

@@ -216,6 +216,7 @@ class StyleGAN3Synthesis(Synthesis):
     def __init__(self, config: AliasFreeConfig) -> None:
         super().__init__(config)
         band = config.bands()[0]
+        self.has_radial_filters = config.has_radial_filters
         self.input = FourierInput(config.w_dim, config.channels()[0], band.grid, rate=band.rate, cutoff=band.cutoff)
         self.layers: Any = nn.ModuleList(self.build_layer(config, index) for index in range(config.num_layers + 1))
         self.register_buffer("input_magnitudes", torch.ones(len(self.layers)))
