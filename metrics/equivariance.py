@@ -114,8 +114,8 @@ def pairs(context: MetricContext, count: int, motion: Motion) -> Iterator[tuple[
 
 
 def in_image_units(matrices: Tensor, size: tuple[int, int]) -> Tensor:
-    """Convert transforms of points in pixels to float32 transforms of points in units of the image (height, width)."""
-    scale = matrices.new_tensor([size[1], size[0], 1])
+    """Convert transforms of points in pixels to float32 transforms in units of the longer side of (height, width)."""
+    scale = matrices.new_tensor([max(size), max(size), 1])
     return (matrices * scale / scale.unsqueeze(1)).float()
 
 

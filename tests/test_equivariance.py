@@ -288,7 +288,7 @@ def test_calc_metrics_transforms_the_input(shapes_zip: Path, tmp_path: Path) -> 
 def test_a_generator_without_fourier_features_is_refused(name: str) -> None:
     G = small_generator("stylegan2").build().eval()
     context = metric_context(natural_images(2, (3, 16, 16)), G=G, transform_input=transform_input)
-    message = f"metric {name}: the input of StyleGAN2Generator cannot be moved: .* --gen=stylegan3, or omit the metric"
+    message = f"metric {name}: the input of StyleGAN2Generator cannot be moved: .* --cfg=stylegan3-t or styleformer-a, or omit"
     with pytest.raises(UserError, match=message):
         metrics.registry.prepare([name], context)  # before any image is generated
 
@@ -311,3 +311,12 @@ def test_a_diverged_network_is_refused() -> None:
     G.frequencies = G.frequencies * math.nan
     with pytest.raises(UserError, match="metric eqt6_int: the network returns non-finite values"):
         metrics.compute("eqt6_int", waves_context(G))
+
+
+def test_transforms_of_rectangular_images_use_the_longer_side() -> None:
+    """A shift by 8 pixels of an image of 32x64 pixels is an eighth of its longer side, along both axes."""
+    matrices = torch.eye(3).double()[None].clone()
+    matrices[0, :2, 2] = torch.tensor([8.0, 8.0])
+    expected = torch.eye(3)[None].clone()
+    expected[0, :2, 2] = 0.125
+    torch.testing.assert_close(in_image_units(matrices, (32, 64)), expected)
