@@ -1,7 +1,7 @@
 """ADA: identity at p = 0, every transform against its closed form, gates, gradients, and the controller."""
 
 from collections.abc import Callable
-from math import cos, pi, sin, sqrt
+from math import ceil, cos, pi, sin, sqrt
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.config import ConfigError
+from dnnlib.schedule import Schedule
 from torch_utils.graphs import no_synchronisation
 from training.augment import stages
 from training.augment.pipe import AdaController, AugmentConfig, AugmentPipe
@@ -747,3 +748,25 @@ def test_a_fixed_p_never_changes() -> None:
         controller.update(step, 1000)
     assert controller.pipe.p.item() == 1.0
     assert not controller.is_saturated(1.0)
+
+
+def test_the_blur_equals_that_of_scipy() -> None:
+    images = torch.randn(2, 3, 20, 24)
+    pipe = AugmentPipe(AugmentConfig(mode="noaug", blur=1.7), (3, 20, 24))
+    expected = scipy.ndimage.gaussian_filter(
+        images.double().numpy(), 1.7, axes=(2, 3), mode="constant", radius=ceil(3 * 1.7)
+    )
+    np.testing.assert_allclose(pipe(images), expected, atol=1e-5)
+    small = AugmentPipe(AugmentConfig(mode="noaug", blur=1.7), (1, 5, 6)).double()
+    inputs = (torch.randn(1, 1, 5, 6).double().requires_grad_(),)
+    assert torch.autograd.gradgradcheck(lambda x: small(x).square(), inputs)
+
+
+def test_the_blur_follows_its_schedule_to_nothing() -> None:
+    config = AugmentConfig(mode="noaug", blur=Schedule(4.0, 0.0, length=1000))
+    pipe = AugmentPipe(config, (3, 20, 24))
+    controller, images = AdaController(config, pipe), torch.randn(2, 3, 20, 24)
+    for nimg, sigma in ((0, 4.0), (500, 2.0), (1000, 0.0), (5000, 0.0)):
+        controller.follow_schedule(nimg)
+        assert float(pipe.sigma) == pytest.approx(sigma, abs=1e-6)
+        assert torch.allclose(pipe(images), images, atol=1e-6) == (sigma == 0)

@@ -30,6 +30,7 @@ def transform_input(G: Any, matrices: Tensor) -> AbstractContextManager[None]:
     if not can_shift(G):
         raise UserError(
             f"the input of {type(G).__name__} cannot be moved: equivariance is defined for generators with Fourier "
-            "features at their input; use such a network, e.g. of --cfg=stylegan3-t or styleformer-a, or omit the metric"
+            "features at their input; use such a network, e.g. of --cfg=stylegan3-t or styleformer-a, or omit the "
+            "metric"
         )
     return execution.using(input_transform=matrices)

@@ -6,14 +6,16 @@ it uses the controller here, and training.loss.GAN.reals replaces images.
 """
 
 from dataclasses import dataclass
-from math import isclose
+from math import ceil, isclose
 from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnnlib.config import ConfigError, check_bounds, setting
 from dnnlib.schedule import Schedule, value_at
+from torch_utils.ops.conv2d import conv2d
 from training.augment.diffaugment import DIFFAUG, PARAMETERS
 from training.augment.stages import PIPES, STAGES, AffineStage, AugmentStage, Transform
 
@@ -70,6 +72,9 @@ class AugmentConfig:
     )
     hue_p: float = setting(1.0, "Probability of DiffAugment's hue, per image.", at_least=0, at_most=1)
     paired: bool = setting(False, "Augment the two images of a pair of relativistic with the same random draw.")
+    blur: float | Schedule = setting(
+        0.0, "Standard deviation in pixels of a Gaussian blur of all of D's images; 0: none.", at_least=0, at_most=100
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -107,15 +112,21 @@ class AugmentPipe(nn.Module):
     1, and some transforms have their own probability. With p = 0 the images are unchanged. In modes 'noaug' and 'apa'
     there are no transforms. The pipe is twice differentiable with respect to the images. Raises ConfigError if the pipe
     or policy does not support the image shape.
+
+    With `config.blur`, a Gaussian blur of standard deviation `sigma`, a scalar tensor, precedes the transforms.
     """
 
     p: Tensor
+    sigma: Tensor
 
     def __init__(self, config: AugmentConfig, img_shape: tuple[int, int, int]) -> None:
         super().__init__()
         # Not persistent, because p is part of the controller's state.
         self.register_buffer("p", torch.tensor(config.fixed_p(0) or 0.0, dtype=torch.float32), persistent=False)
         self.stages = nn.ModuleList(_build_stages(config, img_shape))
+        self.register_buffer("sigma", torch.tensor(value_at(config.blur, 0)), persistent=False)
+        largest = max(config.blur.numbers) if isinstance(config.blur, Schedule) else config.blur
+        self.blur_radius = ceil(3 * largest)
 
     def draw(self, images: Tensor) -> list[Tensor]:
         """Draw the parameters of every transform for images [B, C, H, W]: one tensor [B, ...] per transform."""
@@ -124,6 +135,7 @@ class AugmentPipe(nn.Module):
     def forward(self, images: Tensor, values: list[Tensor] | None = None) -> Tensor:
         """Transform images with the parameters `values`, as from `draw`; None: random parameters."""
         values = self.draw(images) if values is None else values
+        images = blurred(images, self.sigma, self.blur_radius) if self.blur_radius else images
         for stage, parameters in zip(self._transforms(), values, strict=True):
             images = stage.transform(images, parameters)
         return images
@@ -134,6 +146,19 @@ class AugmentPipe(nn.Module):
 
     def _transforms(self) -> list[Transform]:
         return cast(list[Transform], [*self.stages])
+
+
+def blurred(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Blur images [B, C, H, W] by a Gaussian of standard deviation `sigma`, a scalar tensor, cut off at `radius`.
+
+    Beyond their borders images are gray (0). A sigma of 0 leaves them unchanged.
+    """
+    x = torch.arange(-radius, radius + 1, device=images.device)
+    taps = (-x.square() / (2 * sigma.clamp(min=1e-3).square())).exp()
+    C, taps = images.shape[1], (taps / taps.sum()).to(images.dtype)
+    images = F.pad(images, (radius, radius, radius, radius))
+    images = conv2d(images, taps.expand(C, 1, 1, -1), groups=C)
+    return conv2d(images, taps[:, None].expand(C, 1, -1, -1), groups=C)
 
 
 def _build_stages(config: AugmentConfig, img_shape: tuple[int, int, int]) -> list[Transform]:
@@ -185,10 +210,11 @@ class AdaController:
             self.count += ~skip
 
     def follow_schedule(self, nimg: int) -> None:
-        """Set p to its value after `nimg` images, except in modes 'ada' and 'apa'."""
+        """Set sigma to its value after `nimg` images, and p too, except in modes 'ada' and 'apa'."""
         p = self.config.fixed_p(nimg)
         if p is not None:
             self.pipe.p.fill_(p)
+        self.pipe.sigma.fill_(value_at(self.config.blur, nimg))
 
     def update(self, step: int, batch_size: int) -> None:
         """Adjust p every `ada_interval` steps. `step` counts completed steps; `batch_size` is the global batch size."""
