@@ -27,10 +27,12 @@ from training.networks.r3gan import R3GANConfig
 from training.networks.r3gan_discriminator import R3GANDiscriminatorConfig
 from training.networks.styleformer import StyleformerConfig
 from training.networks.styleformer2 import Styleformer2Config
+from training.networks.styleformer_a import StyleformerAConfig
 from training.networks.styleformer_c import StyleformerCConfig
 from training.networks.styleformer_discriminator import StyleformerDiscriminatorConfig
 from training.networks.stylegan2 import StyleGAN2Config
 from training.networks.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from training.networks.stylegan3 import StyleGAN3Config
 from training.networks.transgan import TransGANConfig
 from training.networks.transgan_discriminator import TransGANDiscriminatorConfig
 
@@ -44,6 +46,11 @@ CONFIGS: dict[str, GeneratorConfig | DiscriminatorConfig] = {
     "styleformer2 32 px": Styleformer2Config(),
     "styleformer-c 128 px": StyleformerCConfig(),
     "stylegan2 32 px": StyleGAN2Config(),
+    "stylegan3-t 32 px": StyleGAN3Config(side=32),
+    "stylegan2 64 px": StyleGAN2Config(resolutions=5, channel_base=16384),
+    "stylegan3-t 64 px": StyleGAN3Config(),
+    "stylegan3-r 64 px": StyleGAN3Config(rotation=True, channel_base=32768, channel_max=1024),
+    "styleformer-a 64 px": StyleformerAConfig(),
     "transgan 32 px": TransGANConfig(z_dim=256, w_dim=256),
     "transgan discriminator 32 px": TransGANDiscriminatorConfig(norm="token"),
     "styleformer discriminator 32 px": StyleformerDiscriminatorConfig(),

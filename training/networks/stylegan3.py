@@ -75,7 +75,7 @@ class AliasFreeConfig(GeneratorConfig):
     @property
     def supported_sizes(self) -> str:
         return (
-            f"square, 2^n pixels, from {MIN_SIDE}: below, margins make {NUM_LAYERS} layers 18 times as expensive as "
+            f"square, 2^n pixels, from {MIN_SIDE}: below, margins make {NUM_LAYERS} layers 19 times as expensive as "
             "StyleGAN2"
         )
 
@@ -123,7 +123,7 @@ class AliasFreeConfig(GeneratorConfig):
             raise ConfigError("side", side, problem)
         if not self.num_layers and side < MIN_SIDE:
             problem = (
-                f"not chosen for images of {side} pixels, where margins make 14 layers 18 times as expensive as "
+                f"not chosen for images of {side} pixels, where margins make 14 layers 19 times as expensive as "
                 f"StyleGAN2; use --gen=stylegan2, images of {MIN_SIDE} pixels, or choose a number of layers"
             )
             raise ConfigError("num_layers", 0, problem)
