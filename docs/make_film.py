@@ -32,7 +32,7 @@ from exploration.video import check_encoder, describe_video, open_video  # noqa:
 from torch_utils.sheets import sheet, tile_of  # noqa: E402
 from training.config import GENERATORS  # noqa: E402
 
-SIDE = 256  # pixels of the longer side of a part
+SIDE = 128  # pixels of the longer side of a part
 CROP = 0.5  # side of the part that follows, relative to the image
 COLUMNS = ("image", "part that follows it", "marked row over time")
 CYAN = (0, 255, 255)

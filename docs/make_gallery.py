@@ -77,6 +77,16 @@ BROWSER_PAGE = Entry(
 )
 
 
+FILM = """## Sticking
+
+A Styleformer and a [Styleformer-A](alias_free.md) under the same motion, after 4 kimg: details stick to the pixels of
+the first, and are vertical lines in the picture of a row over time. [alias_free.md](alias_free.md#results) has the
+commands.
+
+![A plain and an alias-free network under the same motion](images/sticking.gif)
+"""
+
+
 def entries(G: Any) -> Iterator[Entry]:
     """Yield the sections that a network supports."""
     yield Entry(
@@ -253,7 +263,7 @@ def progress(run: Run, img_size: tuple[int, int]) -> np.ndarray:
 def page(snapshot: Snapshot, shown: str) -> str:
     """Return the page; `shown` is the path of the network in the commands."""
     sections = [*entries(snapshot.G_ema), BROWSER_PAGE]
-    return "\n".join([head(snapshot, shown), *(section(entry, shown) for entry in sections)])
+    return "\n".join([head(snapshot, shown), *(section(entry, shown) for entry in sections), FILM])
 
 
 def head(snapshot: Snapshot, shown: str) -> str:
