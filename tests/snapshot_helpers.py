@@ -18,6 +18,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "styleformer-c": {"base": (4, 4), "handover": 4, "widths": (16,), "layers": (2,), "channel_max": 8},
     "transgan": {"base": (4, 4), "widths": (64, 16), "layers": (1, 1)},
     "r3gan": {"w_dim": 0, "widths": (16, 8), "layers": (1, 1), "group_width": 8},
+    "stylegan3": {"num_layers": 3, "channel_base": 64, "channel_max": 8, "margin": 2},
+    "styleformer-a": {"num_layers": 3, "channel_base": 64, "channel_max": 8, "margin": 2},
 }
 
 

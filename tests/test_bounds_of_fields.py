@@ -47,7 +47,7 @@ SHAPES = {
     "img_size",
     "full_upto",
 }
-DEPENDENT = SHAPES | {"z_dim", "w_dim", "mode", "mlp_kernel"}
+DEPENDENT = SHAPES | {"z_dim", "w_dim", "mode", "mlp_kernel", "side", "num_layers", "channel_max", "depth"}
 
 
 def identify(value: Any) -> str:

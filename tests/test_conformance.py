@@ -437,8 +437,10 @@ def test_attention_maps_are_the_weights_of_the_values(case: Case) -> None:
         expected = maps @ v[0].unflatten(1, (len(maps), -1)).transpose(0, 1)
         torch.testing.assert_close(block.module(block.q, block.k, v)[0], expected.transpose(0, 1).flatten(1))
     found = attention_maps(records, 0, torch.tensor([[3, 5], [15, 0]]), config.img_size)
+    has_margin = any(hasattr(block.module, "band") for block in records)  # which is not part of the maps
     for rolled in found.rolled.values():
-        assert rolled.reshape(2, -1).sum(axis=1) == pytest.approx(1, rel=1e-5)
+        sums = rolled.reshape(2, -1).sum(axis=1)
+        assert (sums > 0).all() and (sums < 1).all() if has_margin else sums == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", D_CASES, ids=str)

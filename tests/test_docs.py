@@ -235,6 +235,7 @@ def test_the_gallery_is_up_to_date_and_small() -> None:
 def test_a_film_follows_the_motion_and_shows_a_row_over_time() -> None:
     """The image shifts by two pixels per frame, so the part that follows it is constant."""
     film = load_script("make_film")
+    film.SIDE = 256  # type: ignore[attr-defined]
     wide = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     images = np.stack([wide[:, 16 - 2 * t : 80 - 2 * t] for t in range(9)])
     drawn = [film.parts(images, t, 2 * t / 64, 0.25, row=20) for t in range(9)]

@@ -23,11 +23,11 @@ Mode = Literal["noaug", "ada", "fixed", "diffaug", "apa"]
 
 # Fields used by each mode. Flags for other fields are rejected.
 MODE_FIELDS: dict[str, tuple[str, ...]] = {
-    "noaug": (),
-    "ada": ("pipe", "color_strength", "target", "ada_kimg", "ada_interval", "max_p", "paired"),
-    "fixed": ("pipe", "color_strength", "p", "paired"),
-    "diffaug": ("policy", "translation", "cutout_p", "filter_p", "hue_p", "paired"),
-    "apa": ("target", "ada_kimg", "ada_interval", "max_p"),
+    "noaug": ("blur",),
+    "ada": ("pipe", "color_strength", "target", "ada_kimg", "ada_interval", "max_p", "paired", "blur"),
+    "fixed": ("pipe", "color_strength", "p", "paired", "blur"),
+    "diffaug": ("policy", "translation", "cutout_p", "filter_p", "hue_p", "paired", "blur"),
+    "apa": ("target", "ada_kimg", "ada_interval", "max_p", "blur"),
 }
 ADAPTIVE = ("ada", "apa")  # modes whose p follows AdaController
 WITHOUT_TRANSFORMS = ("noaug", "apa")
@@ -214,7 +214,8 @@ class AdaController:
         p = self.config.fixed_p(nimg)
         if p is not None:
             self.pipe.p.fill_(p)
-        self.pipe.sigma.fill_(value_at(self.config.blur, nimg))
+        if isinstance(self.config.blur, Schedule):
+            self.pipe.sigma.fill_(self.config.blur.at(nimg))
 
     def update(self, step: int, batch_size: int) -> None:
         """Adjust p every `ada_interval` steps. `step` counts completed steps; `batch_size` is the global batch size."""
