@@ -197,7 +197,7 @@ def test_pairs_share_their_augmentation(config: AugmentConfig, paired: bool) -> 
     """If the generated image equals the real one, the augmented images are equal as well."""
     img, c = torch.randn(4, 3, 24, 24), torch.zeros(4, 0)
     gan: Any = replace(with_discriminator(Seen(), AugmentPipe(config, (3, 24, 24))), paired_augment=paired)
-    gan.generate = lambda count, labels: (img, labels, torch.zeros(3))
+    gan.generate = lambda count, labels: (img, labels, {"w_avg": torch.zeros(3)})
     generator_relativistic(gan, img, c)
     discriminator_relativistic(gan, img, c, gamma=1.0)
     discriminator_relativistic(gan, img, c, gamma=1.0, estimate=Estimate(share=1.0, sigma=1e-30))
