@@ -54,6 +54,7 @@ class FourierInput(nn.Module):
 
     frequencies: Tensor  # (C, 2): x and y
     phases: Tensor  # (C,)
+    points: Tensor  # (h w, 2): x and y
 
     def __init__(self, w_dim: int, channels: int, grid: Grid, *, rate: int, cutoff: float) -> None:
         super().__init__()
@@ -65,6 +66,7 @@ class FourierInput(nn.Module):
         self.weight = nn.Parameter(torch.randn(channels, channels))
         self.register_buffer("frequencies", disc_points(channels) * cutoff)
         self.register_buffer("phases", torch.rand(channels) - 0.5)
+        self.register_buffer("points", positions(grid, rate), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         """Map the output t (B, 4) of the affine layer to features: cosine and sine of the angle, shifts in x and y."""
@@ -75,8 +77,7 @@ class FourierInput(nn.Module):
         phases = self.phases + (self.frequencies @ transform[:, :2, 2:]).squeeze(2)  # (B, C)
         fade = (frequencies.norm(dim=2) - self.cutoff) / (self.rate / 2 - self.cutoff)
         amplitudes = (1 - fade).clamp(0, 1)
-        points = positions(self.grid, self.rate).to(frequencies)  # (N, 2)
-        waves = torch.sin(2 * math.pi * (points @ frequencies.mT + phases.unsqueeze(1))) * amplitudes.unsqueeze(1)
+        waves = torch.sin(2 * math.pi * (self.points @ frequencies.mT + phases.unsqueeze(1))) * amplitudes.unsqueeze(1)
         x = waves @ self.weight.t() / math.sqrt(len(self.weight))  # (B, N, C)
         return x.mT.unflatten(2, self.grid)
 
